@@ -1,0 +1,1 @@
+"""hamts: forecasting with a memory that its user can see and set."""
