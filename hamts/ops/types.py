@@ -1,0 +1,71 @@
+"""What the ops take and give back.
+
+B items · C channels · N patches · H heads · K key · V value · M entries (scratchpad) · W window patches · R marks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Attended", "GatedDelta", "ScratchKeys", "compute_dtype"]
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """Result of the gated delta rule. ``state`` stays in the dtype of the recurrence, float32 or float64."""
+
+    output: torch.Tensor  # [B, N, H, V]
+    prediction: torch.Tensor  # [B, N, H, V]
+    error: torch.Tensor  # [B, N, H, V]
+    state: torch.Tensor  # [B, H, K, V]
+
+
+@dataclass(frozen=True)
+class ScratchKeys:
+    """Scratchpad entries of every item, compacted and padded to the same M.
+
+    Entries are sorted by ``visible_from`` within each item; padding rows have a ``visible_from`` beyond every query,
+    finite keys and values, and any valid channel.
+
+    Attributes:
+        channel: channel each entry came from, int64.
+        bias: added to the logits of the entry, for all heads alike or for each.
+        visible_from: first query (index in this chunk) that sees the entry, int64; 0 or less: from the start.
+        visible_until: first query that no longer sees it, int64.
+        marks: what ``Attended.marks`` averages.
+    """
+
+    keys: torch.Tensor  # [B, M, H, K]
+    values: torch.Tensor  # [B, M, H, V]
+    channel: torch.Tensor  # [B, M]
+    bias: torch.Tensor  # [B, M] or [B, M, H]
+    visible_from: torch.Tensor  # [B, M]
+    visible_until: torch.Tensor  # [B, M]
+    marks: torch.Tensor | None = None  # [B, M, R]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Result of the read. ``scratch_mass`` and ``local_mass`` carry no gradient.
+
+    Attributes:
+        marks: sum of probability times marks over keys of the query's own channel.
+        scratch_mass: probability each entry received, summed over queries and heads; None without a scratchpad.
+        local_mass: the same for the window patches and the chunk's own.
+    """
+
+    output: torch.Tensor  # [B, N, C, H, V]
+    marks: torch.Tensor | None  # [B, N, C, H, R]
+    scratch_mass: torch.Tensor | None  # [B, M]
+    local_mass: torch.Tensor  # [B, W+N, C]
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """The widest dtype among the tensors, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
