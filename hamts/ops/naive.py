@@ -25,7 +25,8 @@ def gated_delta(
 ) -> GatedDelta:
     """Write every value into a recurrent state after predicting it from the key.
 
-    S_n = a_n S_{n-1} + k_n (b_n e_n)^T with e_n = v_n - (a_n S_{n-1})^T k_n; the output S_n^T q_n is read after the write.
+    S_n = a_n S_{n-1} + k_n (b_n e_n)^T with e_n = v_n - (a_n S_{n-1})^T k_n. The output S_n^T q_n is read after the
+    write.
 
     Args:
         queries: [B, N, H, K], already scaled.
@@ -42,10 +43,8 @@ def gated_delta(
     n_items, n_patches, n_heads, key_width = keys.shape
     q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
     decay, gate = log_decay.to(dtype).exp(), beta.to(dtype)  # [B, N, H], [B, N, H]
-    if initial_state is None:
-        state = v.new_zeros(n_items, n_heads, key_width, v.shape[-1])  # [B, H, K, V]
-    else:
-        state = initial_state.to(dtype)  # [B, H, K, V]
+    zeros = v.new_zeros(n_items, n_heads, key_width, v.shape[-1])  # [B, H, K, V]
+    state = zeros if initial_state is None else initial_state.to(dtype)  # [B, H, K, V]
     outputs, predictions, errors = [], [], []
     with torch.autocast(v.device.type, enabled=False):
         for n in range(n_patches):
