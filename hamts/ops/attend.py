@@ -3,8 +3,10 @@
 Queries run in blocks of time. Scratchpad entries are sorted by the query that first sees them, so a block multiplies
 only the entries some query of it may see. Per block there are three groups of keys, joined under one softmax:
 
-    near: every channel at the last ``cross_span`` patches     far: the own channel's older window patches
-    scratch: the entries                                       plus one empty key, seen only by queries that see no other
+    near      every channel at the last ``cross_span`` patches
+    far       the own channel's older window patches
+    entries   the scratchpad
+    empty     one key of value 0, seen only by queries that see nothing else
 
 Biases and marks ride along as extra features of the scratchpad's keys and values, so that logits and probabilities,
 the only large tensors, are each written once.
@@ -24,6 +26,9 @@ from torch.autograd.function import once_differentiable
 from hamts.ops.types import Attended, ScratchKeys, compute_dtype
 
 __all__ = ["attend"]
+
+# logits in the buffer at once, elsewhere and on a CPU, where they should stay in its second-level cache
+GROUP_LOGITS = (1 << 28, 1 << 18)
 
 
 def attend(
@@ -64,8 +69,8 @@ def attend(
         raise ValueError(
             f"local_keys must hold window + queries patches, {window + n_patches}. Got {local_keys.shape[1]}."
         )
-    entries = (None,) * 3 if scratch is None else (scratch.keys, scratch.values, scratch.bias)
-    dtype = compute_dtype(queries, local_keys, local_values, channel_bias, local_marks, *entries)
+    floats = (None,) * 3 if scratch is None else (scratch.keys, scratch.values, scratch.bias)
+    dtype = compute_dtype(queries, local_keys, local_values, channel_bias, local_marks, *floats)
     own = torch.eye(n_channels, dtype=torch.bool, device=queries.device)  # [C, C]
     local = _Local(
         keys=local_keys.to(dtype),
@@ -77,30 +82,26 @@ def attend(
         far=window - cross_span,
         near=cross_span,
     )
-    starts = range(0, n_patches, block)
-    stops = [min(start + block, n_patches) for start in starts]
-    features, spans = None, [(0, 0)] * len(stops)
-    if scratch is not None and scratch.keys.shape[1]:
-        features = _scratch_features(scratch, local, n_channels)
-        spans = _spans(scratch, list(starts), stops)
+    entries = None if scratch is None or not scratch.keys.shape[1] else _entries(scratch, local)
+    starts = list(range(0, n_patches, block))
+    spans: list[_Span | None] = [None] * len(starts)
+    if entries is not None:
+        spans = _spans(entries, starts, [*starts[1:], n_patches])
     with torch.autocast(queries.device.type, enabled=False):
-        blocks = [
-            _block(queries[:, start:stop].to(dtype), start, local, scratch, features, span)
-            for start, stop, span in zip(starts, stops, spans, strict=True)
+        parts = [
+            _block(queries[:, start : start + block].to(dtype), start, local, entries, span)
+            for start, span in zip(starts, spans, strict=True)
         ]
-        local_mass = torch.zeros(local_present.shape, dtype=dtype, device=queries.device)  # [B, W+N, C]
-        scratch_mass = None
-        if scratch is not None:
-            scratch_mass = torch.zeros(scratch.channel.shape, dtype=dtype, device=queries.device)  # [B, M]
-        for start, (first, last), part in zip(starts, spans, blocks, strict=True):
-            _add_local_mass(local_mass, start, window, cross_span, part)
-            if scratch_mass is not None and part.scratch_mass is not None:
-                scratch_mass[:, first:last] += part.scratch_mass
-    output = torch.cat([part.output for part in blocks], 1)  # [B, N, C, H, V]
-    marks = torch.cat([part.marks for part in blocks if part.marks is not None], 1) if local_marks is not None else None
+    local_mass = torch.zeros(local_present.shape, dtype=dtype, device=queries.device)  # [B, W+N, C]
+    scratch_mass = None if scratch is None else local_mass.new_zeros(scratch.channel.shape)  # [B, M]
+    for start, span, part in zip(starts, spans, parts, strict=True):
+        _add_local_mass(local_mass, start, window, cross_span, part)
+        if scratch_mass is not None and span is not None and part.scratch_mass is not None:
+            scratch_mass[:, span.entries] += part.scratch_mass
+    marks = [part.marks for part in parts if part.marks is not None]
     return Attended(
-        output=output.to(queries.dtype),  # [B, N, C, H, V]
-        marks=None if marks is None else marks.to(queries.dtype),  # [B, N, C, H, R]
+        output=torch.cat([part.output for part in parts], 1).to(queries.dtype),  # [B, N, C, H, V]
+        marks=torch.cat(marks, 1).to(queries.dtype) if marks else None,  # [B, N, C, H, R]
         scratch_mass=scratch_mass,
         local_mass=local_mass,
     )
@@ -130,12 +131,26 @@ class _Local:
 
 
 @dataclass(frozen=True)
-class _Features:
+class _Entries:
     """The scratchpad's side: biases are features of the keys, marks of the values (one set for each channel)."""
 
     keys: torch.Tensor  # [B, H, M, K+1+C]
     values: torch.Tensor  # [B, H, M, V+CR]
-    n_marks: int
+    channel: torch.Tensor  # [B, M]
+    visible_from: torch.Tensor  # [B, M]
+    visible_until: torch.Tensor  # [B, M]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Entries that some query of a block can see: from ``first`` on, ``counts[b]`` of item b."""
+
+    first: int
+    counts: list[int]
+
+    @property
+    def entries(self) -> slice:
+        return slice(self.first, self.first + max(self.counts))
 
 
 @dataclass(frozen=True)
@@ -149,62 +164,67 @@ class _Part:
     scratch_mass: torch.Tensor | None  # [B, m]
 
 
-def _scratch_features(scratch: ScratchKeys, local: _Local, n_channels: int) -> _Features:
-    dtype, heads = local.keys.dtype, scratch.keys.shape[2]
+def _entries(scratch: ScratchKeys, local: _Local) -> _Entries:
+    dtype, heads, n_channels = local.keys.dtype, scratch.keys.shape[2], local.keys.shape[2]
     keys, values = scratch.keys.to(dtype).transpose(1, 2), scratch.values.to(dtype).transpose(1, 2)  # [B, H, M, K]
     bias = scratch.bias if scratch.bias.ndim == 3 else scratch.bias[:, :, None]  # [B, M, H] or [B, M, 1]
     bias = bias.to(dtype).mT[..., None].expand(-1, heads, -1, 1)  # [B, H, M, 1]
     source = torch.nn.functional.one_hot(scratch.channel, n_channels).to(dtype)[:, None]  # [B, 1, M, C]
     own_bias = source * local.bias[:, None, None]  # [B, H, M, C]
-    n_marks = 0
     if local.marks is not None and scratch.marks is not None:
-        n_marks = scratch.marks.shape[-1]
         marks = source[..., None] * scratch.marks.to(dtype)[:, None, :, None]  # [B, 1, M, C, R]
         values = torch.cat([values, marks.flatten(3).expand(-1, heads, -1, -1)], -1)  # [B, H, M, V+CR]
-    return _Features(torch.cat([keys, bias, own_bias], -1), values, n_marks)
+    return _Entries(
+        keys=torch.cat([keys, bias, own_bias], -1),
+        values=values,
+        channel=scratch.channel,
+        visible_from=scratch.visible_from,
+        visible_until=scratch.visible_until,
+    )
 
 
-def _spans(scratch: ScratchKeys, starts: list[int], stops: list[int]) -> list[tuple[int, int]]:
-    """For each block, from the first to past the last entry that any of its queries, in any item, can see."""
-    device = scratch.visible_from.device
+def _spans(entries: _Entries, starts: list[int], stops: list[int]) -> list[_Span | None]:
+    """For each block of queries, what can be seen at all; None where nothing can."""
+    device = entries.visible_from.device
     first = torch.tensor(starts, device=device)[:, None, None]  # [blocks, 1, 1]
     past = torch.tensor(stops, device=device)[:, None, None]  # [blocks, 1, 1]
-    alive = ((scratch.visible_from < past) & (scratch.visible_until > first)).any(1)  # [blocks, M]
-    index = torch.arange(alive.shape[1], device=device)  # [M]
-    last = torch.where(alive, index + 1, 0).amax(1)  # [blocks]
-    start = torch.where(alive, index, alive.shape[1]).amin(1)  # [blocks]
-    return [(min(a, b), b) for a, b in torch.stack([start, last], 1).tolist()]
+    alive = (entries.visible_from < past) & (entries.visible_until > first)  # [blocks, B, M]
+    index = torch.arange(alive.shape[-1], device=device)  # [M]
+    begins = torch.where(alive, index, alive.shape[-1]).amin((1, 2)).tolist()  # [blocks]
+    ends = torch.where(alive, index + 1, 0).amax(2).tolist()  # [blocks, B]
+    return [
+        _Span(begin, [max(end - begin, 0) for end in item_ends]) if max(item_ends) else None
+        for begin, item_ends in zip(begins, ends, strict=True)
+    ]
 
 
-def _block(
-    q: torch.Tensor,
-    start: int,
-    local: _Local,
-    scratch: ScratchKeys | None,
-    features: _Features | None,
-    span: tuple[int, int],
-) -> _Part:
+def _block(q: torch.Tensor, start: int, local: _Local, entries: _Entries | None, span: _Span | None) -> _Part:
     """All queries of one block, q [B, n, C, H, K]."""
     n_items, n, n_channels, n_heads, _ = q.shape
+    logits, seen = _local_logits(q, start, local)  # [B, n, C, H, J-1], [B, n, C]
+    if entries is None or span is None:
+        weight = torch.softmax(_with_empty(logits, seen), -1)  # [B, n, C, H, J]
+        return _gather(weight, None, None, start, local)
+    hidden, seen_entries = _visibility(entries, local, start, n, span.entries)  # [B, n, C, m], [B, n, C]
+    logits = _with_empty(logits, seen | seen_entries)  # [B, n, C, H, J]
     rows = (n_items, n_heads, n * n_channels)
-    logits, seen = _local_logits(q, start, local)  # [B, n, C, H, J], [B, n, C]
-    scratch_output = scratch_mass = None
-    if features is not None and scratch is not None and span[1] > span[0]:
-        hidden = _hidden(scratch, local, start, n, span)  # [B, n, C, m]
-        seen = seen | ~hidden.all(-1)  # [B, n, C]
-    # the empty key: without it the softmax of a query that sees nothing would be 0 / 0
-    empty = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(seen, -torch.inf)  # [B, n, C]
-    logits = torch.cat([logits, empty[..., None, None].expand(-1, -1, -1, n_heads, 1)], -1)  # [B, n, C, H, J]
-    if features is not None and scratch is not None and span[1] > span[0]:
-        asked = torch.cat([q, _ask(q)], -1).permute(0, 3, 1, 2, 4).reshape(*rows, -1)  # [B, H, nC, K+1+C]
-        local_logits = logits.permute(0, 3, 1, 2, 4).reshape(*rows, -1)  # [B, H, nC, J]
-        keys, values = features.keys[:, :, slice(*span)], features.values[:, :, slice(*span)]  # [B, H, m, ...]
-        got, weight, scratch_mass = _JointSoftmax.apply(asked, keys, values, local_logits, hidden.flatten(1, 2))
-        weight = weight.unflatten(2, (n, n_channels)).permute(0, 2, 3, 1, 4)  # [B, n, C, H, J]
-        scratch_output = got.unflatten(2, (n, n_channels)).permute(0, 2, 3, 1, 4)  # [B, n, C, H, V+CR]
-    else:
-        weight = torch.softmax(logits, -1)  # [B, n, C, H, J]
-    return _gather(weight, scratch_output, scratch_mass, start, local, features)
+    got, weight, mass = _JointSoftmax.apply(
+        torch.cat([q, _ask(q)], -1).permute(0, 3, 1, 2, 4).reshape(*rows, -1),  # [B, H, nC, K+1+C]
+        entries.keys[:, :, span.entries],  # [B, H, m, K+1+C]
+        entries.values[:, :, span.entries],  # [B, H, m, V+CR]
+        logits.permute(0, 3, 1, 2, 4).reshape(*rows, -1),  # [B, H, nC, J]
+        hidden.flatten(1, 2),  # [B, nC, m]
+        span.counts,
+    )
+    weight = weight.unflatten(2, (n, n_channels)).permute(0, 2, 3, 1, 4)  # [B, n, C, H, J]
+    got = got.unflatten(2, (n, n_channels)).permute(0, 2, 3, 1, 4)  # [B, n, C, H, V+CR]
+    return _gather(weight, got, mass, start, local)
+
+
+def _with_empty(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Add the empty key: without it the softmax of a query that sees nothing would be 0 / 0. [B, n, C, H, J]."""
+    empty = torch.zeros(seen.shape, dtype=logits.dtype, device=logits.device).masked_fill(seen, -torch.inf)  # [B, n, C]
+    return torch.cat([logits, empty[..., None, None].expand(-1, -1, -1, logits.shape[3], 1)], -1)
 
 
 def _ask(q: torch.Tensor) -> torch.Tensor:
@@ -215,16 +235,18 @@ def _ask(q: torch.Tensor) -> torch.Tensor:
     return torch.cat([one, own], 1)[:, None].expand(n_items, n, -1, n_heads, -1)  # [B, n, C, H, 1+C]
 
 
-def _hidden(scratch: ScratchKeys, local: _Local, start: int, n: int, span: tuple[int, int]) -> torch.Tensor:
-    """Which entries a query cannot see, [B, n, C, m]."""
-    part = slice(*span)
+def _visibility(entries: _Entries, local: _Local, start: int, n: int, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which entries a query cannot see, [B, n, C, m], and whether it sees any, [B, n, C]."""
+    dtype, n_channels = local.keys.dtype, local.readable.shape[1]
     query = torch.arange(start, start + n, device=local.keys.device)[:, None]  # [n, 1]
-    arrived = scratch.visible_from[:, None, part] <= query  # [B, n, m]
-    alive = arrived & (query < scratch.visible_until[:, None, part])  # [B, n, m]
-    n_channels = local.readable.shape[1]
-    source = scratch.channel[:, None, part].expand(-1, n_channels, -1)  # [B, C, m]
-    allowed = local.readable.gather(2, source)  # [B, C, m]
-    return ~(alive[:, :, None] & allowed[:, None])
+    channel = entries.channel[:, part]  # [B, m]
+    arrived = entries.visible_from[:, None, part] <= query  # [B, n, m]
+    alive = arrived & (query < entries.visible_until[:, None, part])  # [B, n, m]
+    allowed = local.readable.gather(2, channel[:, None].expand(-1, n_channels, -1))  # [B, C, m]
+    source = torch.nn.functional.one_hot(channel, n_channels)  # [B, m, C]
+    held = alive.to(dtype) @ source.to(dtype)  # [B, n, C]
+    seen = held @ local.readable.to(dtype).mT > 0  # [B, n, C]
+    return ~alive[:, :, None] | ~allowed[:, None], seen
 
 
 def _local_logits(q: torch.Tensor, start: int, local: _Local) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,7 +279,6 @@ def _gather(
     scratch_mass: torch.Tensor | None,
     start: int,
     local: _Local,
-    features: _Features | None,
 ) -> _Part:
     """Multiply the probabilities back into every group, weight [B, n, C, H, J]."""
     n, n_channels = weight.shape[1:3]
@@ -279,9 +300,9 @@ def _gather(
         far_mass = far.detach().sum(3)  # [B, n, C, F]
         if local.marks is not None:
             marks.append(far @ local.far_of(local.marks, start, n).mT)  # [B, n, C, H, R]
-    if scratch_output is not None and features is not None:
+    if scratch_output is not None:
         outputs.append(scratch_output[..., :width])  # [B, n, C, H, V]
-        if features.n_marks:
+        if scratch_output.shape[-1] > width:
             by_channel = scratch_output[..., width:].unflatten(-1, (n_channels, -1))  # [B, n, C, H, C, R]
             marks.append(by_channel.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3))  # [B, n, C, H, R]
     return _Part(
@@ -306,43 +327,92 @@ def _add_local_mass(mass: torch.Tensor, start: int, window: int, near: int, part
 class _JointSoftmax(torch.autograd.Function):
     """Attention over entries whose softmax is shared with logits computed elsewhere.
 
-    Takes queries [B, H, T, K], keys [B, H, M, K], values [B, H, M, V], the other logits [B, H, T, J] and which
-    entries are hidden, [B, T, M]. Gives the entries' part of the output [B, H, T, V], the probabilities of the other
-    logits [B, H, T, J] and those of the entries summed over queries and heads [B, M].
+    Takes queries [B, H, T, K], keys [B, H, M, K], values [B, H, M, V], the other logits [B, H, T, J] (one of each row
+    finite), which entries are hidden, [B, T, M], and how many entries each item has. Gives the entries' part of the
+    output [B, H, T, V], the probabilities of the other logits [B, H, T, J] and those of the entries summed over
+    queries and heads [B, M].
 
-    Written out because autograd would copy the logits three times more.
+    Written out so that the probabilities live in one buffer small enough for the cache, a few items at a time, and
+    are computed again for the gradient instead of being kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, other: torch.Tensor, hidden: torch.Tensor
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        other: torch.Tensor,
+        hidden: torch.Tensor,
+        counts: list[int],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        output = q.new_empty(*q.shape[:3], v.shape[-1])  # [B, H, T, V]
+        weight_other = torch.empty_like(other)  # [B, H, T, J]
+        mass = q.new_zeros(k.shape[0], k.shape[2])  # [B, M]
+        top, total = q.new_empty(*q.shape[:3], 1), q.new_empty(*q.shape[:3], 1)  # [B, H, T, 1]
         n_other = other.shape[-1]
-        # rows of zeros make room for the other logits, so that nothing is copied to join them
-        k = torch.nn.functional.pad(k, (0, 0, n_other, 0))  # [B, H, J+M, K]
-        v = torch.nn.functional.pad(v, (0, 0, n_other, 0))  # [B, H, J+M, V]
-        logits = q @ k.mT  # [B, H, T, J+M]
-        logits[..., n_other:].masked_fill_(hidden[:, None], -torch.inf)
-        logits[..., :n_other] = other
-        weight = torch.softmax(logits, -1)  # [B, H, T, J+M]
-        output = weight @ v  # [B, H, T, V]
-        mass = weight[..., n_other:].sum((1, 2))  # [B, M]
-        ctx.save_for_backward(q, k, v, weight, output)
-        ctx.n_other = n_other
+        for items, m in _groups(counts, q, n_other):
+            keys, values = _padded(k, items, m, n_other), _padded(v, items, m, n_other)  # [b, H, J+m, K]
+            logits = _logits(q, keys, other, hidden, items)  # [b, H, T, J+m]
+            top[items] = logits.amax(-1, keepdim=True)
+            weight = logits.sub_(top[items]).exp_()  # [b, H, T, J+m]
+            total[items] = weight.sum(-1, keepdim=True)
+            output[items] = (weight @ values).div_(total[items])
+            weight_other[items] = weight[..., :n_other] / total[items]
+            mass[items, :m] = (total[items].reciprocal().mT @ weight)[:, :, 0, n_other:].sum(1)
+        ctx.save_for_backward(q, k, v, other, hidden, output, weight_other, top, total)
+        ctx.counts = counts
         ctx.mark_non_differentiable(mass)
-        return output, weight[..., :n_other].clone(), mass
+        return output, weight_other, mass
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_output: torch.Tensor, grad_other: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, weight, output = ctx.saved_tensors
-        n_other = ctx.n_other
-        through = (output * grad_output).sum(-1) + (weight[..., :n_other] * grad_other).sum(-1)  # [B, H, T]
-        grad = grad_output @ v.mT  # [B, H, T, J+M]
-        grad[..., :n_other] += grad_other
-        grad.sub_(through[..., None]).mul_(weight)
-        grad_k = (grad.mT @ q)[:, :, n_other:]  # [B, H, M, K]
-        grad_v = (weight.mT @ grad_output)[:, :, n_other:]  # [B, H, M, V]
-        return grad @ k, grad_k, grad_v, grad[..., :n_other], None
+        q, k, v, other, hidden, output, weight_other, top, total = ctx.saved_tensors
+        grad_q, grad_logits = torch.empty_like(q), torch.empty_like(other)  # [B, H, T, K], [B, H, T, J]
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)  # [B, H, M, K], [B, H, M, V]
+        through = (output * grad_output).sum(-1) + (weight_other * grad_other).sum(-1)  # [B, H, T]
+        n_other = other.shape[-1]
+        for items, m in _groups(ctx.counts, q, n_other):
+            keys, values = _padded(k, items, m, n_other), _padded(v, items, m, n_other)  # [b, H, J+m, K]
+            logits = _logits(q, keys, other, hidden, items)  # [b, H, T, J+m]
+            weight = logits.sub_(top[items]).exp_().div_(total[items])  # [b, H, T, J+m]
+            grad = grad_output[items] @ values.mT  # [b, H, T, J+m]
+            grad[..., :n_other] += grad_other[items]
+            grad.sub_(through[items, ..., None]).mul_(weight)
+            grad_q[items] = grad @ keys
+            grad_k[items, :, :m] = (grad.mT @ q[items])[:, :, n_other:]
+            grad_v[items, :, :m] = (weight.mT @ grad_output[items])[:, :, n_other:]
+            grad_logits[items] = grad[..., :n_other]
+        return grad_q, grad_k, grad_v, grad_logits, None, None
+
+
+def _groups(counts: list[int], q: torch.Tensor, n_other: int) -> list[tuple[slice, int]]:
+    """Runs of items whose logits fit the buffer, each with its largest number of entries."""
+    room = GROUP_LOGITS[q.device.type == "cpu"] // (q.shape[1] * q.shape[2])
+    groups, first = [], 0
+    while first < len(counts):
+        last, most = first + 1, counts[first]
+        while last < len(counts) and (last + 1 - first) * (max(most, counts[last]) + n_other) <= room:
+            most, last = max(most, counts[last]), last + 1
+        groups.append((slice(first, last), most))
+        first = last
+    return groups
+
+
+def _padded(x: torch.Tensor, items: slice, m: int, n_other: int) -> torch.Tensor:
+    """Entries of some items behind rows of zeros, room for the other logits, so that nothing is copied to join them."""
+    return torch.nn.functional.pad(x[items, :, :m], (0, 0, n_other, 0))  # [b, H, J+m, K]
+
+
+def _logits(
+    q: torch.Tensor, keys: torch.Tensor, other: torch.Tensor, hidden: torch.Tensor, items: slice
+) -> torch.Tensor:
+    """The other logits, then those of the entries, -inf where hidden, [b, H, T, J+m]."""
+    n_other = other.shape[-1]
+    logits = q[items] @ keys.mT  # [b, H, T, J+m]
+    logits[..., :n_other] = other[items]
+    logits[..., n_other:].masked_fill_(hidden[items, None, :, : keys.shape[2] - n_other], -torch.inf)
+    return logits
