@@ -349,18 +349,14 @@ class _JointSoftmax(torch.autograd.Function):
         output = q.new_empty(*q.shape[:3], v.shape[-1])  # [B, H, T, V]
         weight_other = torch.empty_like(other)  # [B, H, T, J]
         mass = q.new_zeros(k.shape[0], k.shape[2])  # [B, M]
-        top, total = q.new_empty(*q.shape[:3], 1), q.new_empty(*q.shape[:3], 1)  # [B, H, T, 1]
         n_other = other.shape[-1]
         for items, m in _groups(counts, q, n_other):
             keys, values = _padded(k, items, m, n_other), _padded(v, items, m, n_other)  # [b, H, J+m, K]
-            logits = _logits(q, keys, other, hidden, items)  # [b, H, T, J+m]
-            top[items] = logits.amax(-1, keepdim=True)
-            weight = logits.sub_(top[items]).exp_()  # [b, H, T, J+m]
-            total[items] = weight.sum(-1, keepdim=True)
-            output[items] = (weight @ values).div_(total[items])
-            weight_other[items] = weight[..., :n_other] / total[items]
-            mass[items, :m] = (total[items].reciprocal().mT @ weight)[:, :, 0, n_other:].sum(1)
-        ctx.save_for_backward(q, k, v, other, hidden, output, weight_other, top, total)
+            weight = _weights(q, keys, other, hidden, items)  # [b, H, T, J+m]
+            output[items] = weight @ values
+            weight_other[items] = weight[..., :n_other]
+            mass[items, :m] = weight[..., n_other:].sum((1, 2))
+        ctx.save_for_backward(q, k, v, other, hidden, output, weight_other)
         ctx.counts = counts
         ctx.mark_non_differentiable(mass)
         return output, weight_other, mass
@@ -370,15 +366,14 @@ class _JointSoftmax(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: torch.Tensor, grad_other: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, other, hidden, output, weight_other, top, total = ctx.saved_tensors
+        q, k, v, other, hidden, output, weight_other = ctx.saved_tensors
         grad_q, grad_logits = torch.empty_like(q), torch.empty_like(other)  # [B, H, T, K], [B, H, T, J]
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)  # [B, H, M, K], [B, H, M, V]
         through = (output * grad_output).sum(-1) + (weight_other * grad_other).sum(-1)  # [B, H, T]
         n_other = other.shape[-1]
         for items, m in _groups(ctx.counts, q, n_other):
             keys, values = _padded(k, items, m, n_other), _padded(v, items, m, n_other)  # [b, H, J+m, K]
-            logits = _logits(q, keys, other, hidden, items)  # [b, H, T, J+m]
-            weight = logits.sub_(top[items]).exp_().div_(total[items])  # [b, H, T, J+m]
+            weight = _weights(q, keys, other, hidden, items)  # [b, H, T, J+m]
             grad = grad_output[items] @ values.mT  # [b, H, T, J+m]
             grad[..., :n_other] += grad_other[items]
             grad.sub_(through[items, ..., None]).mul_(weight)
@@ -407,12 +402,12 @@ def _padded(x: torch.Tensor, items: slice, m: int, n_other: int) -> torch.Tensor
     return torch.nn.functional.pad(x[items, :, :m], (0, 0, n_other, 0))  # [b, H, J+m, K]
 
 
-def _logits(
+def _weights(
     q: torch.Tensor, keys: torch.Tensor, other: torch.Tensor, hidden: torch.Tensor, items: slice
 ) -> torch.Tensor:
-    """The other logits, then those of the entries, -inf where hidden, [b, H, T, J+m]."""
+    """Probabilities of the other keys, then of the entries, [b, H, T, J+m]."""
     n_other = other.shape[-1]
     logits = q[items] @ keys.mT  # [b, H, T, J+m]
     logits[..., :n_other] = other[items]
     logits[..., n_other:].masked_fill_(hidden[items, None, :, : keys.shape[2] - n_other], -torch.inf)
-    return logits
+    return torch.softmax(logits, -1)
