@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # a change of the project file, of the tested set, of the interpreter or of the folder makes a new environment
 KEY := $(shell $(PYTHON) -c "import hashlib, sys; read = lambda name: open(name, 'rb').read(); \
 print(hashlib.sha256(b'|'.join([read('pyproject.toml'), read('constraints.txt'), sys.version.encode(), '$(CURDIR)'.encode()])).hexdigest()[:16])")
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 # one thread per worker: two workers share two cores
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
@@ -47,10 +47,10 @@ $(VENV)/test-$(KEY): | $(VENV)/made-$(KEY)
 # Its libraries are those of .venv, by a .pth file: a folder named there is searched, but its own .pth files
 # (the editable install of this clone is one) are not run. FULL=1 installs them anew instead, as a user would.
 wheel: $(VENV)/test-$(KEY)
-	@rm -rf dist && $(RUN) -m build --wheel --no-isolation --outdir dist . >/dev/null && ls dist
+	@rm -rf dist && $(RUN) -m build --quiet --wheel --no-isolation --outdir dist . && ls dist
 	@trial=$$(mktemp -d) && trap 'rm -rf "$$trial"' EXIT && set -e && $(PYTHON) -m venv "$$trial/venv" && \
 	if [ -n "$(FULL)" ]; then extra='-c constraints.txt'; else extra='--no-deps'; fi && \
-	"$$trial/venv/bin/python" -m pip install --quiet --disable-pip-version-check $$extra dist/*.whl && \
+	"$$trial/venv/bin/python" -m pip install -qq --disable-pip-version-check $$extra dist/*.whl && \
 	if [ -z "$(FULL)" ]; then $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	> "$$($$trial/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/libraries.pth"; fi && \
 	cp tests/try_wheel.py "$$trial" && cd "$$trial" && venv/bin/python -I try_wheel.py "$(CURDIR)" && venv/bin/hamts --help >/dev/null && \
