@@ -1,7 +1,7 @@
 """The read: one softmax over the window, the other channels and the scratchpad.
 
 Queries run in blocks of time. Scratchpad entries are sorted by the query that first sees them, so a block multiplies
-only the entries some query of it may see. Per block there are three groups of keys, joined under one softmax:
+only the entries some query of it may see. Four groups of keys share the softmax:
 
     near      every channel at the last ``cross_span`` patches
     far       the own channel's older window patches
@@ -18,17 +18,16 @@ n queries of a block · m entries of a block · S near patches (cross_span) · F
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from hamts.ops.joint_softmax import JointSoftmax
 from hamts.ops.types import Attended, ScratchKeys, compute_dtype
 
 __all__ = ["attend"]
 
-# logits in the buffer at once, elsewhere and on a CPU, where they should stay in its second-level cache
-GROUP_LOGITS = (1 << 28, 1 << 18)
+# up to this many far patches are multiplied one by one, more as a band of a matrix product
+FEW_FAR = 4
 
 
 def attend(
@@ -46,6 +45,8 @@ def attend(
     block: int = 64,
 ) -> Attended:
     """Read the window, the other channels and the scratchpad under one softmax; see the twin in ``naive.py``.
+
+    Hidden and absent keys get probability exactly 0, so they must be finite. The gradient can be taken once.
 
     Args:
         queries: [B, N, C, H, K], already scaled and rotated.
@@ -208,7 +209,7 @@ def _block(q: torch.Tensor, start: int, local: _Local, entries: _Entries | None,
     hidden, seen_entries = _visibility(entries, local, start, n, span.entries)  # [B, n, C, m], [B, n, C]
     logits = _with_empty(logits, seen | seen_entries)  # [B, n, C, H, J]
     rows = (n_items, n_heads, n * n_channels)
-    got, weight, mass = _JointSoftmax.apply(
+    got, weight, mass = JointSoftmax.apply(
         torch.cat([q, _ask(q)], -1).permute(0, 3, 1, 2, 4).reshape(*rows, -1),  # [B, H, nC, K+1+C]
         entries.keys[:, :, span.entries],  # [B, H, m, K+1+C]
         entries.values[:, :, span.entries],  # [B, H, m, V+CR]
@@ -251,13 +252,13 @@ def _visibility(entries: _Entries, local: _Local, start: int, n: int, part: slic
 
 def _local_logits(q: torch.Tensor, start: int, local: _Local) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of near (patch by patch, all channels) then far keys, [B, n, C, H, SC+F]; who sees any, [B, n, C]."""
-    n_items, n, n_channels, n_heads, _ = q.shape
+    n, n_channels = q.shape[1:3]
     groups, seen = [], torch.zeros(q.shape[:3], dtype=torch.bool, device=q.device)
     if local.near:
-        keys = local.near_of(local.keys, start, n).permute(0, 1, 3, 4, 5, 2).flatten(4)  # [B, n, H, K, SC]
-        logits = (
-            (q.transpose(2, 3) @ keys).transpose(2, 3).unflatten(-1, (local.near, n_channels))
-        )  # [B, n, C, H, S, C]
+        keys = local.near_of(local.keys, start, n)  # [B, n, C, H, K, S]
+        keys = keys.permute(0, 1, 3, 4, 5, 2).flatten(4)  # [B, n, H, K, SC]
+        logits = (q.transpose(2, 3) @ keys).transpose(2, 3)  # [B, n, C, H, SC]
+        logits = logits.unflatten(-1, (local.near, n_channels))  # [B, n, C, H, S, C]
         own = torch.eye(n_channels, dtype=q.dtype, device=q.device)  # [C, C]
         logits = logits + own[:, None, None] * local.bias[:, None, None]  # [B, n, C, H, S, C]
         present = local.near_of(local.present, start, n).mT[:, :, None]  # [B, n, 1, S, C]
@@ -265,12 +266,34 @@ def _local_logits(q: torch.Tensor, start: int, local: _Local) -> tuple[torch.Ten
         groups.append(torch.where(visible[:, :, :, None], logits, -torch.inf).flatten(4))  # [B, n, C, H, SC]
         seen = seen | visible.any(-1).any(-1)  # [B, n, C]
     if local.far:
-        keys = local.far_of(local.keys, start, n)  # [B, n, C, H, K, F]
-        logits = (q[..., None] * keys).sum(-2) + local.bias[:, None]  # [B, n, C, H, F]
+        logits = _far_products(q, start, local) + local.bias[:, None]  # [B, n, C, H, F]
         visible = local.far_of(local.present, start, n)  # [B, n, C, F]
         groups.append(torch.where(visible[:, :, :, None], logits, -torch.inf))  # [B, n, C, H, F]
         seen = seen | visible.any(-1)  # [B, n, C]
     return torch.cat(groups, -1), seen
+
+
+def _far_products(q: torch.Tensor, start: int, local: _Local) -> torch.Tensor:
+    """Products of queries with their far keys, [B, n, C, H, F]."""
+    n, far = q.shape[1], local.far
+    if far <= FEW_FAR:
+        return (q[..., None] * local.far_of(local.keys, start, n)).sum(-2)
+    keys = local.keys[:, start + 1 : start + n + far].permute(0, 2, 3, 4, 1)  # [B, C, H, K, n+F-1]
+    square = q.permute(0, 2, 3, 1, 4) @ keys  # [B, C, H, n, n+F-1]
+    # rows one longer than they are: row i then starts at its own diagonal
+    skewed = torch.nn.functional.pad(square.flatten(-2), (0, n)).unflatten(-1, (n, n + far))  # [B, C, H, n, n+F]
+    return skewed[..., :far].permute(0, 3, 1, 2, 4)
+
+
+def _far_output(weight: torch.Tensor, start: int, local: _Local) -> torch.Tensor:
+    """Far values under their probabilities, weight [B, n, C, H, F] -> [B, n, C, H, V]."""
+    n, far = weight.shape[1], local.far
+    if far <= FEW_FAR:
+        return (weight[..., None, :] * local.far_of(local.values, start, n)).sum(-1)
+    skewed = torch.nn.functional.pad(weight.permute(0, 2, 3, 1, 4), (0, n)).flatten(-2)  # [B, C, H, n(n+F)]
+    square = skewed[..., :-n].unflatten(-1, (n, n + far - 1))  # [B, C, H, n, n+F-1]
+    values = local.values[:, start + 1 : start + n + far].permute(0, 2, 3, 1, 4)  # [B, C, H, n+F-1, V]
+    return (square @ values).permute(0, 3, 1, 2, 4)
 
 
 def _gather(
@@ -287,7 +310,8 @@ def _gather(
     outputs, marks = [], []
     near_mass = far_mass = None
     if local.near:
-        values = local.near_of(local.values, start, n).permute(0, 1, 3, 5, 2, 4).flatten(3, 4)  # [B, n, H, SC, V]
+        values = local.near_of(local.values, start, n)  # [B, n, C, H, V, S]
+        values = values.permute(0, 1, 3, 5, 2, 4).flatten(3, 4)  # [B, n, H, SC, V]
         outputs.append((near.transpose(2, 3) @ values).transpose(2, 3))  # [B, n, C, H, V]
         near = near.unflatten(-1, (local.near, n_channels))  # [B, n, C, H, S, C]
         near_mass = near.detach().sum((2, 3))  # [B, n, S, C]
@@ -295,8 +319,7 @@ def _gather(
             own = near.diagonal(dim1=2, dim2=5).permute(0, 1, 4, 2, 3)  # [B, n, C, H, S]
             marks.append(own @ local.near_of(local.marks, start, n).mT)  # [B, n, C, H, R]
     if local.far:
-        values = local.far_of(local.values, start, n)  # [B, n, C, H, V, F]
-        outputs.append((far[..., None, :] * values).sum(-1))  # [B, n, C, H, V]
+        outputs.append(_far_output(far, start, local))  # [B, n, C, H, V]
         far_mass = far.detach().sum(3)  # [B, n, C, F]
         if local.marks is not None:
             marks.append(far @ local.far_of(local.marks, start, n).mT)  # [B, n, C, H, R]
@@ -305,9 +328,8 @@ def _gather(
         if scratch_output.shape[-1] > width:
             by_channel = scratch_output[..., width:].unflatten(-1, (n_channels, -1))  # [B, n, C, H, C, R]
             marks.append(by_channel.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3))  # [B, n, C, H, R]
-    return _Part(
-        sum(outputs[1:], outputs[0]), sum(marks[1:], marks[0]) if marks else None, near_mass, far_mass, scratch_mass
-    )
+    marked = sum(marks[1:], marks[0]) if marks else None  # [B, n, C, H, R]
+    return _Part(sum(outputs[1:], outputs[0]), marked, near_mass, far_mass, scratch_mass)
 
 
 def _add_local_mass(mass: torch.Tensor, start: int, window: int, near: int, part: _Part) -> None:
@@ -322,92 +344,3 @@ def _add_local_mass(mass: torch.Tensor, start: int, window: int, near: int, part
         for step in range(near):
             first = start + 1 + far + step
             mass[:, first : first + n] += part.near_mass[:, :, step]
-
-
-class _JointSoftmax(torch.autograd.Function):
-    """Attention over entries whose softmax is shared with logits computed elsewhere.
-
-    Takes queries [B, H, T, K], keys [B, H, M, K], values [B, H, M, V], the other logits [B, H, T, J] (one of each row
-    finite), which entries are hidden, [B, T, M], and how many entries each item has. Gives the entries' part of the
-    output [B, H, T, V], the probabilities of the other logits [B, H, T, J] and those of the entries summed over
-    queries and heads [B, M].
-
-    Written out so that the probabilities live in one buffer small enough for the cache, a few items at a time, and
-    are computed again for the gradient instead of being kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        other: torch.Tensor,
-        hidden: torch.Tensor,
-        counts: list[int],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        output = q.new_empty(*q.shape[:3], v.shape[-1])  # [B, H, T, V]
-        weight_other = torch.empty_like(other)  # [B, H, T, J]
-        mass = q.new_zeros(k.shape[0], k.shape[2])  # [B, M]
-        n_other = other.shape[-1]
-        for items, m in _groups(counts, q, n_other):
-            keys, values = _padded(k, items, m, n_other), _padded(v, items, m, n_other)  # [b, H, J+m, K]
-            weight = _weights(q, keys, other, hidden, items)  # [b, H, T, J+m]
-            output[items] = weight @ values
-            weight_other[items] = weight[..., :n_other]
-            mass[items, :m] = weight[..., n_other:].sum((1, 2))
-        ctx.save_for_backward(q, k, v, other, hidden, output, weight_other)
-        ctx.counts = counts
-        ctx.mark_non_differentiable(mass)
-        return output, weight_other, mass
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_output: torch.Tensor, grad_other: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, other, hidden, output, weight_other = ctx.saved_tensors
-        grad_q, grad_logits = torch.empty_like(q), torch.empty_like(other)  # [B, H, T, K], [B, H, T, J]
-        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)  # [B, H, M, K], [B, H, M, V]
-        through = (output * grad_output).sum(-1) + (weight_other * grad_other).sum(-1)  # [B, H, T]
-        n_other = other.shape[-1]
-        for items, m in _groups(ctx.counts, q, n_other):
-            keys, values = _padded(k, items, m, n_other), _padded(v, items, m, n_other)  # [b, H, J+m, K]
-            weight = _weights(q, keys, other, hidden, items)  # [b, H, T, J+m]
-            grad = grad_output[items] @ values.mT  # [b, H, T, J+m]
-            grad[..., :n_other] += grad_other[items]
-            grad.sub_(through[items, ..., None]).mul_(weight)
-            grad_q[items] = grad @ keys
-            grad_k[items, :, :m] = (grad.mT @ q[items])[:, :, n_other:]
-            grad_v[items, :, :m] = (weight.mT @ grad_output[items])[:, :, n_other:]
-            grad_logits[items] = grad[..., :n_other]
-        return grad_q, grad_k, grad_v, grad_logits, None, None
-
-
-def _groups(counts: list[int], q: torch.Tensor, n_other: int) -> list[tuple[slice, int]]:
-    """Runs of items whose logits fit the buffer, each with its largest number of entries."""
-    room = GROUP_LOGITS[q.device.type == "cpu"] // (q.shape[1] * q.shape[2])
-    groups, first = [], 0
-    while first < len(counts):
-        last, most = first + 1, counts[first]
-        while last < len(counts) and (last + 1 - first) * (max(most, counts[last]) + n_other) <= room:
-            most, last = max(most, counts[last]), last + 1
-        groups.append((slice(first, last), most))
-        first = last
-    return groups
-
-
-def _padded(x: torch.Tensor, items: slice, m: int, n_other: int) -> torch.Tensor:
-    """Entries of some items behind rows of zeros, room for the other logits, so that nothing is copied to join them."""
-    return torch.nn.functional.pad(x[items, :, :m], (0, 0, n_other, 0))  # [b, H, J+m, K]
-
-
-def _weights(
-    q: torch.Tensor, keys: torch.Tensor, other: torch.Tensor, hidden: torch.Tensor, items: slice
-) -> torch.Tensor:
-    """Probabilities of the other keys, then of the entries, [b, H, T, J+m]."""
-    n_other = other.shape[-1]
-    logits = q[items] @ keys.mT  # [b, H, T, J+m]
-    logits[..., :n_other] = other[items]
-    logits[..., n_other:].masked_fill_(hidden[items, None, :, : keys.shape[2] - n_other], -torch.inf)
-    return torch.softmax(logits, -1)

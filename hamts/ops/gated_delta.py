@@ -48,6 +48,8 @@ def gated_delta(
         initial_state: state carried from before the first step, [B, H, K, V]; None: zeros.
         chunk: most steps solved at once; the result does not depend on it beyond rounding.
 
+    The gradient can be taken once.
+
     Source: chunked form of arXiv 2412.06464; solving for the ungated error is ours.
     """
     dtype = compute_dtype(queries, keys, values, log_decay, beta, initial_state)
