@@ -1,4 +1,4 @@
-"""Numbers -> a frame that looks like the user's own: same library, names, dtypes and zone. And splitting such frames."""
+"""Numbers -> a frame that looks like the user's own: same library, names, dtypes and zone."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def forecast_frame(
     Returns: columns id, time, ``target_name`` (several targets only), ``cutoff``, then ``columns``.
     """
     schema = of.schema if isinstance(of, Panel) else of
-    I, h = times.shape
+    n_items, h = times.shape
     names = schema.targets
     n_targets = next((value.shape[1] for value in map(np.asarray, columns.values()) if value.ndim == 3), 1)
     repeats = n_targets * h
     times = np.repeat(times[:, None, :], n_targets, axis=1).ravel()
     extra: dict[str, Any] = {}
     if len(names) > 1:
-        extra["target_name"] = np.tile(np.repeat(np.asarray(names, dtype=object), h), I)
+        extra["target_name"] = np.tile(np.repeat(np.asarray(names, dtype=object), h), n_items)
     if cutoff is not None:
-        extra["cutoff"] = _times_like(schema.dialect, np.repeat(np.broadcast_to(np.asarray(cutoff), (I,)), repeats))
+        extra["cutoff"] = _times_like(
+            schema.dialect, np.repeat(np.broadcast_to(np.asarray(cutoff), (n_items,)), repeats)
+        )
     for name, value in columns.items():
-        extra[name] = np.ascontiguousarray(value).reshape(I * repeats)
+        extra[name] = np.ascontiguousarray(value).reshape(n_items * repeats)
     return key_frame(schema.dialect, np.repeat(item_ids, repeats), times, extra)
 
 

@@ -13,7 +13,7 @@ from hamts.data.columns import Notes, column_kind, dtype_error, nearest
 from hamts.data.panel import Role, Schema
 from hamts.errors import DataError
 
-__all__ = ["Layout", "check_columns", "find_layout", "name_index", "role_columns"]
+__all__ = ["Layout", "check_columns", "find_keys", "find_layout", "name_index", "role_columns"]
 
 ID_NAMES = ("unique_id", "item_id")
 TIME_NAMES = ("ds", "timestamp")
@@ -52,15 +52,11 @@ def find_layout(
 ) -> Layout:
     """Recognise the dialect. Raises DataError E-COLUMNS naming what is missing, what there is, and the nearest name."""
     columns = frame.columns
-    for asked, argument in ((id_col, "id_col"), (time_col, "time_col")):
-        if asked is not None and asked not in columns:
-            raise _missing(asked, columns, argument)
     targets = _targets(target, columns)
-    id_column = id_col or next((n for n in ID_NAMES if n in columns), None)
+    id_column, time_column = find_keys(frame, id_col=id_col, time_col=time_col)
     if targets is None:
         found = next((n for n in TARGET_NAMES if n in columns), None)
         targets = (found,) if found else None
-    time_column = time_col or _time_column(frame, wide=id_column is None)
     if id_column is not None and targets is None:
         raise _missing("y", columns, "target")
     style: Literal["nixtla", "gluonts", "wide"] = "nixtla"
@@ -69,6 +65,15 @@ def find_layout(
     if targets is None or (id_column is None and not set(targets) & set(TARGET_NAMES)):
         style = "wide"
     return Layout(style, id_column, time_column, targets)
+
+
+def find_keys(frame: nw.DataFrame[Any], *, id_col: str | None, time_col: str | None) -> tuple[str | None, str]:
+    """Names of the id column (None: one item) and the time column. Raises DataError E-COLUMNS."""
+    for asked, argument in ((id_col, "id_col"), (time_col, "time_col")):
+        if asked is not None and asked not in frame.columns:
+            raise _missing(asked, frame.columns, argument)
+    id_column = id_col or next((n for n in ID_NAMES if n in frame.columns), None)
+    return id_column, time_col or _time_column(frame, wide=id_column is None)
 
 
 def _targets(target: str | Sequence[str] | None, columns: list[str]) -> tuple[str, ...] | None:
