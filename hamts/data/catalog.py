@@ -16,11 +16,22 @@ from typing import Any
 
 import pandas as pd
 
-from hamts.data.remote import FileForm, cache_folder, data_folder, find_file, obtain_file, package_folder
-from hamts.data.tables import BUILDERS, Parts
+from hamts.data.forms import FileForm, Found
+from hamts.data.gluonts_sets import PREFIX, load_repository_set, repository_names, set_folder
+from hamts.data.remote import cache_folder, data_folder, find_file, obtain_file, package_folder
+from hamts.data.tables import BUILDERS, ROLE_KEYS, Parts
 from hamts.errors import DataError
 
 __all__ = ["Dataset", "list_datasets", "load_dataset"]
+
+
+# what holds for every set that gluonts' repository names
+_GLUONTS = {
+    "card": "gluonts",
+    "license": "that of each set; see its source",
+    "source": "gluonts.dataset.repository",
+    "citation": "Alexandrov A et al. (2020). GluonTS: Probabilistic and Neural Time Series Modeling in Python. JMLR 21.",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Dataset:
     """A named set in the long dialect (``unique_id``, ``ds``, columns), ready for ``hamts.fit``.
 
     Attributes:
-        df: one row per item and step, sorted; missing values are NaN.
+        df: one row per item and step, items together and sorted in time; missing values are NaN.
         events: event log (``unique_id, ds, type, value``), or None.
         labels: labelled windows (``unique_id, start, end, label``), both ends included, or None. They are ground truth
             for judging, not inputs; where an event column repeats them, the card says so.
@@ -86,38 +97,67 @@ def catalog_folder() -> Path:
 
 @cache
 def read_catalog() -> dict[str, dict[str, Any]]:
-    """Entries by name, in the order of the file."""
+    """Entries by name, in the order of the file; a group of series gives one entry each."""
     with (catalog_folder() / "catalog.toml").open("rb") as stream:
-        return tomllib.load(stream)
+        tables = tomllib.load(stream)
+    entries: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        members = table.pop("series", None)
+        if members is None:
+            entries[name] = table
+        for member, own in (members or {}).items():
+            entries[f"{name}/{member}"] = {**table, "item": member, **own}
+    return entries
 
 
 def load_dataset(name: str, *, path: str | Path | None = None, download: bool = True) -> Dataset:
     """Load a set by name.
 
     Args:
-        name: such as ``nycflights13``, ``epf/NP`` or ``ett/ETTh1``; ``list_datasets()`` shows all.
-        path: a folder laid out like HAMTS_DATA, used instead of it and of the cache; or one file, read as it is
-            without a check of its bytes.
+        name: such as ``nycflights13``, ``epf/NP`` or ``gluonts/electricity``; ``list_datasets()`` shows all.
+        path: a folder laid out like HAMTS_DATA (for a gluonts set, like gluonts' own), used instead of it and of the
+            cache; or, where a set is one file, that file, read as it is without a check of its bytes.
         download: whether a missing file may be fetched.
     """
+    place = None if path is None else Path(path).expanduser()
+    if place is not None and not place.exists():
+        raise DataError("E-DATASET", f"path={str(path)!r} must exist.", fix="Give a folder or a file that is there.")
+    if name.startswith(PREFIX):
+        return Dataset(name=name, **_about(_GLUONTS), **load_repository_set(name, path=place, download=download))
     entry = read_catalog().get(name)
     if entry is None:
         raise _unknown(name)
-    sources = _sources(name, entry, path=None if path is None else Path(path), download=download)
-    parts = BUILDERS[entry["builder"]](entry, sources)
-    return _dataset(name, entry, parts, origin=str(next(iter(sources.values()))))
+    sources = _sources(name, entry, path=place, download=download)
+    return _dataset(name, entry, BUILDERS[entry["builder"]](entry, sources), origin=_origin(sources))
 
 
-def _sources(name: str, entry: dict[str, Any], *, path: Path | None, download: bool) -> dict[str, Path]:
-    """The checked files of a set, by their part in it."""
+def _sources(name: str, entry: dict[str, Any], *, path: Path | None, download: bool) -> dict[str, Found]:
+    """The files of a set, by their part in it; checked unless one file was named."""
     forms = file_forms(entry)
-    if path is not None and not path.exists():
-        raise DataError("E-DATASET", f"path={str(path)!r} must exist.", fix="Give a folder or a file that is there.")
     if path is not None and path.is_file():
-        return {next(iter(forms)): path}
+        return _given_file(name, forms, path)
     if path is None and (package := entry.get("package")):
         path = package_folder(package, dataset=name)
     return {part: obtain_file(each, dataset=name, folder=path, download=download) for part, each in forms.items()}
+
+
+def _given_file(name: str, forms: Mapping[str, list[FileForm]], path: Path) -> dict[str, Found]:
+    """A named file takes the form that has its name, or else its suffix."""
+    if len(forms) > 1:
+        raise DataError(
+            "E-DATASET",
+            f"dataset {name!r} has {len(forms)} files; path must be a folder that holds them. Got the file {path}.",
+            fix=f"Give a folder with {', '.join(each[0].path for each in forms.values())}.",
+        )
+    (part, accepted), *_ = forms.items()
+    ranked = sorted(
+        accepted, key=lambda form: (Path(form.path).name != path.name, Path(form.path).suffix != path.suffix)
+    )
+    return {part: Found(path, ranked[0])}
+
+
+def _origin(sources: Mapping[str, Found]) -> str:
+    return ", ".join(str(found.path) for found in sources.values())
 
 
 def file_forms(entry: Mapping[str, Any]) -> dict[str, list[FileForm]]:
@@ -125,26 +165,27 @@ def file_forms(entry: Mapping[str, Any]) -> dict[str, list[FileForm]]:
 
 
 def _dataset(name: str, entry: dict[str, Any], parts: Parts, *, origin: str) -> Dataset:
-    roles = {key: list(entry.get(key, [])) for key in ("futr_cols", "past_cols", "event_cols", "action_cols")}
     freq = entry["freq"]
+    roles: dict[str, Any] = {key: list(entry.get(key, [])) for key in ROLE_KEYS}
     return Dataset(
         name=name,
         df=parts.df,
-        target=list(entry["target"]),
         **roles,
-        events=parts.events,
         labels=parts.labels,
         static_df=parts.static_df,
         freq=None if freq == "irregular" else freq,
         h=entry.get("h"),
         split={**_split(entry, parts.df), **parts.split},
         graph=parts.graph,
-        card=(catalog_folder() / "cards" / f"{entry['card']}.md").read_text(encoding="utf-8"),
-        license=entry["license"],
-        source=entry["source"],
-        citation=entry["citation"],
         origin=origin,
+        **_about(entry),
     )
+
+
+def _about(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Card, licence, source and citation of an entry."""
+    card = (catalog_folder() / "cards" / f"{entry['card']}.md").read_text(encoding="utf-8")
+    return {"card": card, **{key: entry[key] for key in ("license", "source", "citation")}}
 
 
 def _split(entry: dict[str, Any], df: pd.DataFrame) -> dict[str, Any]:
@@ -157,7 +198,11 @@ def _split(entry: dict[str, Any], df: pd.DataFrame) -> dict[str, Any]:
 def _unknown(name: str) -> DataError:
     known = list(read_catalog())
     near = [each for each in known if each.split("/")[0] == name.split("/")[0]]
-    near = near or difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+    near = (
+        difflib.get_close_matches(name, near, n=8, cutoff=0.4)
+        or near[:8]
+        or difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+    )
     return DataError(
         "E-DATASET",
         f"unknown dataset {name!r}. Near names: {', '.join(near) or 'none'}.",
@@ -166,25 +211,37 @@ def _unknown(name: str) -> DataError:
 
 
 def list_datasets() -> pd.DataFrame:
-    """Every set of the catalogue: ``name, items, rows, freq, source, available, missing``."""
-    return pd.DataFrame([_listing(name, entry) for name, entry in read_catalog().items()])
+    """Every known set: ``name, items, rows, freq, source, available, missing``.
+
+    ``source`` says where it would be read from here; ``missing`` what is needed for that. Nothing is fetched or hashed.
+    Items and rows of gluonts' sets are not known before they are there.
+    """
+    own = [_listing(name, entry) for name, entry in read_catalog().items()]
+    table = pd.DataFrame([*own, *(_repository_listing(name) for name in repository_names())])
+    return table.astype({"items": "Int64", "rows": "Int64"})
 
 
 def _listing(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    where, missing = _whereabouts(name, entry)
+    source, missing = _whereabouts(name, entry)
+    shown = {key: entry[key] for key in ("items", "rows")} | {"freq": str(entry["freq"])}
+    return {"name": name, **shown, "source": source, "available": not missing, "missing": missing}
+
+
+def _repository_listing(name: str) -> dict[str, Any]:
+    folder = set_folder(name)
     return {
         "name": name,
-        "items": entry["items"],
-        "rows": entry["rows"],
-        "freq": str(entry["freq"]),
-        "source": where,
-        "available": not missing,
-        "missing": missing,
+        "items": None,
+        "rows": None,
+        "freq": "",
+        "source": str(folder) if folder else "download by gluonts",
+        "available": folder is not None,
+        "missing": "" if folder else "network",
     }
 
 
 def _whereabouts(name: str, entry: dict[str, Any]) -> tuple[str, str]:
-    """Where a set would be read from here, and what is missing for that; nothing is hashed or fetched."""
+    """Where a set would be read from here, and what is missing for that."""
     if package := entry.get("package"):
         try:
             package_folder(package, dataset=name)
@@ -192,10 +249,10 @@ def _whereabouts(name: str, entry: dict[str, Any]) -> tuple[str, str]:
             return f"package {package}", error.fix
         return f"package {package}", ""
     folders = [folder for folder in (data_folder(), cache_folder()) if folder is not None]
-    forms = file_forms(entry)
-    absent = [each for each in forms.values() if find_file(each, folders) is None]
+    found = [(each, find_file(each, folders)) for each in file_forms(entry).values()]
+    absent = [each for each, there in found if there is None]
     if not absent:
-        return str(find_file(next(iter(forms.values())), folders)[0].parent), ""  # type: ignore[index]
+        return str(next(there.path.parent for _, there in found if there)), ""
     if all(any(form.url for form in each) for each in absent):
-        return "download", "; ".join(each[0].path for each in absent)
-    return "file to put in HAMTS_DATA", "; ".join(each[0].path for each in absent)
+        return "download", "network"
+    return "HAMTS_DATA", "file " + ", ".join(each[0].path for each in absent)

@@ -1,7 +1,8 @@
 """Find a data file: the folder in HAMTS_DATA, else the cache, else one checked download into the cache.
 
-A file counts only with the SHA-256 of the catalogue. Downloads are atomic: written beside their destination, hashed
-on the way, moved into place when complete and right; whatever goes wrong, nothing half-written stays.
+A file counts only with the SHA-256 of the catalogue (or, where everyone has to make the file, with the digest of its
+values). Downloads are atomic: written beside their destination, hashed on the way, moved into
+place when complete and right; whatever goes wrong, nothing half-written stays.
 """
 
 from __future__ import annotations
@@ -16,39 +17,19 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from hamts.data.forms import FileForm, Found, values_digest
 from hamts.errors import DataError
 
-__all__ = ["FileForm", "cache_folder", "data_folder", "find_file", "obtain_file", "package_folder", "sha256_of"]
+__all__ = ["cache_folder", "data_folder", "find_file", "obtain_file", "package_folder", "sha256_of"]
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SEC = 30.0
 
 # files already hashed by this process: (path, mtime_ns, size) -> sha256
 _hashed: dict[tuple[str, int, int], str] = {}
-
-
-@dataclass(frozen=True)
-class FileForm:
-    """One accepted form of a file, such as a CSV as published or the same values as Parquet.
-
-    Attributes:
-        path: where it lies inside a data folder, with forward slashes.
-        sha256: of exactly these bytes.
-        url: a public address that serves exactly these bytes; empty where there is none.
-        made_from: where there is no such address, what the file was made from.
-    """
-
-    path: str
-    sha256: str
-    url: str = ""
-    made_from: str = ""
-
-    def describe(self) -> str:
-        origin = self.url or (f"made from {self.made_from}" if self.made_from else "no public address")
-        return f"{self.path} (sha256 {self.sha256}; {origin})"
+_digested: dict[tuple[str, int, int], str] = {}
 
 
 def data_folder() -> Path | None:
@@ -84,25 +65,46 @@ def package_folder(package: str, *, dataset: str) -> Path:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file; remembered in this process for as long as its time and size stay the same."""
-    status = path.stat()
-    key = (str(path), status.st_mtime_ns, status.st_size)
+    key = _identity(path)
     if key not in _hashed:
         with path.open("rb") as stream:
             _hashed[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _hashed[key]
 
 
-def find_file(forms: Sequence[FileForm], folders: Sequence[Path]) -> tuple[Path, FileForm] | None:
+def _identity(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+def is_right(found: Found) -> bool:
+    """Whether a file has the bytes of its form, or, where the form says so, the same values."""
+    if sha256_of(found.path) == found.form.sha256:
+        return True
+    if not found.form.values:
+        return False
+    key = _identity(found.path)
+    if key not in _digested:
+        try:
+            _digested[key] = values_digest(found.read())
+        except DataError:
+            raise
+        except Exception:  # a damaged file fails in as many ways as there are parsers
+            _digested[key] = "unreadable"
+    return _digested[key] == found.form.values
+
+
+def find_file(forms: Sequence[FileForm], folders: Sequence[Path]) -> Found | None:
     """First form that lies in one of the folders, whatever its bytes are."""
     for folder in folders:
         for form in forms:
             if (folder / form.path).is_file():
-                return folder / form.path, form
+                return Found(folder / form.path, form)
     return None
 
 
-def obtain_file(forms: Sequence[FileForm], *, dataset: str, folder: Path | None = None, download: bool = True) -> Path:
-    """Path of a file of a dataset, checked against its SHA-256.
+def obtain_file(forms: Sequence[FileForm], *, dataset: str, folder: Path | None = None, download: bool = True) -> Found:
+    """A file of a dataset, checked.
 
     Args:
         forms: the accepted forms, preferred first.
@@ -113,28 +115,29 @@ def obtain_file(forms: Sequence[FileForm], *, dataset: str, folder: Path | None 
     own = [folder] if folder is not None else [data_folder()]
     found = find_file(forms, [place for place in own if place is not None])
     if found is not None:
-        path, form = found
-        if sha256_of(path) != form.sha256:
-            raise _wrong_bytes(dataset, path, form, came=sha256_of(path))
-        return path
+        if not is_right(found):
+            raise _wrong_bytes(dataset, found.path, found.form, came=sha256_of(found.path))
+        return found
     if folder is not None:
         raise _absent(dataset, forms, f"it is not in {folder}", place=folder)
     return _from_cache(forms, dataset=dataset, download=download)
 
 
-def _from_cache(forms: Sequence[FileForm], *, dataset: str, download: bool) -> Path:
+def _from_cache(forms: Sequence[FileForm], *, dataset: str, download: bool) -> Found:
     cache = cache_folder()
-    found = find_file(forms, [cache])
-    if found is not None and sha256_of(found[0]) == found[1].sha256:
-        return found[0]
-    # a damaged copy in our own cache is replaced rather than reported
+    copies = [Found(cache / form.path, form) for form in forms if (cache / form.path).is_file()]
+    for copy in copies:
+        if is_right(copy):
+            return copy
+    # a damaged copy in our own cache is replaced rather than reported, where that can be done
     public = [form for form in forms if form.url]
-    if not public:
-        raise _absent(dataset, forms, "no public address serves it in this form", place=data_folder() or cache)
-    if not download:
-        raise _absent(dataset, forms, "it is not on this machine and download=False", place=data_folder() or cache)
-    _download(public[0], cache / public[0].path, dataset=dataset)
-    return cache / public[0].path
+    if public and download:
+        _download(public[0], cache / public[0].path, dataset=dataset)
+        return Found(cache / public[0].path, public[0])
+    if copies:
+        raise _wrong_bytes(dataset, copies[0].path, copies[0].form, came=sha256_of(copies[0].path))
+    why = "it is not on this machine and download=False" if public else "no public address serves it in this form"
+    raise _absent(dataset, forms, why, place=data_folder() or cache)
 
 
 def _download(form: FileForm, destination: Path, *, dataset: str) -> None:
@@ -155,7 +158,9 @@ def _download(form: FileForm, destination: Path, *, dataset: str) -> None:
         os.replace(name, destination)
         _sync_folder(destination.parent)
     except (OSError, http.client.HTTPException) as error:
-        raise _absent(dataset, [form], f"{form.url} gave no answer ({error})", place=destination, exact=True) from error
+        raise _absent(
+            dataset, [form], f"fetching {form.url} failed ({error})", place=destination, exact=True
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -164,12 +169,13 @@ def _download(form: FileForm, destination: Path, *, dataset: str) -> None:
 def _receive(url: str, handle: int) -> str:
     """Stream an address into an open file and make it durable; returns the SHA-256 of what came."""
     digest = hashlib.sha256()
-    request = urllib.request.Request(url, headers={"User-Agent": "hamts"})
-    with os.fdopen(handle, "wb") as stream, urllib.request.urlopen(request, timeout=TIMEOUT_SEC) as answer:
-        expected = answer.headers.get("Content-Length")
-        while chunk := answer.read(CHUNK_BYTES):
-            digest.update(chunk)
-            stream.write(chunk)
+    with os.fdopen(handle, "wb") as stream:
+        request = urllib.request.Request(url, headers={"User-Agent": "hamts"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SEC) as answer:
+            expected = answer.headers.get("Content-Length")
+            while chunk := answer.read(CHUNK_BYTES):
+                digest.update(chunk)
+                stream.write(chunk)
         if expected is not None and stream.tell() != int(expected):
             raise OSError(f"the transfer ended after {stream.tell()} of {expected} bytes")
         stream.flush()

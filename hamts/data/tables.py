@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.tseries.frequencies import to_offset
 
 from hamts.data.flights import build_flights
+from hamts.data.forms import Found
 from hamts.errors import DataError
 
-__all__ = ["BUILDERS", "Parts", "flag_windows", "read_table"]
+__all__ = ["BUILDERS", "ROLE_KEYS", "Parts", "flag_windows"]
 
 ROLE_KEYS = ("target", "futr_cols", "past_cols", "event_cols", "action_cols")
+
+Entry = Mapping[str, Any]
+Sources = Mapping[str, Found]
 
 
 @dataclass(frozen=True)
@@ -26,33 +30,32 @@ class Parts:
     """What a builder makes; everything else about a set stands in the catalogue."""
 
     df: pd.DataFrame
-    events: pd.DataFrame | None = None
     labels: pd.DataFrame | None = None
     static_df: pd.DataFrame | None = None
     graph: pd.DataFrame | None = None
     split: dict[str, Any] = field(default_factory=dict)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read Parquet or CSV (also compressed), by the name of the file."""
-    if path.suffix != ".parquet":
-        return pd.read_csv(path)
-    try:
-        return pd.read_parquet(path)
-    except ImportError as error:
-        raise DataError(
-            "E-DATASET", f"reading {path} takes a Parquet engine.", fix="pip install 'hamts[datasets]'"
-        ) from error
+def role_columns(entry: Entry) -> list[str]:
+    return [name for key in ROLE_KEYS for name in entry.get(key, [])]
 
 
-def build_table(entry: dict[str, Any], sources: Mapping[str, Path]) -> Parts:
+def build_table(entry: Entry, sources: Sources) -> Parts:
     """One file, one row per item and step; the catalogue names the columns."""
-    return table_parts(entry, read_table(sources["data"]))
+    return _table_parts(entry, sources["data"].read())
 
 
-def table_parts(entry: dict[str, Any], table: pd.DataFrame) -> Parts:
+def build_files(entry: Entry, sources: Sources) -> Parts:
+    """One file per item, named by its part in the catalogue."""
+    tables = [found.read().assign(**{entry["id_col"]: part}) for part, found in sources.items()]
+    return _table_parts(entry, pd.concat(tables, ignore_index=True))
+
+
+def _table_parts(entry: Entry, table: pd.DataFrame) -> Parts:
     """Rename, order and type a table as the catalogue says; flags of label columns become windows."""
-    needed = [entry["time_col"], *(name for key in ROLE_KEYS for name in entry.get(key, []))]
+    needed = [entry["time_col"], *role_columns(entry), *entry.get("label_cols", {})]
+    if "id_col" in entry:
+        needed.insert(0, entry["id_col"])
     if absent := [name for name in needed if name not in table.columns]:
         raise DataError(
             "E-COLUMNS",
@@ -60,61 +63,109 @@ def table_parts(entry: dict[str, Any], table: pd.DataFrame) -> Parts:
             column=absent[0],
             fix="Give the file that the catalogue describes.",
         )
-    table = table.assign(unique_id=_ids(entry, table), ds=_clock(entry, table))
+    ids = table[entry["id_col"]].astype(str) if "id_col" in entry else entry["item"]
+    table = table.assign(unique_id=ids, ds=_clock(entry, table))
     table = table.sort_values(["unique_id", "ds"], kind="stable", ignore_index=True)
-    flags = entry.get("label_cols", {})
-    labels = [flag_windows(table, column, label) for column, label in flags.items()]
-    static = entry.get("static_cols", [])
+    labels = [flag_windows(table, column, label) for column, label in entry.get("label_cols", {}).items()]
     return Parts(
-        df=table[["unique_id", "ds", *needed[1:]]],
+        df=_typed(entry, table[["unique_id", "ds", *role_columns(entry)]]),
         labels=pd.concat(labels, ignore_index=True) if labels else None,
-        static_df=table.groupby("unique_id", sort=False)[static].first().reset_index() if static else None,
     )
 
 
-def _ids(entry: dict[str, Any], table: pd.DataFrame) -> Any:
-    return table[entry["id_col"]].astype(str) if "id_col" in entry else entry["item"]
-
-
-def _clock(entry: dict[str, Any], table: pd.DataFrame) -> pd.Series:
+def _clock(entry: Entry, table: pd.DataFrame) -> pd.Series:
     """Times of the rows: whole numbers, or timestamps in nanoseconds, zoned where the catalogue names a zone."""
     times = table[entry["time_col"]]
     if entry["freq"] == 1:
-        return times.astype("int64") if pd.api.types.is_integer_dtype(times) else pd.Series(range(len(table)))
+        whole = pd.api.types.is_integer_dtype(times)
+        return times.astype("int64") if whole else pd.Series(np.arange(len(table)), index=table.index)
     times = pd.to_datetime(times).dt.as_unit("ns")
     if zone := entry.get("time_zone"):
-        times = times.dt.tz_localize("UTC").dt.tz_convert(zone)
+        universal = times if times.dt.tz is not None else times.dt.tz_localize("UTC")
+        times = universal.dt.tz_convert(zone)
     return times
+
+
+def _typed(entry: Entry, df: pd.DataFrame) -> pd.DataFrame:
+    """Flags are boolean, texts are text, numbers are float64, whatever form of the file they came from."""
+    flags = entry.get("bool_cols", [])
+    types = {}
+    for name in role_columns(entry):
+        if name in flags:
+            types[name] = "bool"
+        elif pd.api.types.is_numeric_dtype(df[name]):
+            # values that one form stores in single precision are rounded alike in all
+            df = df.assign(**{name: df[name].astype("float32")}) if entry.get("single_precision") else df
+            types[name] = "float64"
+        else:
+            types[name] = "object"
+    return df.astype(types)
 
 
 def flag_windows(table: pd.DataFrame, column: str, label: str) -> pd.DataFrame:
     """Runs of ones in a 0/1 column of a sorted long frame, per item; both ends are labelled rows."""
     flag = table[column].to_numpy() != 0
-    change = np.flatnonzero(table["unique_id"].to_numpy()[1:] != table["unique_id"].to_numpy()[:-1]) + 1
-    begins_item = np.zeros(len(table), dtype=bool)
-    begins_item[0:1] = True
-    begins_item[change] = True
-    ends_item = np.roll(begins_item, -1)
-    first = np.flatnonzero(flag & (begins_item | ~np.roll(flag, 1)))
-    last = np.flatnonzero(flag & (ends_item | ~np.roll(flag, -1)))
-    starts, ends = table.iloc[first], table.iloc[last]
-    return pd.DataFrame(
+    ids = table["unique_id"].to_numpy()
+    same_item = ids[1:] == ids[:-1]
+    goes_on = flag[1:] & flag[:-1] & same_item
+    first = np.flatnonzero(flag & ~np.concatenate([[False], goes_on]))
+    last = np.flatnonzero(flag & ~np.concatenate([goes_on, [False]]))
+    starts, ends = table.iloc[first].reset_index(drop=True), table.iloc[last].reset_index(drop=True)
+    return pd.DataFrame({"unique_id": starts["unique_id"], "start": starts["ds"], "end": ends["ds"], "label": label})
+
+
+def build_nycflights13(entry: Entry, sources: Sources) -> Parts:
+    df, labels = build_flights(sources["flights"].path, sources["weather"].path, storms=entry["storms"])
+    return Parts(df=df[["unique_id", "ds", *role_columns(entry)]], labels=labels)
+
+
+def build_nab(entry: Entry, sources: Sources) -> Parts:
+    """One series of the benchmark, without the rows whose timestamp cannot be right."""
+    table = sources["data"].read()
+    table = table[table["series"].astype(str) == entry["item"]]
+    times = pd.to_datetime(table["timestamp"])
+    wrong = times.duplicated()
+    if entry["freq"] != "irregular":
+        wrong |= (times - times.iloc[0]) % pd.Timedelta(to_offset(entry["freq"])) != pd.Timedelta(0)
+    table = table[~wrong].rename(columns={"value": "y"}).reset_index(drop=True)
+    return _table_parts(entry, table)
+
+
+def build_tep(entry: Entry, sources: Sources) -> Parts:
+    """Runs of the plant as items; each run's faulty steps are one window, labelled with the fault's number."""
+    table = sources["data"].read()
+    parts = _table_parts(entry, table)
+    runs = table.drop_duplicates("run").astype({"run": str}).set_index("run")
+    split = {f"{part}_items": sorted(runs.index[runs["split"] == part]) for part in ("train", "test")}
+    labels = parts.labels
+    if labels is not None:
+        labels = labels.assign(label="fault " + labels["unique_id"].map(runs["fault"]).astype(str))
+    return Parts(df=parts.df, labels=labels, split=split)
+
+
+def build_metr_la(entry: Entry, sources: Sources) -> Parts:
+    """Road sensors as items, their places as static columns, their adjacency as the graph between items."""
+    speed = sources["speed"].read().drop(columns="step", errors="ignore")
+    sensors = [str(name) for name in speed.columns]
+    clock = pd.date_range(entry["start"], periods=len(speed), freq=entry["freq"], unit="ns")
+    df = pd.DataFrame(
         {
-            "unique_id": starts["unique_id"].to_numpy(),
-            "start": starts["ds"].reset_index(drop=True),
-            "end": ends["ds"].reset_index(drop=True),
-            "label": label,
+            "unique_id": np.repeat(np.asarray(sensors, dtype=object), len(clock)),
+            "ds": np.tile(clock.to_numpy(), len(sensors)),
+            "speed": speed.to_numpy("float32").T.ravel().astype("float64"),
         }
     )
+    graph = sources["adjacency"].read().set_axis(sensors, axis=0).set_axis(sensors, axis=1)
+    places = sources["places"].read()
+    static = places.assign(unique_id=places["sensor_id"].astype(str))[["unique_id", "latitude", "longitude"]]
+    return Parts(df=df, static_df=static, graph=graph)
 
 
-def build_nycflights13(entry: dict[str, Any], sources: Mapping[str, Path]) -> Parts:
-    df, labels = build_flights(sources["flights"], sources["weather"], storms=entry["storms"])
-    roles = [name for key in ROLE_KEYS for name in entry.get(key, [])]
-    return Parts(df=df[["unique_id", "ds", *roles]], labels=labels)
-
-
-BUILDERS: dict[str, Callable[[dict[str, Any], Mapping[str, Path]], Parts]] = {
+BUILDERS: dict[str, Callable[[Entry, Sources], Parts]] = {
     "table": build_table,
+    "files": build_files,
     "nycflights13": build_nycflights13,
+    "nab": build_nab,
+    "tep": build_tep,
+    "metr_la": build_metr_la,
 }
