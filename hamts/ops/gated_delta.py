@@ -23,9 +23,6 @@ from hamts.ops.types import GatedDelta, compute_dtype
 
 __all__ = ["gated_delta"]
 
-# exp(-1000) is exactly 0 in float64 too, so the floor changes no value; it keeps sums of decays finite
-LOWEST_LOG_DECAY = -1000.0
-
 
 def gated_delta(
     queries: torch.Tensor,
@@ -127,12 +124,11 @@ def _decays(log_decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Sums run over the steps between j and i only: a difference of two running sums would lose the small decays
     that follow a very large one.
     """
-    g = log_decay.clamp(min=LOWEST_LOG_DECAY)  # [L, G, T]
-    steps = g.shape[-1]
-    ones = torch.ones(steps, steps, dtype=torch.bool, device=g.device)  # [T, T]
-    later = torch.where(ones.triu(1), g[..., None, :], 0.0)  # [L, G, T, T]
-    between = later.cumsum(-1).mT.masked_fill(ones.triu(1), -torch.inf)  # [L, G, T, T]
-    return g.cumsum(-1).exp(), between.exp()
+    steps = log_decay.shape[-1]
+    later = torch.ones(steps, steps, dtype=torch.bool, device=log_decay.device).triu(1)  # [T, T]
+    between = torch.where(later, log_decay[..., None, :], 0.0).cumsum(-1).mT  # [L, G, T, T]
+    # masked before exp, not after: a sum that overflows would leave inf * 0
+    return log_decay.cumsum(-1).exp(), between.masked_fill(later, -torch.inf).exp()
 
 
 class _LinearScan(torch.autograd.Function):
