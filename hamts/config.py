@@ -1,0 +1,150 @@
+"""Every default of hamts, once. Layers and forecasters take these objects and have no default numbers of their own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+__all__ = ["PRESETS", "ROUTERS", "MemoryConfig", "ModelConfig", "Preset", "TrainConfig"]
+
+ROUTERS = ("surprise", "innovation", "learned", "tags")
+QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the network.
+
+    Attributes:
+        width: D, of the residual stream. Divides into ``heads``.
+        patch_steps: P, steps in a token; 1 gives step-level routing.
+        window_patches: W, the last patches of the own channel that are read exactly.
+        cross_span_patches: how many of the last patches of other channels are read exactly (1 = the same step only).
+        lookahead_patches: patches of a known-ahead channel that a token of the horizon also carries.
+        half_life_steps: of the causal normaliser; the first scales, the others say where the level stands.
+        router: names of ``ROUTERS`` joined by "+"; a token is kept if any of them asks for it.
+        head_reduction: how a score per head becomes one per token: ``min`` (the paper's), ``mean`` or ``max``.
+    """
+
+    width: int = 96
+    layers: int = 2
+    heads: int = 4
+    patch_steps: int = 12
+    window_patches: int = 2
+    cross_span_patches: int = 1
+    lookahead_patches: int = 1
+    half_life_steps: tuple[float, ...] = (72.0, 288.0, 1152.0)
+    router: str = "learned+tags"
+    head_reduction: str = "mean"
+    mlp_ratio: float = 2.0
+    dropout: float = 0.1
+    quantiles: tuple[float, ...] = QUANTILES
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width must divide into 2 x heads. Got width={self.width}, heads={self.heads}."
+                " Choose a width that is a multiple."
+            )
+        for name in ("width", "layers", "heads", "patch_steps", "window_patches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+        if not 1 <= self.cross_span_patches <= self.window_patches:
+            raise ValueError(
+                f"cross_span_patches must lie in 1..window_patches. Got {self.cross_span_patches}"
+                f" with window_patches={self.window_patches}."
+            )
+        unknown = [name for name in self.router_names if name not in ROUTERS]
+        if unknown or not self.router_names:
+            raise ValueError(f"Unknown router {self.router!r}. Available: {sorted(ROUTERS)}, joined by '+'.")
+        if self.head_reduction not in ("min", "mean", "max"):
+            raise ValueError(f"Unknown head_reduction {self.head_reduction!r}. Available: ['max', 'mean', 'min'].")
+        if 0.5 not in self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
+            raise ValueError(f"quantiles must rise and hold 0.5. Got {self.quantiles}.")
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.router.split("+") if name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> ModelConfig:
+        tuples = {name: tuple(content[name]) for name in ("half_life_steps", "quantiles")}
+        return cls(**{**content, **tuples})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """How much is kept.
+
+    Attributes:
+        budget_share: share of the observed tokens asked for; 0 = recurrent state + window, 1 = everything observed.
+        budget_bytes: hard cap of one item's scratchpads, over all layers.
+        must_keep_share: part of the cap reserved for tagged tokens.
+        explore_share: in training, share of unrouted tokens kept at random so that scores of dropped ones learn too.
+    """
+
+    budget_share: float = 0.10
+    budget_bytes: int = 4 * 2**20
+    must_keep_share: float = 0.5
+    explore_share: float = 0.10
+
+    def __post_init__(self) -> None:
+        for name in ("budget_share", "must_keep_share", "explore_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1]. Got {getattr(self, name)}.")
+        if self.budget_bytes < 0:
+            raise ValueError(f"budget_bytes must be 0 or more. Got {self.budget_bytes}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the network is fitted.
+
+    Attributes:
+        max_steps: optimiser steps; None sizes them to the machine and the data.
+        max_time_s: wall-clock seconds of fitting; None for no limit. Whatever came last is usable.
+        batch_windows: windows (streams read side by side) in a step.
+        context_patches: N, patches read per step by each stream, its memory carried from the step before.
+        reset_share: chance that a stream restarts elsewhere with an empty memory after a step.
+        span_share: chance that a training window hides a random span of its context.
+    """
+
+    max_steps: int | None = None
+    max_time_s: float | None = None
+    batch_windows: int = 64
+    context_patches: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 40
+    gradient_clip: float = 1.0
+    reset_share: float = 0.05
+    span_share: float = 0.5
+    auxiliary_weight: float = 0.02
+    checks: int = 8
+    patience: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A size: what changes in the model and in training."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(model={"width": 32, "layers": 1, "heads": 2}, train={"max_steps": 150, "batch_windows": 32}),
+    "small": Preset(model={"width": 96, "layers": 2, "heads": 4}, train={}),
+    "base": Preset(model={"width": 160, "layers": 4, "heads": 5}, train={"learning_rate": 1e-3}),
+}
+
+
+def with_preset(preset: str, model: ModelConfig, train: TrainConfig) -> tuple[ModelConfig, TrainConfig]:
+    """Apply a preset's sizes to two configurations."""
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
+    return replace(model, **PRESETS[preset].model), replace(train, **PRESETS[preset].train)

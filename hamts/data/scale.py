@@ -1,0 +1,120 @@
+"""The causal normaliser: every token is scaled by what its own stream was up to that token's end.
+
+Exponentially weighted mean and deviation, bias-corrected, over observed steps; carried along a stream for ever (warm), so that
+a window in the middle of a stream is scaled as the stream itself would be. All in float64, about a reference value of the
+stream, so that a large offset costs no digits.
+
+B items · C channels · N patches · P steps in a patch · L half-lives
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["CausalScale", "ScaleState", "ScaleStats"]
+
+
+@dataclass(frozen=True)
+class ScaleState:
+    """What the normaliser carries."""
+
+    sums: torch.Tensor  # [B, C, L, 3] float64: weight, first and second moment about the reference
+    reference: torch.Tensor  # [B, C] float64: the first observed value
+    known: torch.Tensor  # [B, C] bool: whether there was one
+
+
+@dataclass(frozen=True)
+class ScaleStats:
+    """Statistics at the end of every token."""
+
+    mean: torch.Tensor  # [B, C, N, L] float64
+    scale: torch.Tensor  # [B, C, N, L] float64, at least the floor
+    offset: torch.Tensor  # [B, C, N] float64: mean of the first half-life about the stream's reference
+
+
+@dataclass(frozen=True)
+class CausalScale:
+    """The rule.
+
+    Attributes:
+        half_lives: in steps; the first one scales values, the others describe where the level stands.
+        unit: typical scale of each channel in the training data, [C] float64.
+        adaptive: False for channels that are only divided by ``unit`` (booleans, events) or left alone (codes), [C] bool.
+        floor_share: smallest scale, as a share of ``unit``.
+    """
+
+    half_lives: tuple[float, ...]
+    unit: torch.Tensor
+    adaptive: torch.Tensor
+    floor_share: float = 1e-3
+
+    def empty(self, items: int) -> ScaleState:
+        C, L = len(self.unit), len(self.half_lives)
+        return ScaleState(
+            sums=torch.zeros(items, C, L, 3, dtype=torch.float64),
+            reference=torch.zeros(items, C, dtype=torch.float64),
+            known=torch.zeros(items, C, dtype=torch.bool),
+        )
+
+    def advance(self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState) -> tuple[ScaleStats, ScaleState]:
+        """Read one chunk.
+
+        Args:
+            values: raw, [B, C, N, P] float64; anything where not observed.
+            observed: [B, C, N, P] bool.
+
+        Returns:
+            Statistics at each token's end, and the state after the chunk.
+        """
+        sums, reference, known = self.running_sums(values, observed, state)
+        mass = sums[..., 0].clamp_min(1e-300)  # [B, C, N, L]
+        mean = sums[..., 1] / mass  # [B, C, N, L] about the reference
+        variance = (sums[..., 2] / mass - mean * mean).clamp_min(0.0)  # [B, C, N, L]
+        unit = self.unit.to(values.device)[:, None, None]  # [C, 1, 1]
+        scale = torch.maximum(variance.sqrt(), self.floor_share * unit)  # [B, C, N, L]
+        adaptive = self.adaptive.to(values.device)[:, None, None]  # [C, 1, 1]
+        absolute = torch.where(adaptive, mean + reference[..., None, None], 0.0)  # [B, C, N, L]
+        stats = ScaleStats(
+            mean=absolute,
+            scale=torch.where(adaptive, scale, unit.expand_as(scale)),
+            offset=torch.where(adaptive[..., 0], mean[..., 0], 0.0),
+        )
+        return stats, ScaleState(sums[:, :, -1], reference, known)
+
+    def running_sums(
+        self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums at every token's end, [B, C, N, L, 3]; the reference, [B, C], and whether it is known, [B, C]."""
+        P = values.shape[-1]
+        reference, known = self._reference(values, observed, state)  # [B, C], [B, C]
+        centred = torch.where(observed, values - reference[..., None, None], 0.0)  # [B, C, N, P]
+        weight = observed.to(torch.float64)  # [B, C, N, P]
+        moments = torch.stack([weight, centred, centred * centred], -1)  # [B, C, N, P, 3]
+        rate = torch.tensor(self.half_lives, dtype=torch.float64, device=values.device)  # [L]
+        decay = torch.exp2(-1.0 / rate)  # [L] per step
+        steps = torch.arange(P, device=values.device)  # [P]
+        within = decay[:, None] ** (P - 1 - steps)  # [L, P]
+        per_patch = torch.einsum("bcnpk,lp->bcnlk", moments, within)  # [B, C, N, L, 3]
+        return self._running(per_patch, decay**P, state.sums), reference, known
+
+    def _reference(
+        self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        flat, heard = values.flatten(2), observed.flatten(2)  # 2 x [B, C, N P]
+        first = heard.to(torch.uint8).argmax(-1, keepdim=True)  # [B, C, 1]
+        found = heard.any(-1)  # [B, C]
+        candidate = torch.where(found, flat.gather(-1, first).squeeze(-1), 0.0)  # [B, C]
+        return torch.where(state.known, state.reference, candidate), state.known | found
+
+    def _running(self, per_patch: torch.Tensor, decay: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        """Decayed running sums over patches, the carried ones included: [B, C, N, L, 3]."""
+        N = per_patch.shape[2]
+        steps = torch.arange(N, device=per_patch.device)  # [N]
+        lag = steps[:, None] - steps[None, :]  # [N, N]
+        powers = decay[:, None, None] ** lag.clamp_min(0)  # [L, N, N]
+        powers = torch.where(lag >= 0, powers, 0.0)  # [L, N, N]
+        sums = torch.einsum("lnm,bcmlk->bcnlk", powers, per_patch)  # [B, C, N, L, 3]
+        aged = decay[None, :] ** (steps[:, None] + 1)  # [N, L]
+        return sums + aged[..., None] * carried[:, :, None]

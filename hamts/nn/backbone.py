@@ -1,0 +1,155 @@
+"""Tokens in, hidden vectors out: embedding, then blocks of a HAM layer and a gated MLP.
+
+B items · C channels · N patches · P steps in a patch · D width · L look-ahead patches · F calendar features · G level features
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hamts.config import ModelConfig
+from hamts.nn.ham import HAMLayer, LayerTrace
+from hamts.nn.scratchpad import LayerMemory
+from hamts.nn.tokens import Policy, Tokens
+
+__all__ = ["Backbone", "ChannelSpec", "Hidden", "ROLES"]
+
+ROLES = ("target", "past", "future", "event", "action")
+LEVEL_EMBEDDING = 8
+
+
+@dataclass(frozen=True)
+class ChannelSpec:
+    """What the network must know of the columns: a role and a number of category levels for every channel."""
+
+    roles: tuple[str, ...]
+    levels: tuple[int, ...]  # 0 for numeric and boolean channels
+    calendar_features: int
+    static_numeric: int = 0
+    static_levels: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> list[int]:
+        return [i for i, role in enumerate(self.roles) if role == "target"]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Result of a pass through the network."""
+
+    hidden: torch.Tensor  # [B, C, N, D]
+    memory: list[LayerMemory]
+    traces: list[LayerTrace]
+
+
+class Embedding(nn.Module):
+    """One token's numbers to one vector: a linear map per role, then a small MLP that knows the channel."""
+
+    def __init__(self, config: ModelConfig, spec: ChannelSpec) -> None:
+        super().__init__()
+        D, P = config.width, config.patch_steps
+        self.spec = spec
+        features = 4 * P + 2 * P * config.lookahead_patches + spec.calendar_features
+        features += 2 * (len(config.half_life_steps) - 1) + 1
+        self.per_role = nn.Parameter(torch.randn(len(ROLES), features, D) * features**-0.5)  # [roles, I, D]
+        self.channel = nn.Parameter(torch.randn(len(spec.roles), D) * 0.2)  # [C, D]
+        self.register_buffer("role", torch.tensor([ROLES.index(r) for r in spec.roles]), persistent=False)  # [C]
+        self.grow, self.shrink = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        widest = max(spec.levels, default=0)
+        self.category = nn.Embedding(widest + 1, LEVEL_EMBEDDING) if widest else None
+        self.from_category = nn.Linear(P * LEVEL_EMBEDDING, D, bias=False) if widest else None
+        self.from_static = nn.Linear(spec.static_numeric, D, bias=False) if spec.static_numeric else None
+        self.static_category = nn.ModuleList(nn.Embedding(n + 1, D) for n in spec.static_levels)
+
+    role: torch.Tensor
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        """[B, C, N, ...] -> [B, C, N, D]."""
+        B, C, N, _ = tokens.values.shape
+        kind = tokens.values.dtype
+        categorical = torch.tensor([n > 0 for n in self.spec.levels], device=tokens.values.device)[:, None, None]
+        values = torch.where(categorical, 0.0, tokens.values)  # [B, C, N, P]
+        features = torch.cat(
+            [
+                values,
+                tokens.observed.to(kind),
+                tokens.tags.to(kind),
+                tokens.event_offset,
+                tokens.ahead_values,
+                tokens.ahead_observed.to(kind),
+                tokens.calendar[:, None].expand(-1, C, -1, -1),
+                tokens.level,
+                torch.log(tokens.elapsed.clamp_min(1e-3))[:, None, :, None].expand(-1, C, -1, 1),
+            ],
+            dim=-1,
+        )  # [B, C, N, I]
+        x = torch.einsum("bcni,cid->bcnd", features, self.per_role[self.role])  # [B, C, N, D]
+        x = x + self.channel[:, None]  # [B, C, N, D]
+        if self.category is not None and self.from_category is not None:
+            codes = torch.where(categorical & tokens.observed, tokens.values, 0.0).long()  # [B, C, N, P]
+            vectors = self.category(codes.clamp_max(self.category.num_embeddings - 1))  # [B, C, N, P, E]
+            vectors = vectors * (categorical & tokens.observed)[..., None]  # [B, C, N, P, E]
+            x = x + self.from_category(vectors.flatten(-2))  # [B, C, N, D]
+        x = x + self._static(tokens)  # [B, C, N, D]
+        return x + self.shrink(F.silu(self.grow(x)))
+
+    def _static(self, tokens: Tokens) -> torch.Tensor:
+        """[B, 1, 1, D], or a zero that broadcasts."""
+        total = tokens.values.new_zeros(1, 1, 1, 1)
+        if self.from_static is not None:
+            total = total + self.from_static(tokens.static_values)[:, None, None]
+        for column, table in enumerate(self.static_category):
+            total = total + table(tokens.static_codes[:, column].clamp_max(table.num_embeddings - 1))[:, None, None]
+        return total
+
+
+class Block(nn.Module):
+    """Pre-norm HAM layer and gated MLP, both residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, inner = config.width, int(config.width * config.mlp_ratio)
+        self.before_memory, self.before_mlp = nn.RMSNorm(D), nn.RMSNorm(D)
+        self.memory = HAMLayer(config)
+        self.grow, self.shrink = nn.Linear(D, 2 * inner), nn.Linear(inner, D)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: torch.Tensor, tokens: Tokens, memory: LayerMemory, policy: Policy, *, stepwise: bool
+    ) -> tuple[torch.Tensor, LayerMemory, LayerTrace]:
+        result = self.memory(
+            self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise
+        )
+        x = x + self.dropout(result.output)  # [B, C, N, D]
+        gate, content = self.grow(self.before_mlp(x)).chunk(2, -1)  # 2 x [B, C, N, inner]
+        x = x + self.dropout(self.shrink(F.silu(gate) * content))  # [B, C, N, D]
+        return x, result.memory, result.trace
+
+
+class Backbone(nn.Module):
+    """The network below the head."""
+
+    def __init__(self, config: ModelConfig, spec: ChannelSpec) -> None:
+        super().__init__()
+        self.embedding = Embedding(config, spec)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = nn.RMSNorm(config.width)
+
+    def empty_memory(self, items: int, channels: int, like: torch.Tensor) -> list[LayerMemory]:
+        return [block.memory.empty_memory(items, channels, like) for block in self.blocks]
+
+    def forward(
+        self, tokens: Tokens, memory: list[LayerMemory], policies: list[Policy], *, stepwise: bool = False
+    ) -> Hidden:
+        """Read one chunk; the policies are one per layer."""
+        x = self.embedding(tokens)  # [B, C, N, D]
+        after, traces = [], []
+        for block, layer_memory, policy in zip(self.blocks, memory, policies, strict=True):
+            x, layer_after, trace = block(x, tokens, layer_memory, policy, stepwise=stepwise)
+            after.append(layer_after)
+            traces.append(trace)
+        return Hidden(self.final_norm(x), after, traces)

@@ -1,0 +1,76 @@
+"""From a budget to a decision: thresholds per layer as a table over shares, and caps in entries from bytes.
+
+B items · S score routers · A shares of the table
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+__all__ = ["SHARES", "ThresholdTable", "entry_caps"]
+
+SHARES = (0.02, 0.05, 0.10, 0.25, 0.50, 0.75)
+# the first batches come from an untrained network: they are followed exactly, later ones slowly
+FOLLOW_EXACTLY_STEPS = 25
+FOLLOW_RATE = 0.05
+
+
+class ThresholdTable(nn.Module):
+    """For each score router of a layer, the threshold that routes a given share of the observed tokens.
+
+    threshold(s) = (1 - s) quantile of the scores, tracked by an exponential moving average while training
+    (as Expert Threshold routing, arXiv 2603.11535, does per expert) and frozen after ``calibrate``. A union of S
+    score routers gives each of them s / S, so that together they keep at most s.
+    """
+
+    values: torch.Tensor
+    seen_steps: torch.Tensor
+
+    def __init__(self, scores: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(scores, len(SHARES)))  # [S, A]
+        self.register_buffer("seen_steps", torch.zeros((), dtype=torch.int64))  # []
+
+    @torch.no_grad()
+    def quantiles(self, scores: torch.Tensor) -> torch.Tensor:
+        """Thresholds of a sample of scores, [n, S] -> [S, A]."""
+        levels = torch.tensor([1.0 - share for share in SHARES], dtype=scores.dtype, device=scores.device)  # [A]
+        return torch.quantile(scores, levels, dim=0).T.to(self.values.dtype)  # [S, A]
+
+    @torch.no_grad()
+    def follow(self, scores: torch.Tensor) -> None:
+        """Move towards the quantiles of one training batch's scores, [n, S]."""
+        if scores.shape[0] == 0 or scores.shape[1] == 0:
+            return
+        rate = 1.0 if int(self.seen_steps) < FOLLOW_EXACTLY_STEPS else FOLLOW_RATE
+        self.values.lerp_(self.quantiles(scores), rate)
+        self.seen_steps += 1
+
+    @torch.no_grad()
+    def calibrate(self, scores: torch.Tensor) -> None:
+        """Set the table from a large sample of scores, [n, S], of the finished network."""
+        if scores.shape[0] and scores.shape[1]:
+            self.values.copy_(self.quantiles(scores))
+
+    def forward(self, share: torch.Tensor) -> torch.Tensor:
+        """Thresholds for the share asked of each item, [B] -> [B, S]; interpolated in log-odds of the share."""
+        scores = max(self.values.shape[0], 1)
+        asked = (share / scores).clamp(1e-6, 1 - 1e-6).to(self.values.dtype)  # [B]
+        nodes = torch.tensor([math.log(s / (1 - s)) for s in SHARES], dtype=asked.dtype, device=asked.device)  # [A]
+        odds = torch.logit(asked)  # [B]
+        right = torch.searchsorted(nodes, odds).clamp(1, len(SHARES) - 1)  # [B]
+        weight = (odds - nodes[right - 1]) / (nodes[right] - nodes[right - 1])  # [B]; beyond [0, 1] it extrapolates
+        low, high = self.values[:, right - 1], self.values[:, right]  # [S, B]
+        threshold = (low + weight * (high - low)).T  # [B, S]
+        threshold = torch.where((share <= 0)[:, None], math.inf, threshold)  # [B, S]
+        return torch.where((share >= 1)[:, None], -math.inf, threshold)  # [B, S]
+
+
+def entry_caps(*, budget_bytes: int, bytes_per_entry: int, layers: int, must_keep_share: float) -> tuple[int, int]:
+    """Most entries per layer (kept by score, must-keep) whose tensors fit the budget of one item."""
+    total = budget_bytes // (bytes_per_entry * layers)
+    must = int(total * must_keep_share)
+    return total - must, must

@@ -1,0 +1,358 @@
+"""The HAM layer: a recurrent state for what is predictable, a scratchpad for what must stay exact.
+
+Source: Hybrid Associative Memories, arXiv 2603.22325: the recurrence (Eqs 6-8), routing by prediction error (Eqs 9-10), the
+sparse cache (Eq. 11), two independent gates (Eqs 12-13), the learned router (Eq. 14). The grid of channels, the window, the
+union of reads, tags, caps and the level features are ours.
+
+B items · C channels · N patches · D width · H heads · K key · V value (= K) · W window patches · M entries · R marks
+S score routers
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hamts.config import ModelConfig
+from hamts.nn.budget import ThresholdTable
+from hamts.nn.router import Router, Scores
+from hamts.nn.scratchpad import Entries, LayerMemory, Pending, empty_memory, lifetimes, merge_candidates
+from hamts.nn.tokens import Policy, Tokens
+from hamts.ops import naive
+from hamts.ops.attend import attend
+from hamts.ops.gated_delta import gated_delta
+from hamts.ops.types import Attended, GatedDelta, ScratchKeys
+
+__all__ = ["HAMLayer", "LayerOutput", "LayerTrace"]
+
+CONV_WIDTH = 4
+MARKS = 3
+# half of a head's width turns with time, the other half matches content at any age
+ROTARY_SHARE = 0.5
+ROTARY_LONGEST_PATCHES = 4096.0
+FASTEST_TOKENS, SLOWEST_TOKENS = 4.0, 512.0
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer decided about a chunk, and how its entries were read."""
+
+    scores: torch.Tensor  # [B, C, N, S]
+    threshold: torch.Tensor  # [B, S]
+    by_score: torch.Tensor  # [B, C, N, S] bool: asked for by this router
+    must_keep: torch.Tensor  # [B, C, N] bool: asked for by a tag
+    routed: torch.Tensor  # [B, C, N] bool: goes to the scratchpad on leaving the window
+    entries_bias: torch.Tensor  # [B, M'] with gradient
+    entries_mass: torch.Tensor  # [B, M'] attention received, summed over queries and heads
+    entries_judged: torch.Tensor  # [B, M'] bool: kept by score, so that mass teaches their bias
+    queries: int  # C N H, what the mass is summed over
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    output: torch.Tensor  # [B, C, N, D]
+    memory: LayerMemory
+    trace: LayerTrace
+
+
+def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Rotary position on true time. x [B, N, C, H, K], position [B, N] float64 in patches -> [B, N, C, H, K].
+
+    Angles are taken in float64: at a million patches float32 would be off by several degrees.
+    """
+    pairs = int(x.shape[-1] * ROTARY_SHARE) // 2
+    if pairs == 0:
+        return x
+    rates = torch.logspace(
+        0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64, device=x.device
+    ) * (2 * math.pi / 4)  # [pairs]; periods from 4 patches to the longest
+    angle = (position[..., None] * rates)[:, :, None, None]  # [B, N, 1, 1, pairs]
+    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], -1)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head's vector, with a gain per head and unit."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(heads, head_width))  # [H, K]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain
+
+
+class HAMLayer(nn.Module):
+    """One HAM layer over all channels of a batch of items; weights are shared by channels and items."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, H = config.width, config.heads
+        K = D // H
+        self.heads, self.head_width = H, K
+        self.window, self.cross_span = config.window_patches, config.cross_span_patches
+        self.to_memory = nn.Linear(D, 3 * D, bias=False)
+        self.to_query = nn.Linear(D, D, bias=False)
+        self.conv = nn.Parameter(torch.empty(3 * D, CONV_WIDTH))  # [3 D, taps]
+        # decay, write gate, recurrent gate, scratchpad gate
+        self.to_gates = nn.Linear(D, 4 * H)
+        self.to_output_gate = nn.Linear(D, D)
+        self.to_output = nn.Linear(D, D, bias=False)
+        self.decay_rate = nn.Parameter(torch.empty(H))  # [H] log of the decay per patch
+        self.query_norm, self.key_norm = HeadNorm(H, K), HeadNorm(H, K)
+        self.recurrent_norm, self.exact_norm = HeadNorm(H, K), HeadNorm(H, K)
+        self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
+        self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
+        self.router = Router(config)
+        self.thresholds = ThresholdTable(len(self.router.names))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            nn.init.uniform_(self.conv, -0.3, 0.3)
+            # start as a pass-through: the newest tap dominates
+            self.conv[:, -1] += 1.0
+            tau = torch.logspace(math.log10(FASTEST_TOKENS), math.log10(SLOWEST_TOKENS), self.heads)  # [H]
+            self.decay_rate.copy_(torch.log(torch.expm1(1.0 / tau)))
+            nn.init.zeros_(self.to_gates.bias)
+
+    def empty_memory(self, items: int, channels: int, like: torch.Tensor) -> LayerMemory:
+        """A memory that has read nothing, for so many items of so many channels."""
+        return empty_memory(
+            items=items,
+            channels=channels,
+            heads=self.heads,
+            head_width=self.head_width,
+            window=self.window,
+            taps=CONV_WIDTH - 1,
+            scores=len(self.router.names),
+            marks=MARKS,
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+    def forward(
+        self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy, stepwise: bool = False
+    ) -> LayerOutput:
+        """Read and write a chunk of N patches in parallel.
+
+        Args:
+            x: normalised input, [B, C, N, D].
+            stepwise: use the step-by-step recurrence instead of the chunked one (``step`` does).
+        """
+        B, C, N, _ = x.shape
+        H, K = self.heads, self.head_width
+        # an absent token is as if it had never been: no trace in the convolution either
+        present = tokens.present[:, None, :, None].to(x.dtype)  # [B, 1, N, 1]
+        mixed = self.to_memory(x) * present  # [B, C, N, 3 D]
+        gates = self.to_gates(x).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
+        recurrent, written, beta, tail = self._recurrent(mixed, gates, tokens, memory, stepwise=stepwise)
+        scores = self.router(
+            x, recurrent=recurrent, values=written, beta=beta, tokens=tokens, carried=memory.error_mean
+        )
+        scores = self._controlled(scores, policy)
+        raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
+        local = self._local(raw_keys, raw_values, scores, tokens, memory.pending)
+        by_score, routed = self._decide(local, policy)
+        queries = self.query_norm(self.to_query(x).reshape(B, C, N, H, K)).transpose(1, 2)  # [B, N, C, H, K]
+        queries = rotate(queries, tokens.position) * K**-0.5  # [B, N, C, H, K]
+        read, entries, until, origin = self._read(queries, local, routed, memory.scratchpad, policy)
+        output = self._mix(x, recurrent.output.reshape(B, C, N, H, K), read, gates, tokens)  # [B, C, N, D]
+        after = self._after(recurrent.state, tail, scores.error_mean, local, entries, until, origin, N)
+        judged = entries.alive & ~entries.must_keep  # [B, M']
+        trace = LayerTrace(
+            scores=scores.scores,
+            threshold=self.thresholds(policy.share),
+            by_score=by_score[:, self.window :].transpose(1, 2),
+            must_keep=(tokens.must_keep if policy.use_tags else torch.zeros_like(tokens.must_keep)),
+            routed=routed[:, self.window :].transpose(1, 2),
+            entries_bias=entries.bias,
+            entries_mass=read.scratch_mass,
+            entries_judged=judged,
+            queries=C * N * H,
+        )
+        return LayerOutput(output, after, trace)
+
+    def step(self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy) -> LayerOutput:
+        """One patch, [B, C, 1, D], through the step-by-step recurrence: what a stream runs."""
+        return self.forward(x, tokens=tokens, memory=memory, policy=policy, stepwise=True)
+
+    def _recurrent(
+        self, mixed: torch.Tensor, gates: torch.Tensor, tokens: Tokens, memory: LayerMemory, *, stepwise: bool
+    ) -> tuple[GatedDelta, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Short convolution and gated delta rule; also the written values, write gates and the new conv tail."""
+        B, C, N, _ = mixed.shape
+        H, K = self.heads, self.head_width
+        padded = torch.cat([memory.conv_tail.to(mixed.dtype), mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
+        convolved = sum(padded[:, :, i : i + N] * self.conv[:, i] for i in range(CONV_WIDTH))  # [B, C, N, 3 D]
+        q, k, v = F.silu(convolved).reshape(B * C, N, 3, H, K).unbind(2)  # 3 x [B C, N, H, K]
+        beta = gates[..., 1, :].sigmoid() * tokens.heard[..., None]  # [B, C, N, H]
+        elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]
+        log_decay = -F.softplus(gates[..., 0, :] + self.decay_rate) * elapsed  # [B, C, N, H]
+        rule = naive.gated_delta if stepwise else gated_delta
+        result = rule(
+            F.normalize(q, dim=-1),
+            F.normalize(k, dim=-1),
+            v,
+            log_decay=log_decay.reshape(B * C, N, H),
+            beta=beta.reshape(B * C, N, H),
+            initial_state=memory.state.reshape(B * C, H, K, K),
+        )
+        grid = (B, C, N, H, K)
+        result = GatedDelta(
+            output=result.output.reshape(grid),
+            prediction=result.prediction.reshape(grid),
+            error=result.error.reshape(grid),
+            state=result.state.reshape(B, C, H, K, K),
+        )
+        return result, v.reshape(grid), beta, padded[:, :, N:]
+
+    def _controlled(self, scores: Scores, policy: Policy) -> Scores:
+        """Replace scores by noise where a control asks for random routing."""
+        if policy.random_generator is None:
+            return scores
+        noise = torch.rand(
+            scores.scores.shape, generator=policy.random_generator, dtype=scores.scores.dtype
+        )  # [B, C, N, S]
+        return Scores(noise.to(scores.scores.device), scores.logit, scores.bias, scores.error_mean)
+
+    def _local(
+        self, raw_keys: torch.Tensor, raw_values: torch.Tensor, scores: Scores, tokens: Tokens, pending: Pending
+    ) -> Pending:
+        """The window's carried tokens followed by the chunk's own, time first: every field [B, W + N, C, ...]."""
+        keys = rotate(self.key_norm(raw_keys).transpose(1, 2), tokens.position)  # [B, N, C, H, K]
+        C = raw_keys.shape[1]
+        chunk = Pending(
+            keys=keys,
+            values=raw_values.transpose(1, 2),
+            marks=tokens.marks.transpose(1, 2),
+            bias=scores.bias.transpose(1, 2),
+            scores=scores.scores.transpose(1, 2),
+            position=tokens.position,
+            present=tokens.present[:, :, None].expand(-1, -1, C),
+            routable=tokens.routable.transpose(1, 2),
+            must_keep=tokens.must_keep.transpose(1, 2),
+        )
+        names = Pending.__dataclass_fields__
+        return Pending(**{n: torch.cat([getattr(pending, n), getattr(chunk, n)], dim=1) for n in names})
+
+    def _decide(self, local: Pending, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens each router asks for, [B, W + N, C, S], and which go to the scratchpad, [B, W + N, C]."""
+        threshold = self._threshold(policy).to(local.scores.dtype)  # [B, S]
+        by_score = local.routable[..., None] & (local.scores >= threshold[:, None, None])  # [B, W + N, C, S]
+        routed = by_score.any(-1)  # [B, W + N, C]
+        if policy.explore_share > 0:
+            chance = torch.rand(routed.shape, generator=policy.explore_generator)  # [B, W + N, C]
+            lucky = (chance < policy.explore_share).to(routed.device) & (policy.share > 0)[:, None, None]
+            routed = routed | (lucky & local.routable)  # [B, W + N, C]
+        if policy.use_tags:
+            routed = routed | (local.must_keep & local.present)  # [B, W + N, C]
+        return by_score, routed
+
+    def _threshold(self, policy: Policy) -> torch.Tensor:
+        """Thresholds of this pass, [B, S]; noise in [0, 1) has its own."""
+        if policy.random_generator is None:
+            return self.thresholds(policy.share)
+        count = max(len(self.router.names), 1)
+        return (1.0 - policy.share / count)[:, None].expand(-1, count)  # [B, S]
+
+    def _read(
+        self, queries: torch.Tensor, local: Pending, routed: torch.Tensor, kept: Entries, policy: Policy
+    ) -> tuple[Attended, Entries, torch.Tensor, torch.Tensor]:
+        """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
+        C = queries.shape[2]
+        fresh = as_entries(local, routed, policy.use_tags)  # [B, (W + N) C]
+        entries, origin = merge_candidates(kept, fresh)  # [B, M']
+        # the token at local index l leaves the window when query l is asked
+        visible_from = torch.where(origin >= 0, origin // C, 0)  # [B, M']
+        until = lifetimes(entries, visible_from, cap_kept=policy.cap_kept, cap_must=policy.cap_must)  # [B, M']
+        scratch = ScratchKeys(
+            keys=entries.keys,
+            values=entries.values,
+            channel=entries.channel,
+            bias=entries.bias,
+            visible_from=torch.where(entries.alive, visible_from, 2**40),
+            visible_until=until,
+            marks=entries.marks,
+        )
+        read = attend(
+            queries,
+            local_keys=local.keys,
+            local_values=local.values,
+            local_present=local.present,
+            scratch=scratch,
+            readable=policy.readable,
+            channel_bias=self.channel_bias,
+            window=self.window,
+            cross_span=self.cross_span,
+            local_marks=local.marks,
+        )
+        return read, entries, until, visible_from
+
+    def _mix(
+        self, x: torch.Tensor, recurrent: torch.Tensor, read: Attended, gates: torch.Tensor, tokens: Tokens
+    ) -> torch.Tensor:
+        """Two independent head-wise gates over both branches, an output gate, a projection: [B, C, N, D]."""
+        exact = read.output.transpose(1, 2)  # [B, C, N, H, V]
+        if read.marks is not None:
+            exact = exact + self._relative_level(read.marks.transpose(1, 2), tokens.marks)  # [B, C, N, H, V]
+        gate_recurrent, gate_exact = gates[..., 2, :, None].sigmoid(), gates[..., 3, :, None].sigmoid()
+        both = gate_recurrent * self.recurrent_norm(recurrent) + gate_exact * self.exact_norm(exact)
+        flat = both.flatten(-2) * self.to_output_gate(x).sigmoid()  # [B, C, N, D]
+        return self.to_output(flat)
+
+    def _relative_level(self, read: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+        """Level and scale of what was read, against now: read [B, C, N, H, R], now [B, C, N, R] -> [B, C, N, H, V].
+
+        The marks are (level, log scale, 1), so the last column of what was read is the share read from the own channel.
+        """
+        share = read[..., 2:]  # [B, C, N, H, 1]
+        apart = read[..., :2] - share * now[..., None, :2]  # [B, C, N, H, 2]
+        level = torch.asinh(apart[..., :1] * torch.exp(-now[..., None, 1:2]))  # [B, C, N, H, 1]
+        pair = torch.cat([level, apart[..., 1:].clamp(-5, 5)], -1)  # [B, C, N, H, 2]
+        return torch.einsum("bcnhr,hrv->bcnhv", pair, self.from_marks)
+
+    def _after(
+        self,
+        state: torch.Tensor,
+        tail: torch.Tensor,
+        error_mean: torch.Tensor,
+        local: Pending,
+        entries: Entries,
+        until: torch.Tensor,
+        visible_from: torch.Tensor,
+        N: int,
+    ) -> LayerMemory:
+        """The memory as the next chunk finds it: evicted entries gone, tokens still in the window pending."""
+        W = self.window
+        survives = entries.alive & (visible_from <= N - 1) & (until > N - 1)  # [B, M']
+        nothing = Entries(**{n: getattr(entries, n)[:, :0] for n in Entries.__dataclass_fields__})
+        staying = Entries(
+            **{n: survives if n == "alive" else getattr(entries, n) for n in Entries.__dataclass_fields__}
+        )
+        scratchpad, _ = merge_candidates(nothing, staying)
+        pending = Pending(**{n: getattr(local, n)[:, -W:] for n in Pending.__dataclass_fields__})
+        return LayerMemory(state, tail, error_mean, pending, scratchpad)
+
+
+def as_entries(local: Pending, routed: torch.Tensor, use_tags: bool) -> Entries:
+    """Tokens of the window and the chunk as candidates, time first, then channel: every field [B, (W + N) C, ...]."""
+    B, L, C = routed.shape
+    channel = torch.arange(C, device=routed.device).expand(B, L, C)  # [B, W + N, C]
+    best = local.scores.amax(-1) if local.scores.shape[-1] else torch.zeros_like(local.bias)  # [B, W + N, C]
+    return Entries(
+        keys=local.keys.flatten(1, 2),
+        values=local.values.flatten(1, 2),
+        marks=local.marks.flatten(1, 2),
+        bias=local.bias.flatten(1, 2),
+        score=best.flatten(1, 2),
+        channel=channel.flatten(1, 2),
+        position=local.position[:, :, None].expand(B, L, C).flatten(1, 2),
+        must_keep=(local.must_keep & use_tags).flatten(1, 2),
+        alive=routed.flatten(1, 2),
+    )

@@ -1,0 +1,224 @@
+"""The network as the rest of hamts uses it: raw chunks in, quantiles in the user's units out, the memory passed in and handed back.
+
+Reading the past and forecasting are the same pass: a forecast goes on over tokens whose targets are hidden, on a copy of the
+memory. Nothing here knows of training.
+
+B items · C channels · G targets · N patches · P steps in a patch · Q quantiles · L half-lives
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hamts.config import MemoryConfig, ModelConfig
+from hamts.data.panel import KNOWN_AHEAD
+from hamts.data.patches import Chunk
+from hamts.data.scale import CausalScale, ScaleState, ScaleStats
+from hamts.nn.backbone import Backbone, ChannelSpec
+from hamts.nn.budget import entry_caps
+from hamts.nn.ham import LayerTrace
+from hamts.nn.head import QuantileHead
+from hamts.nn.scratchpad import LayerMemory
+from hamts.nn.tokens import Policy, Tokens, map_tensors
+
+__all__ = ["HAMNetwork", "Reading", "StreamMemory"]
+
+LEVEL_CLAMP = 5.0
+VALUE_CLAMP = 30.0
+
+
+@dataclass(frozen=True)
+class StreamMemory:
+    """All that is remembered of B items: a plain tree of tensors."""
+
+    layers: list[LayerMemory]
+    scale: ScaleState
+
+    def select(self, rows: torch.Tensor) -> StreamMemory:
+        """Memories of some items, copied; rows may repeat."""
+        return map_tensors(self, lambda tensor: tensor.index_select(0, rows))
+
+    def detach(self) -> StreamMemory:
+        return map_tensors(self, lambda tensor: tensor.detach())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Result of reading one chunk."""
+
+    quantiles: torch.Tensor  # [B, G, N, P, Q] scaled
+    mean: torch.Tensor  # [B, G, N] float64: what unscales them
+    scale: torch.Tensor  # [B, G, N] float64
+    memory: StreamMemory
+    traces: list[LayerTrace]
+    heard: torch.Tensor  # [B, C, N] share of each token that was observed; 0 = nothing to keep
+
+    def unscaled(self) -> torch.Tensor:
+        """Quantiles in the user's units, [B, G, N, P, Q] float64."""
+        return self.mean[..., None, None] + self.scale[..., None, None] * self.quantiles.double()
+
+
+class HAMNetwork(nn.Module):
+    """Normaliser, backbone and head under one roof, with the facts about the columns they were built for."""
+
+    unit: torch.Tensor
+    adaptive: torch.Tensor
+    static_mean: torch.Tensor
+    static_scale: torch.Tensor
+    cross_targets: torch.Tensor
+
+    def __init__(self, config: ModelConfig, memory: MemoryConfig, spec: ChannelSpec) -> None:
+        super().__init__()
+        self.config, self.memory_config, self.spec = config, memory, spec
+        self.backbone = Backbone(config, spec)
+        self.head = QuantileHead(config.width, config.patch_steps, config.quantiles)
+        C = len(spec.roles)
+        numeric = [role != "event" and n == 0 for role, n in zip(spec.roles, spec.levels, strict=True)]
+        self.register_buffer("unit", torch.ones(C, dtype=torch.float64))  # [C]
+        self.register_buffer("adaptive", torch.tensor(numeric))  # [C]
+        self.register_buffer("static_mean", torch.zeros(spec.static_numeric))  # [E]
+        self.register_buffer("static_scale", torch.ones(spec.static_numeric))  # [E]
+        # whether targets read one another: decided on validation data
+        self.register_buffer("cross_targets", torch.tensor(True))  # []
+
+    @property
+    def scaler(self) -> CausalScale:
+        return CausalScale(self.config.half_life_steps, self.unit, self.adaptive)
+
+    def empty_memory(self, items: int) -> StreamMemory:
+        """The memory of items of which nothing was read."""
+        like = self.head.project.weight
+        return StreamMemory(self.backbone.empty_memory(items, len(self.spec.roles), like), self.scaler.empty(items))
+
+    def entry_bytes(self) -> int:
+        """Bytes of one scratchpad entry, as its tensors are stored."""
+        return self.empty_memory(1).layers[0].scratchpad.bytes_per_entry()
+
+    def readable(self, cross: torch.Tensor) -> torch.Tensor:
+        """Which channel may read which: covariates always, other targets where ``cross`` [B] says so. [B, C, C]."""
+        target = torch.tensor([role == "target" for role in self.spec.roles])  # [C]
+        allowed = ~target[None, None, :] | cross.cpu()[:, None, None] | torch.eye(len(target), dtype=torch.bool)
+        return allowed.expand(-1, len(target), -1).to(cross.device)
+
+    def policy(
+        self, share: torch.Tensor, *, cross: torch.Tensor | None = None, capped: bool = True, use_tags: bool = True
+    ) -> Policy:
+        """What the scratchpads may do, for the share asked of each item, [B]."""
+        if cross is None:
+            cross = self.cross_targets.expand(len(share))
+        caps: tuple[int | None, int | None] = (None, None)
+        if capped:
+            caps = entry_caps(
+                budget_bytes=self.memory_config.budget_bytes,
+                bytes_per_entry=self.entry_bytes(),
+                layers=self.config.layers,
+                must_keep_share=self.memory_config.must_keep_share,
+            )
+        return Policy(
+            share=share, readable=self.readable(cross), cap_kept=caps[0], cap_must=caps[1], use_tags=use_tags
+        )
+
+    def forward(
+        self,
+        chunk: Chunk,
+        memory: StreamMemory,
+        policy: Policy | Sequence[Policy],
+        *,
+        stepwise: bool = False,
+        decode: bool = True,
+    ) -> Reading:
+        """Read one chunk.
+
+        Args:
+            chunk: complete patches of the past, or a horizon.
+            policy: one for all layers, or one per layer.
+            decode: whether quantiles are wanted; reading the past only moves the memory.
+        """
+        stats, scale_after = self.scaler.advance(chunk.values, chunk.observed, memory.scale)
+        tokens = self.tokens(chunk, stats)
+        policies = [policy] * self.config.layers if isinstance(policy, Policy) else list(policy)
+        result = self.backbone(tokens, memory.layers, policies, stepwise=stepwise)
+        targets = self.spec.targets
+        hidden = result.hidden[:, targets]  # [B, G, N, D]
+        if not decode:
+            hidden = hidden[:, :, :0]  # [B, G, 0, D]
+        first = slice(None) if decode else slice(0, 0)
+        return Reading(
+            quantiles=self.head(hidden),
+            mean=stats.mean[:, targets, first, 0],
+            scale=stats.scale[:, targets, first, 0],
+            memory=StreamMemory(result.memory, scale_after),
+            traces=result.traces,
+            heard=tokens.heard,
+        )
+
+    def tokens(self, chunk: Chunk, stats: ScaleStats) -> Tokens:
+        """Scale a chunk and say what may and must be kept of it."""
+        kind = self.head.project.weight.dtype
+        mean, scale = stats.mean[..., :1], stats.scale[..., :1]  # 2 x [B, C, N, 1]
+        values = ((chunk.values - mean) / scale).clamp(-VALUE_CLAMP, VALUE_CLAMP)  # [B, C, N, P]
+        codes = torch.tensor([n > 0 for n in self.spec.levels], device=values.device)[:, None, None]  # [C, 1, 1]
+        values = torch.where(codes, chunk.values, values)  # [B, C, N, P]
+        ahead_values, ahead_observed = self._ahead(chunk, mean, scale)
+        event = torch.tensor([role == "event" for role in self.spec.roles], device=values.device)[:, None]  # [C, 1]
+        target = torch.tensor([role == "target" for role in self.spec.roles], device=values.device)[:, None]
+        share = chunk.observed.to(kind).mean(-1)  # [B, C, N]
+        tagged = chunk.tags.any(-1)  # [B, C, N]
+        heard = torch.where(event | tagged, tagged.to(kind), share)  # [B, C, N]
+        moment = tagged.any(1, keepdim=True)  # [B, 1, N]
+        must = chunk.complete & (tagged | (target & moment & (share > 0)))  # [B, C, N]
+        marks = torch.stack(
+            [stats.offset / self.unit[:, None], torch.log(stats.scale[..., 0] / self.unit[:, None])], -1
+        )  # [B, C, N, 2]
+        return Tokens(
+            values=torch.where(chunk.observed, values, 0.0).to(kind),
+            observed=chunk.observed,
+            tags=chunk.tags,
+            event_offset=chunk.event_offset.to(kind),
+            ahead_values=ahead_values.to(kind),
+            ahead_observed=ahead_observed,
+            calendar=chunk.calendar.to(kind),
+            level=self._level(stats).to(kind),
+            marks=torch.cat([marks, torch.ones_like(marks[..., :1])], -1).to(kind),
+            heard=heard,
+            present=chunk.present,
+            routable=chunk.complete & (heard >= 0.5) & ~event,
+            must_keep=must,
+            position=chunk.position,
+            elapsed=chunk.elapsed.to(kind),
+            static_values=((chunk.static_values - self.static_mean) / self.static_scale).to(kind),
+            static_codes=chunk.static_codes,
+        )
+
+    def _level(self, stats: ScaleStats) -> torch.Tensor:
+        """Where level and scale stand against slower statistics: [B, C, N, 2 (L - 1)]."""
+        slow_mean, slow_scale = stats.mean[..., 1:], stats.scale[..., 1:]  # 2 x [B, C, N, L - 1]
+        level = (stats.mean[..., :1] - slow_mean) / slow_scale  # [B, C, N, L - 1]
+        spread = torch.log(stats.scale[..., :1] / slow_scale)  # [B, C, N, L - 1]
+        return torch.cat([level, spread], -1).clamp(-LEVEL_CLAMP, LEVEL_CLAMP)
+
+    def _ahead(self, chunk: Chunk, mean: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next patches of known-ahead channels, in a horizon only: 2 x [B, C, N, L P].
+
+        Tokens of the past carry none: a stream may not know them yet when it commits a token, and a stream and one
+        pass over the whole must agree.
+        """
+        B, C, N, P = chunk.values.shape
+        L = self.config.lookahead_patches
+        values = chunk.values.new_zeros(B, C, N, L * P)  # [B, C, N, L P]
+        observed = torch.zeros(B, C, N, L * P, dtype=torch.bool, device=values.device)  # [B, C, N, L P]
+        if chunk.horizon is None or L == 0:
+            return values, observed
+        known = torch.tensor([role in KNOWN_AHEAD for role in self.spec.roles], device=values.device)
+        known = (known & self.adaptive)[:, None, None]  # [C, 1, 1]
+        for ahead in range(1, min(L, N - 1) + 1):
+            place = slice((ahead - 1) * P, ahead * P)
+            scaled = (chunk.values[:, :, ahead:] - mean[:, :, :-ahead]) / scale[:, :, :-ahead]  # [B, C, N - a, P]
+            there = chunk.observed[:, :, ahead:] & known  # [B, C, N - a, P]
+            values[:, :, :-ahead, place] = torch.where(there, scaled.clamp(-VALUE_CLAMP, VALUE_CLAMP), 0.0)
+            observed[:, :, :-ahead, place] = there
+        return values, observed

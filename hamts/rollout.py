@@ -1,0 +1,260 @@
+"""Run a network along streams: read the past once, and forecast at any number of cutoffs on the way, on copies of the memory.
+
+Used by prediction, cross-validation, evaluation and the checks while fitting, so that all of them see the same forecasts.
+
+B items side by side · C channels · G targets · N patches · P steps in a patch · F future steps · Q quantiles · X cutoffs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hamts.data.patches import PatchStore
+from hamts.nn.ham import LayerTrace
+from hamts.nn.tokens import Policy, map_tensors
+from hamts.reader import HAMNetwork, StreamMemory
+
+__all__ = ["ChunkTrace", "Rollout", "roll"]
+
+CHUNK_PATCHES = 64
+ITEMS_SIDE_BY_SIDE = 64
+HORIZONS_SIDE_BY_SIDE = 128
+
+
+@dataclass(frozen=True)
+class ChunkTrace:
+    """Decisions about one chunk of the past."""
+
+    items: torch.Tensor  # [B] int64
+    first_patch: torch.Tensor  # [B] int64, on each item's grid; negative ones are absent
+    layers: list[LayerTrace]
+    heard: torch.Tensor  # [B, C, N]
+
+
+@dataclass
+class Rollout:
+    """Result of ``roll``."""
+
+    quantiles: np.ndarray  # [X, G, F, Q] float64, in the user's units
+    scale: np.ndarray  # [X, G] float64, the stream's scale at each cutoff
+    memory: StreamMemory | None  # of all items, at their ends
+    traces: list[ChunkTrace] = field(default_factory=list)
+    kept: int = 0
+    heard: int = 0
+
+    @property
+    def usage_share(self) -> float:
+        """Written / observed tokens, over layers, channels and items."""
+        return self.kept / max(self.heard, 1)
+
+
+@torch.no_grad()
+def roll(
+    network: HAMNetwork,
+    store: PatchStore,
+    *,
+    cutoffs: Sequence[np.ndarray],
+    steps: int,
+    policies: Policy | Sequence[Policy],
+    starts: np.ndarray | None = None,
+    memory: StreamMemory | None = None,
+    reveal_events: bool = False,
+    keep_traces: bool = False,
+    chunk_patches: int = CHUNK_PATCHES,
+) -> Rollout:
+    """Read every item to its end and forecast at its cutoffs.
+
+    Args:
+        cutoffs: for each item, rising observed-step counts at which to forecast; may be empty, [I] arrays.
+        steps: F, steps to forecast at each.
+        policies: one for all layers, or one per layer; ``share`` has one entry per item or a single one.
+        starts: patch (on the item's grid) to start reading from, [I]; None: the first stored.
+        memory: memory of all items before ``starts``; None: empty.
+        reveal_events: whether event columns beyond the cutoff are known.
+
+    Returns:
+        Forecasts in the order of items, then cutoffs.
+    """
+    network.eval()
+    policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
+    begin = store.first_patch.numpy() if starts is None else np.asarray(starts)  # [I]
+    ends = ((store.lead + store.lengths) // store.patch_steps).numpy()  # [I] complete patches
+    counts = [len(c) for c in cutoffs]
+    G, Q = len(network.spec.targets), len(network.config.quantiles)
+    quantiles = np.full((sum(counts), G, steps, Q), np.nan)  # [X, G, F, Q]
+    scale = np.full((sum(counts), G), np.nan)  # [X, G]
+    offsets = np.concatenate([[0], np.cumsum(counts)])  # [I + 1]
+    result = Rollout(quantiles, scale, None)
+    # items of like length side by side: less is read that is absent
+    order = np.argsort(ends - begin, kind="stable")
+    parts: list[tuple[np.ndarray, StreamMemory]] = []
+    for low in range(0, len(order), ITEMS_SIDE_BY_SIDE):
+        group = np.sort(order[low : low + ITEMS_SIDE_BY_SIDE])
+        after = _roll_group(
+            network, store, group, begin[group], ends[group], cutoffs, offsets, steps,
+            [_policy_rows(p, group) for p in policies], memory, result,
+            reveal_events=reveal_events, keep_traces=keep_traces, chunk_patches=chunk_patches,
+        )  # fmt: skip
+        parts.append((group, after))
+    result.memory = join_memories(parts)
+    return result
+
+
+def _roll_group(
+    network: HAMNetwork,
+    store: PatchStore,
+    group: np.ndarray,
+    begin: np.ndarray,
+    ends: np.ndarray,
+    cutoffs: Sequence[np.ndarray],
+    offsets: np.ndarray,
+    steps: int,
+    policies: list[Policy],
+    memory: StreamMemory | None,
+    result: Rollout,
+    *,
+    reveal_events: bool,
+    keep_traces: bool,
+    chunk_patches: int,
+) -> StreamMemory:
+    """Read one group of items, aligned at their ends; fills in ``result``."""
+    items = torch.from_numpy(group)
+    state = network.empty_memory(len(group)) if memory is None else memory.select(items)
+    longest = int((ends - begin).max()) if len(group) else 0
+    shift = ends - longest  # [B] patch of each item's grid at aligned index 0
+    # (aligned boundary, row in group, cutoff, place in the answer)
+    stops: dict[int, list[tuple[int, int, int]]] = {}
+    for row, item in enumerate(group):
+        for k, cutoff in enumerate(cutoffs[item]):
+            patch = (int(store.lead[item]) + int(cutoff)) // store.patch_steps
+            stops.setdefault(patch - int(shift[row]), []).append((row, int(cutoff), int(offsets[item]) + k))
+    at = 0
+    for boundary in sorted({*stops, longest}):
+        while at < boundary:
+            size = min(chunk_patches, boundary - at)
+            first = torch.from_numpy(shift) + at  # [B]
+            chunk = store.window(items, first, size)
+            chunk = _hide_before(chunk, first, torch.from_numpy(begin))
+            reading = network(chunk, state, policies, decode=False)
+            state = reading.memory
+            _count(result, reading.traces, reading.heard)
+            if keep_traces:
+                result.traces.append(ChunkTrace(items, first, reading.traces, reading.heard))
+            at += size
+        for batch in _batches(stops.get(boundary, []), HORIZONS_SIDE_BY_SIDE):
+            _forecast(network, store, items, batch, state, steps, policies, result, reveal_events)
+    return state
+
+
+def _hide_before(chunk, first: torch.Tensor, begin: torch.Tensor):  # type: ignore[no-untyped-def]
+    """Patches before an item's start are absent, also where the store holds them (they were read already)."""
+    from dataclasses import replace
+
+    index = first[:, None] + torch.arange(chunk.present.shape[1])  # [B, N]
+    present = chunk.present & (index >= begin[:, None])  # [B, N]
+    if bool((present == chunk.present).all()):
+        return chunk
+    there = present[:, None, :, None]  # [B, 1, N, 1]
+    return replace(
+        chunk,
+        values=torch.where(there, chunk.values, 0.0),
+        observed=chunk.observed & there,
+        tags=chunk.tags & there,
+        complete=chunk.complete & present[:, None],
+        present=present,
+    )
+
+
+def _forecast(
+    network: HAMNetwork,
+    store: PatchStore,
+    items: torch.Tensor,
+    batch: list[tuple[int, int, int]],
+    state: StreamMemory,
+    steps: int,
+    policies: list[Policy],
+    result: Rollout,
+    reveal_events: bool,
+) -> None:
+    """Forecast some cutoffs that share a boundary, on copies of the memory."""
+    rows = torch.tensor([row for row, _, _ in batch])  # [B]
+    cuts = torch.tensor([cutoff for _, cutoff, _ in batch])  # [B]
+    places = [place for _, _, place in batch]
+    reveal = torch.full((len(batch),), reveal_events)
+    chunk = store.horizon(items[rows], cuts, steps, reveal)
+    reading = network(chunk, state.select(rows), [_uncapped(_policy_rows(p, rows.numpy())) for p in policies])
+    assert chunk.horizon is not None
+    values = reading.unscaled().flatten(2, 3)  # [B, G, N P, Q]
+    wanted = chunk.horizon.flatten(1)  # [B, N P]; F steps of each
+    picked = values.transpose(1, 2)[wanted].view(len(batch), steps, *values.shape[1:2], -1)  # [B, F, G, Q]
+    result.quantiles[places] = picked.transpose(1, 2).numpy()
+    result.scale[places] = reading.scale[:, :, -1].numpy()
+
+
+def _uncapped(policy: Policy) -> Policy:
+    """Entries of the forecast's own tokens live outside the cap."""
+    from dataclasses import replace
+
+    return replace(policy, cap_kept=None, cap_must=None)
+
+
+def _policy_rows(policy: Policy, rows: np.ndarray) -> Policy:
+    """A policy for some items; one that holds for a single item holds for all."""
+    if len(policy.share) == 1:
+        index = torch.zeros(len(rows), dtype=torch.int64)
+    else:
+        index = torch.from_numpy(np.asarray(rows))
+    return map_tensors(policy, lambda tensor: tensor[index])
+
+
+def _count(result: Rollout, traces: list[LayerTrace], heard: torch.Tensor) -> None:
+    for trace in traces:
+        result.kept += int((trace.routed & (heard > 0)).sum())
+        result.heard += int((heard > 0).sum())
+
+
+def _batches(work: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
+    for low in range(0, len(work), size):
+        yield work[low : low + size]
+
+
+def join_memories(parts: list[tuple[np.ndarray, StreamMemory]]) -> StreamMemory:
+    """Memories of groups of items as one, in the order of items; shorter scratchpads are padded."""
+    order = torch.from_numpy(np.argsort(np.concatenate([group for group, _ in parts])))
+    return stack_memories([memory for _, memory in parts]).select(order)
+
+
+def stack_memories(memories: list[StreamMemory]) -> StreamMemory:
+    """Memories side by side, [B1 + B2 + ..., ...]; shorter scratchpads are padded with entries that are not alive."""
+    layers = []
+    for parts in zip(*(memory.layers for memory in memories), strict=True):
+        widest = max(part.scratchpad.alive.shape[1] for part in parts)
+        padded = [
+            map_tensors(part.scratchpad, lambda t: _pad_rows(t, widest))  # noqa: B023 - used at once
+            for part in parts
+        ]
+        joined = {
+            name: _cat([getattr(part, name) for part in parts])
+            for name in ("state", "conv_tail", "error_mean", "pending")
+        }
+        layers.append(type(parts[0])(**joined, scratchpad=_cat(padded)))
+    return StreamMemory(layers, _cat([memory.scale for memory in memories]))
+
+
+def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = rows - tensor.shape[1]
+    if missing == 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
+
+
+def _cat(parts):  # type: ignore[no-untyped-def]
+    """Concatenate like trees of tensors along items."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    names = type(parts[0]).__dataclass_fields__
+    return type(parts[0])(**{name: _cat([getattr(part, name) for part in parts]) for name in names})
