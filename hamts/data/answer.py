@@ -96,4 +96,5 @@ def _times_like(dialect: Dialect, times: np.ndarray) -> Any:
         return stamps.cast(pl.Date)
     if zone:
         stamps = stamps.dt.replace_time_zone("UTC").dt.convert_time_zone(zone)
-    return stamps.dt.cast_time_unit(unit)
+    # polars has no seconds
+    return stamps.dt.cast_time_unit({"ns": "ns", "us": "us"}.get(unit, "ms"))  # type: ignore[arg-type]

@@ -27,8 +27,8 @@ PERIODS = {
 def calendar_features(times: np.ndarray, frequency: Frequency, time_zone: str | None = None) -> np.ndarray:
     """sin and cos of 2 pi phase for each time feature that gluonts gives to this frequency, float32 [n, F].
 
-    The phase of hour k is k / 24 and so on: gluonts divides by one less, which would make 23:00 and 00:00, or Sunday and
-    Monday, the same point. Local time counts. F is the same for all times of one clock; 0 for integer ones.
+    The phase of hour k is k / 24 and so on: gluonts divides by one less, which would make 23:00 and 00:00, or Sunday
+    and Monday, the same point. Local time counts. F is the same for all times of one clock; 0 for integer ones.
 
     Args:
         times: [n] datetime64 (UTC where zoned), or integers.

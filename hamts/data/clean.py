@@ -26,7 +26,7 @@ def clean_rows(source: Source, values: np.ndarray, channels: tuple[Channel, ...]
     rows = _without_items(source, rows, short, "E-SHORT", "An item needs at least two rows")
     targets = [i for i, c in enumerate(channels) if c.role == "target"]
     observed = ~np.isnan(rows.values[:, targets])
-    empty = ~np.logical_or.reduceat(observed, rows.offsets[:-1], axis=0)
+    empty: np.ndarray = ~np.logical_or.reduceat(observed, rows.offsets[:-1], axis=0)
     rows = _without_items(source, rows, empty.all(axis=1), "E-ALLNAN", "An item needs at least one value in a target")
     for position in np.flatnonzero((empty & ~empty.all(axis=1)[:, None]).any(axis=0)):
         count = int(empty[:, position].sum())

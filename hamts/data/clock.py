@@ -1,12 +1,12 @@
 """Arithmetic on clocks: from a start and a number of steps to a time, and back. Vectorised, no loop over items.
 
-Inside, times are int64: nanoseconds of UTC for calendars, plain numbers for integer clocks. Fixed steps shorter than a day add
-elapsed time; days, weeks, months and longer count in the local calendar of the stream's zone, and keep its time of day.
+Inside, times are int64: nanoseconds of UTC for calendars, plain numbers for integer clocks. Fixed steps shorter than a
+day add elapsed time; days, weeks, months and longer count in the local calendar of the stream's zone, and keep its
+time of day.
 """
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,26 @@ def to_local(times: np.ndarray, zone: str | None) -> np.ndarray:
     """UTC nanoseconds -> wall-clock nanoseconds in ``zone``; unchanged without one. Any shape."""
     if is_utc(zone):
         return times
-    index = pd.DatetimeIndex(times.ravel().view("M8[ns]")).tz_localize("UTC").tz_convert(zone)
-    return index.tz_localize(None).as_unit("ns").asi8.reshape(times.shape)
+    # items share their stamps: each is converted once
+    codes, stamps = pd.factorize(times.ravel())
+    index = pd.DatetimeIndex(stamps.view("M8[ns]")).tz_localize("UTC").tz_convert(zone)
+    return index.tz_localize(None).as_unit("ns").asi8[codes].reshape(times.shape)
 
 
 def to_utc(times: np.ndarray, zone: str | None) -> np.ndarray:
     """Wall-clock nanoseconds -> UTC nanoseconds: the first of two readings, and forward out of a gap."""
     if is_utc(zone):
         return times
-    index = pd.DatetimeIndex(times.ravel().view("M8[ns]"))
-    first_reading = np.ones(len(index), dtype=bool)
-    index = index.tz_localize(zone, ambiguous=first_reading, nonexistent="shift_forward")
-    return index.tz_convert("UTC").tz_localize(None).as_unit("ns").asi8.reshape(times.shape)
+    codes, stamps = pd.factorize(times.ravel())
+    first_reading = np.ones(len(stamps), dtype=bool)
+    index = pd.DatetimeIndex(stamps.view("M8[ns]"))
+    index = index.tz_localize(zone, ambiguous=first_reading, nonexistent="shift_forward").tz_convert("UTC")
+    return index.tz_localize(None).as_unit("ns").asi8[codes].reshape(times.shape)
 
 
 def is_utc(zone: str | None) -> bool:
     """Whether wall clock and UTC are the same thing (no zone, or UTC itself)."""
-    return zone is None or zone in ("UTC", "Etc/UTC", "GMT", "Z", str(datetime.timezone.utc))
+    return zone in (None, "UTC", "Etc/UTC", "GMT", "UTC+00:00")
 
 
 def as_numbers(times: Any) -> np.ndarray:
@@ -53,6 +56,16 @@ def as_numbers(times: Any) -> np.ndarray:
 def as_times(numbers: np.ndarray, *, integer: bool) -> np.ndarray:
     """int64 -> datetime64[ns], or unchanged for integer clocks."""
     return numbers if integer else np.ascontiguousarray(numbers).view("M8[ns]")
+
+
+def show_times(numbers: np.ndarray, *, integer: bool, zone: str | None = None) -> list[str]:
+    """int64 times as a user would write them, in local time where there is a zone."""
+    if integer:
+        return [str(number) for number in np.asarray(numbers).tolist()]
+    index = pd.DatetimeIndex(as_times(np.asarray(numbers), integer=False))
+    if zone is not None:
+        index = index.tz_localize("UTC").tz_convert(zone)
+    return [str(stamp) for stamp in index]
 
 
 def effective_clock(frequency: Frequency, zone: str | None) -> Clock:
@@ -175,12 +188,11 @@ def steps_between(
     clock = effective_clock(frequency, time_zone)
     steps, on_clock = locate(clock, starts, times, time_zone)
     if not on_clock.all():
-        integer = clock.family == "integer"
-        off = as_times(times[~on_clock][:5], integer=integer)
+        off = times[~on_clock][:5]
         raise DataError(
             "E-FREQ",
             f"{int((~on_clock).sum())} times are not on the clock {frequency.alias!r} of their item.",
-            rows=[str(stamp) for stamp in off],
+            rows=show_times(off, integer=clock.family == "integer", zone=time_zone),
             fix="Pass times that lie a whole number of steps after the item's first row.",
         )
     return steps
@@ -196,7 +208,8 @@ def _refuse_irregular(frequency: Frequency) -> None:
 def future_times(panel: Panel, h: int) -> np.ndarray:
     """Times of the ``h`` steps after the end of each item, [I, h].
 
-    An irregular clock has no true answer; there each item goes on by the median of its own gaps (1 where it has one row).
+    An irregular clock has no true answer; there each item goes on by the median of its own gaps (1 where it has one
+    row).
     """
     ahead = np.arange(h, dtype=np.int64)
     if panel.times is None:
@@ -214,8 +227,9 @@ def future_times(panel: Panel, h: int) -> np.ndarray:
 def lead_steps(panel: Panel, patch_steps: int) -> np.ndarray:
     """Steps between the origin of each item's patch grid and its first row, int64 [I].
 
-    The origin is the local midnight at or before the first row, where days hold a whole number of steps and patches fit days (or
-    days fit patches); else the first row itself. Wall-clock time counts, so that patches begin at midnight outside of DST changes.
+    The origin is the local midnight at or before the first row, where days hold a whole number of steps and patches
+    fit days (or days fit patches); else the first row itself. Wall-clock time counts, so that patches begin at
+    midnight outside of DST changes.
     """
     frequency, zone = panel.schema.frequency, panel.schema.dialect.time_zone
     per_day = frequency.steps_per_day

@@ -171,14 +171,13 @@ def _factorize(column: nw.Series[Any]) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(native, pd.Series):
         codes, values = pd.factorize(native)
         return codes.astype(np.int64, copy=False), np.asarray(values)
-    if column.null_count():
-        return _factorize_objects(_plain(column).to_numpy())
-    # only the first row of each run is looked up: frames come grouped by id more often than not
     plain = _plain(column)
-    head = np.ones(len(plain), dtype=bool)
-    head[1:] = (plain[1:] != plain[:-1]).to_numpy()
-    codes, values = _factorize_objects(plain.filter(head.tolist()).to_numpy() if not head.all() else plain.to_numpy())
-    return np.repeat(codes, np.diff(np.append(np.flatnonzero(head), len(plain)))), values
+    if column.null_count() or not isinstance(plain.dtype, nw.String):
+        return _factorize_objects(plain.to_numpy())
+    # polars hashes its own texts faster than numpy holds them as objects; its codes say nothing about order
+    codes, _ = pd.factorize(column.cast(nw.Categorical).to_native().to_physical().to_numpy())
+    _, first = np.unique(codes, return_index=True)
+    return codes.astype(np.int64, copy=False), plain.to_native().gather(first).to_numpy()
 
 
 def _factorize_objects(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +229,10 @@ def id_family(values: np.ndarray) -> str:
 
 
 def match_ids(ids: np.ndarray, known: np.ndarray, *, column: str | None, name: str) -> np.ndarray:
-    """Position of each id among ``known``, -1 where there is none. Raises DataError E-ID-TYPE when texts meet numbers."""
+    """Position of each id among ``known``, -1 where there is none.
+
+    Raises DataError E-ID-TYPE where texts meet numbers.
+    """
     if len(ids) and len(known) and id_family(ids) != id_family(known):
         to = "str" if id_family(known) == "texts" else "int"
         raise DataError(
@@ -292,7 +294,7 @@ def categories_of(column: nw.Series[Any]) -> tuple[str, ...]:
     if len(levels) > MAX_LEVELS:
         raise DataError(
             "E-CARD",
-            f"A category may have at most {MAX_LEVELS} levels. Column {column.name!r} has {len(levels)}: {levels[:3]} ...",
+            f"A category may have at most {MAX_LEVELS} levels. {column.name!r} has {len(levels)}: {levels[:3]} ...",
             column=column.name,
             fix="Group the rare levels, drop the column, or leave it out of the roles (past_cols=[...]).",
         )

@@ -25,8 +25,8 @@ def split(
         at: first time of the second part (anything ``pd.Timestamp`` reads, in the zone of the frame, or an integer).
         test_steps: or the number of last rows of each item that go to the second part.
 
-    Returns: two frames of the caller's kind, rows in their order. Raises DataError: E-SPLIT (both or neither given, or one part
-        empty), and what reading ids and times raises.
+    Returns: two frames of the caller's kind, rows in their order. Raises DataError: E-SPLIT (both or neither given, or
+        one part empty), and what reading ids and times raises.
     """
     if (at is None) == (test_steps is None):
         raise DataError("E-SPLIT", "Pass one of at and test_steps.", fix="split(df, test_steps=24)")
@@ -34,10 +34,7 @@ def split(
     frame = open_frame(named, index_columns=index_columns)
     id_column, time_column = find_keys(frame, id_col=id_col, time_col=time_col)
     times = read_times(frame[time_column], Notes())
-    if test_steps is None:
-        is_test = times.values >= _moment(at, times)
-    else:
-        is_test = _last(frame, id_column, times, test_steps)
+    is_test = times.values >= _moment(at, times) if test_steps is None else _last(frame, id_column, times, test_steps)
     if is_test.all() or not is_test.any():
         part = "first" if is_test.all() else "second"
         raise DataError(

@@ -42,11 +42,11 @@ class Log:
 def read_log(events: Any, panel: Panel, notes: Notes, *, on_bad: str, known: Schema | None) -> Panel:
     """Panel with the log's channels after those of the frame; unchanged without a log.
 
-    A channel holds the sum of the values of its type in each step, 0 where there was none. Steps reach from their time up to the
-    next one, so an event belongs to the step before or at it.
+    A channel holds the sum of the values of its type in each step, 0 where there was none. Steps reach from their time
+    up to the next one, so an event belongs to the step before or at it.
 
-    Raises DataError: E-EVENT (unknown item or outside of it), E-COLUMNS, E-ROLE (a type named like a column), E-CARD, E-DTYPE,
-    E-SCHEMA (no log, though there was one when fitting).
+    Raises DataError: E-EVENT (unknown item or outside of it), E-COLUMNS, E-ROLE (a type named like a column), E-CARD,
+        E-DTYPE, E-SCHEMA (no log, though there was one when fitting).
     """
     wanted = tuple(c for c in known.channels if c.from_log) if known else None
     if events is None:
@@ -147,7 +147,10 @@ def _place(panel: Panel, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarr
 
 
 def _among_rows(panel: Panel, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """On an irregular clock: the last row at or before each event, its time and the next one's. The last row takes its own time only."""
+    """On an irregular clock: step of the last row at or before each event, its time and the time of the next one.
+
+    The last row of an item takes its own time only.
+    """
     stamps = as_numbers(panel.times)
     owner = np.repeat(np.arange(panel.n_items), panel.lengths)
     order = np.lexsort((np.r_[np.zeros(len(stamps)), np.ones(len(times))], np.r_[stamps, times], np.r_[owner, items]))
@@ -172,7 +175,8 @@ def _refuse_outside(
     on_bad: str,
 ) -> None:
     unknown = int((items[outside] < 0).sum())
-    text = f"{len(outside)} events lie on no step of the frame ({unknown} on unknown items, {len(outside) - unknown} outside)"
+    late = len(outside) - unknown
+    text = f"{len(outside)} events lie on no step of the frame ({unknown} on unknown items, {late} outside their item)"
     if on_bad == "skip":
         notes.add("W-EVENT", f"{text} and are not read.")
         return
@@ -195,7 +199,7 @@ def _new_channels(log: Log, panel: Panel) -> tuple[Channel, ...]:
     if len(types) > MAX_TYPES:
         raise DataError(
             "E-CARD",
-            f"An event log may have at most {MAX_TYPES} types, each becomes a channel. Got {len(types)}: {types[:3]} ...",
+            f"A log may have at most {MAX_TYPES} types, each becomes a channel. Got {len(types)}: {types[:3]} ...",
             column="type",
             fix="Group the rare types.",
         )

@@ -13,11 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hamts.data.answer import forecast_frame
 from hamts.data.clean import clean_rows
 from hamts.data.clock import as_times
 from hamts.data.columns import Notes
+from hamts.data.cut import split
 from hamts.data.events import read_log
 from hamts.data.frequency import IRREGULAR, make_frequency, normalize_alias
+from hamts.data.future import encode_future, future_frame
 from hamts.data.infer import SortedTimes, check_frequency, clock_change_hint, find_frequency
 from hamts.data.panel import Channel, Dialect, Frequency, Panel, Role, Schema
 from hamts.data.rows import Rows, on_grid
@@ -25,10 +28,10 @@ from hamts.data.source import Options, Source, open_known, open_new, read_known_
 from hamts.data.static import read_static
 from hamts.errors import DataError
 
-__all__ = ["resolve_schema", "to_panel"]
+__all__ = ["encode_future", "forecast_frame", "future_frame", "resolve_schema", "split", "to_panel"]
 
 
-def to_panel(
+def to_panel(  # noqa: PLR0913 - one call, and each argument stands for itself
     df: Any,
     *,
     target: str | Sequence[str] | None = None,
@@ -49,8 +52,8 @@ def to_panel(
     """Encode a pandas or polars frame of any dialect. The frame itself is never changed.
 
     Args:
-        df: long (``unique_id, ds, y`` or ``item_id, timestamp, target``, or names given below) or wide (a time and numeric
-            columns: one item whose numeric columns are the targets).
+        df: long (``unique_id, ds, y`` or ``item_id, timestamp, target``, or names given below) or wide (a time and
+            numeric columns: one item whose numeric columns are the targets).
         target: one or several columns; default ``y`` or ``target``.
         futr_cols, event_cols, action_cols: columns of these roles.
         past_cols: columns known up to now; default all others that are numeric, boolean or categorical.
@@ -58,14 +61,17 @@ def to_panel(
         static_df: one row per id.
         freq: frequency, checked against the rows; default the one that most differences have.
         duplicates: rows of the same id and time are an error, or become their ``mean`` or the ``last`` one.
-        on_bad: ``skip`` leaves out items without values or with one row, infinite values, and events outside; all are noted.
+        on_bad: ``skip`` leaves out items without values or with one row, infinite values, and events outside; all are
+            noted.
         irregular: ``native`` takes rows as they are, one row one step, with their true times.
-        schema: of the panel that was fitted. Roles, names and frequency are then taken from it, and ``freq`` must agree.
+        schema: of the panel that was fitted. Roles, names and frequency are then taken from it, and ``freq`` must
+            agree.
 
     Returns: values float64 [S, C] and the rest, see ``Panel``.
 
-    Raises DataError: E-TYPE, E-EMPTY, E-COLUMNS, E-ROLE, E-LEAK, E-DTYPE, E-CARD, E-ID-NULL, E-ID-TYPE, E-NAT, E-DATE, E-TZ,
-        E-DUP, E-INF, E-ALLNAN, E-SHORT, E-FREQ, E-FREQ-MIX, E-GAP, E-EVENT, E-STATIC; with a schema also E-SCHEMA, E-TZ-DRIFT.
+    Raises DataError: E-TYPE, E-EMPTY, E-COLUMNS, E-ROLE, E-LEAK, E-DTYPE, E-CARD, E-ID-NULL, E-ID-TYPE, E-NAT, E-DATE,
+        E-TZ, E-DUP, E-INF, E-ALLNAN, E-SHORT, E-FREQ, E-FREQ-MIX, E-GAP, E-EVENT, E-STATIC; with a schema also
+        E-SCHEMA, E-TZ-DRIFT.
     """
     notes, options = Notes(), Options(duplicates, on_bad, irregular)
     if schema is None:

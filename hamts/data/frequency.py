@@ -1,7 +1,7 @@
 """Frequencies: one spelling, one season, one clock for each.
 
-``normalize_alias`` turns every spelling (legacy ``H``, polars ``1mo``, an offset, a timedelta, an integer) into the modern
-pandas one; ``make_frequency`` adds season and day; ``clock_of`` says how the clock counts (see ``clock.py``).
+``normalize_alias`` turns every spelling (legacy ``H``, polars ``1mo``, an offset, a timedelta, an integer) into the
+modern pandas one; ``make_frequency`` adds season and day; ``clock_of`` says how the clock counts (see ``clock.py``).
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class Clock:
 
 
 def normalize_alias(freq: Any) -> str:
-    """Spell a frequency the modern pandas way (``H`` -> ``h``, ``M`` -> ``ME``, ``1mo`` -> ``MS``, timedelta -> ``15min``).
+    """Spell a frequency the modern pandas way: ``H`` -> ``h``, ``M`` -> ``ME``, ``1mo`` -> ``MS``, a timedelta too.
 
-    Whole numbers give their own text (an integer clock). Raises DataError E-FREQ on anything else, and where it is not positive.
+    Whole numbers give their own text (an integer clock). Raises DataError E-FREQ on anything else, and where it is not
+    positive.
     """
     if isinstance(freq, bool) or freq is None:
         raise _bad_alias(freq)
@@ -167,8 +168,8 @@ def period_alias(alias: str) -> str:
 def make_frequency(alias: str) -> Frequency:
     """Frequency of a modern alias, or of an integer clock ("5"); irregular clocks are ``IRREGULAR``.
 
-    Seasons: one hour for seconds, one day for minutes and hours, a week for days, five for business days, a year for weeks,
-    months and quarters; 1 where the step does not divide the season.
+    Seasons: one hour for seconds, one day for minutes and hours, a week for days, five for business days, a year for
+    weeks, months and quarters; 1 where the step does not divide the season.
     """
     if re.fullmatch(r"\d+", alias):
         return Frequency("integer", alias, season_steps=1)
@@ -202,7 +203,10 @@ def season_of(alias: str) -> int:
 
 @lru_cache(maxsize=256)
 def clock_of(alias: str) -> Clock:
-    """How the clock of a modern alias counts. Raises DataError E-FREQ for offsets without a regular count (custom days, business hours)."""
+    """How the clock of a modern alias counts.
+
+    Raises DataError E-FREQ for offsets without a regular count (custom days, business hours).
+    """
     if re.fullmatch(r"\d+", alias):
         return Clock("integer", int(alias))
     offset = to_offset(alias)

@@ -9,7 +9,7 @@ import narwhals.stable.v2 as nw
 import numpy as np
 
 from hamts.data.answer import key_frame
-from hamts.data.clock import as_numbers, effective_clock, future_times, locate
+from hamts.data.clock import as_numbers, effective_clock, future_times, locate, show_times
 from hamts.data.columns import (
     Notes,
     describe_rows,
@@ -41,7 +41,7 @@ class Places:
 
 
 def future_frame(panel: Panel, h: int) -> Any:
-    """Ids and times of the ``h`` steps after the end of each item, one row each, in the dialect and library of the user."""
+    """Ids and times of the ``h`` steps after the end of each item, a row each, in the user's dialect and library."""
     check_horizon(h)
     return key_frame(panel.schema.dialect, np.repeat(panel.item_ids, h), future_times(panel, h).ravel(), {})
 
@@ -57,11 +57,11 @@ def check_horizon(h: Any) -> None:
 def encode_future(panel: Panel, futr_df: Any, *, h: int) -> np.ndarray:
     """Known-ahead channels of the next ``h`` steps, float64 [I, h, C]; NaN in every other channel.
 
-    Future and action columns must be there in full, event columns may be. Target and past columns of ``futr_df`` are never read.
-    Rows of the history, beyond the horizon, off the clock or of other items are left out with a warning.
+    Future and action columns must be there in full, event columns may be. Target and past columns of ``futr_df`` are
+    never read. Rows of the history, beyond the horizon, off the clock or of other items are left out with a warning.
 
-    Raises DataError: E-FUTURE (no frame, column or row where one is needed), E-FUTURE-NAN, E-FUTURE-OVERLAP (only rows of
-        the history), E-DUP, E-INF, E-HORIZON, and what reading ids, times and columns raises.
+    Raises DataError: E-FUTURE (no frame, column or row where one is needed), E-FUTURE-NAN, E-FUTURE-OVERLAP (only rows
+        of the history), E-DUP, E-INF, E-HORIZON, and what reading ids, times and columns raises.
     """
     check_horizon(h)
     channels = panel.schema.channels
@@ -162,15 +162,13 @@ def _check_complete(frame: nw.DataFrame[Any], places: Places, panel: Panel, h: i
             fix=_fix(h),
         )
     missing = np.flatnonzero(seen == 0)
-    times = future_times(panel, h).ravel()
-    pairs = [
-        f"({panel.item_ids[i // h]!r}, {np.datetime_as_string(times[i], 's') if times.dtype.kind == 'M' else times[i]})"
-        for i in missing[:5]
-    ]
+    times = as_numbers(future_times(panel, h)).ravel()[missing[:5]]
+    stamps = show_times(times, integer=panel.starts.dtype.kind != "M", zone=dialect.time_zone)
+    pairs = [f"({panel.item_ids[i // h]!r}, {stamp})" for i, stamp in zip(missing, stamps, strict=False)]
     rest = f" It also has {places.left_out}." if places.left_out else ""
     raise DataError(
         "E-FUTURE",
-        f"futr_df must have a row for each item and each of the {h} steps. {len(missing)} of {len(seen)} are missing.{rest}",
+        f"futr_df must have a row per item for {h} steps. {len(missing)} of {len(seen)} are missing.{rest}",
         column=keys[1],
         series=list(dict.fromkeys(panel.item_ids[missing[:1000] // h].tolist()))[:5],
         rows=pairs,
@@ -192,7 +190,7 @@ def _read(frame: nw.DataFrame[Any], channel: Channel, places: Places, h: int, no
         if bad.any():
             raise DataError(
                 code,
-                f"Known-ahead values must be there and finite. Column {channel.name!r} of futr_df has {int(bad.sum())} {what} ones.",
+                f"Known-ahead values must be finite. {channel.name!r} of futr_df has {int(bad.sum())} {what} ones.",
                 column=channel.name,
                 rows=describe_rows(frame, places.rows[bad], frame.columns[:4]),
                 fix="Fill them in, for example with the last plan or a forecast of them.",

@@ -1,7 +1,7 @@
 """Find the frequency of a frame by majority vote, or check the one that was given.
 
-Works on rows sorted by item and time: ``times`` int64 [rows], ``offsets`` int64 [I + 1]. One gap or one short item does not
-change the answer; ``pandas.infer_freq`` gives up on either.
+Works on rows sorted by item and time: ``times`` int64 [rows], ``offsets`` int64 [I + 1]. One gap or one short item
+does not change the answer; ``pandas.infer_freq`` gives up on either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from hamts.data.clock import as_numbers, as_times, effective_clock, is_anchored, locate, to_local
+from hamts.data.clock import as_numbers, as_times, effective_clock, is_anchored, locate, show_times, to_local
 from hamts.data.frequency import NS_PER_DAY, clock_of, elapsed_alias, make_frequency
 from hamts.data.panel import Frequency
 from hamts.errors import DataError
@@ -57,14 +57,15 @@ class SortedTimes:
     def show(self, rows: np.ndarray) -> list[str]:
         """The first five of these rows, as item and time."""
         items = np.searchsorted(self.offsets, rows[:5], side="right") - 1
-        stamps = as_times(self.values[rows[:5]], integer=self.integer)
+        stamps = show_times(self.values[rows[:5]], integer=self.integer, zone=self.zone)
         return [f"{self.ids[item]!r} at {stamp}" for item, stamp in zip(items, stamps, strict=True)]
 
 
 def find_frequency(times: SortedTimes) -> Frequency:
     """Frequency that most differences have and every row lies on.
 
-    Raises DataError: E-FREQ (none found, with the histogram of differences), E-FREQ-MIX (items with clocks of their own).
+    Raises DataError: E-FREQ (none found, with the histogram of differences), E-FREQ-MIX (items with clocks of their
+        own).
     """
     gaps = times.within(times.values)
     if not len(gaps):
@@ -202,7 +203,7 @@ def _no_frequency(times: SortedTimes, gaps: np.ndarray) -> DataError:
         "E-FREQ",
         f"Rows are irregular: no frequency holds for all of them. Differences found: {histogram(times, gaps)}.",
         column=times.column,
-        fix=f"Pass freq=... to check one, resample, or irregular='native' to take rows as they are.{clock_change_hint(times)}",
+        fix=f"Pass freq=..., resample, or irregular='native' for rows as they are.{clock_change_hint(times)}",
     )
 
 
@@ -264,7 +265,8 @@ def is_clock_change(values: np.ndarray) -> np.ndarray:
 def check_frequency(times: SortedTimes, frequency: Frequency) -> np.ndarray:
     """Step of every row after the start of its item, int64 [rows].
 
-    Raises DataError E-FREQ where rows are off this clock, or all steps are longer than one, with what the data looks like.
+    Raises DataError E-FREQ where rows are off this clock, or all steps are longer than one, with what the data looks
+        like.
     """
     if (frequency.kind == "integer") != times.integer:
         wanted, got = ("whole numbers", "dates") if times.integer is False else ("dates", "whole numbers")

@@ -125,7 +125,8 @@ def role_columns(
 ) -> dict[str, Role]:
     """Role of every column that is read: targets first, then past, future, event and action ones, each by name.
 
-    Columns in no list are past covariates unless ``lists["past"]`` is given; in a wide frame the numeric ones are targets.
+    Columns in no list are past covariates unless ``lists["past"]`` is given; in a wide frame the numeric ones are
+    targets.
     Raises DataError: E-LEAK, E-ROLE, E-COLUMNS, E-DTYPE.
     """
     listed = _listed(frame, layout, lists)
@@ -194,7 +195,7 @@ def check_columns(frame: nw.DataFrame[Any], schema: Schema, notes: Notes) -> Non
         if name is not None and name not in frame.columns:
             raise DataError(
                 "E-SCHEMA",
-                f"Fitting saw a column {name!r}, this frame has none. It has {frame.columns}.{nearest(name, frame.columns)}",
+                f"The frame must have column {name!r} of fit. It has {frame.columns}.{nearest(name, frame.columns)}",
                 column=name,
                 fix="Pass a frame with the columns of fit.",
             )
@@ -204,7 +205,10 @@ def check_columns(frame: nw.DataFrame[Any], schema: Schema, notes: Notes) -> Non
 
 
 def check_kind(column: nw.Series[Any], kind: str, *, role: str) -> None:
-    """Refuse values of another kind than fitting saw. Raises DataError: E-DTYPE (unreadable), E-SCHEMA (another kind)."""
+    """Refuse values of another kind than fitting saw.
+
+    Raises DataError: E-DTYPE (unreadable), E-SCHEMA (another kind).
+    """
     found = column_kind(column)
     if found is None:
         raise dtype_error(column, role=role)

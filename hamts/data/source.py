@@ -109,7 +109,7 @@ def _check_keys(source: Source, schema: Schema) -> None:
         wanted, cast = ("numbers", "int") if was_number else ("texts", "str")
         raise DataError(
             "E-ID-TYPE",
-            f"Ids were {wanted} ({dialect.id_dtype}) when fitting, here they are {ids.dtype}, such as {ids.values[0]!r}.",
+            f"Ids were {wanted} ({dialect.id_dtype}) when fitting, here {ids.dtype} such as {ids.values[0]!r}.",
             column=dialect.id_column,
             fix=f"df[{dialect.id_column!r}] = df[{dialect.id_column!r}].astype({cast})",
         )

@@ -27,7 +27,8 @@ class Times:
 
     Attributes:
         values: int64 [rows], nanoseconds of UTC, or the integers of an integer clock.
-        unit: resolution of the column (``ns``, ``us``, ``ms``, ``s``, ``D`` for dates), or its dtype for integer clocks.
+        unit: resolution of the column (``ns``, ``us``, ``ms``, ``s``, ``D`` for dates), or its dtype for integer
+            clocks.
         zone: name of the time zone, None for naive stamps and integers.
     """
 
@@ -203,7 +204,7 @@ def _mixed_zones(column: str, name: str, zones: list[str | None]) -> DataError:
         f"All times must share one time zone. Got {sorted(str(z) for z in first)}.",
         column=column,
         rows=[f"row {row}: {zone or 'no zone'}" for zone, row in first.items()],
-        fix=f"{name}[{column!r}] = pd.to_datetime({name}[{column!r}], utc=True).dt.tz_convert('Europe/Berlin'), or your zone.",
+        fix=f"{name}[{column!r}] = pd.to_datetime({name}[{column!r}], utc=True).dt.tz_convert(zone), with your zone.",
     )
 
 
