@@ -221,12 +221,18 @@ def paired_interval(
     length = block_cutoffs or math.ceil(len(totals) ** (1 / 3))
     if len(totals) < 2 * length:
         return mean, -math.inf, math.inf
-    block_totals, block_counts = (np.convolve(each, np.ones(length), "valid") for each in (totals, counts))
-    blocks = math.ceil(len(totals) / length)
-    drawn = np.random.default_rng(seed).integers(0, len(block_totals), size=(draws, blocks))
-    means = block_totals[drawn].sum(axis=1) / block_counts[drawn].sum(axis=1)  # [draws]
+    means = _block_means(totals, counts, length=length, draws=draws, rng=np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return mean, float(low), float(high)
+
+
+def _block_means(
+    totals: np.ndarray, counts: np.ndarray, *, length: int, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Means over rows of series put together from random blocks of neighbouring cutoffs, [draws]."""
+    block_totals, block_counts = (np.convolve(each, np.ones(length), "valid") for each in (totals, counts))
+    drawn = rng.integers(0, len(block_totals), size=(draws, math.ceil(len(totals) / length)))
+    return block_totals[drawn].sum(axis=1) / block_counts[drawn].sum(axis=1)
 
 
 def seasonal_scale(history: np.ndarray, season_steps: int) -> float:
