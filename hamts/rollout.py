@@ -8,17 +8,17 @@ B items side by side · C channels · G targets · N patches · P steps in a pat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from hamts.data.patches import PatchStore
+from hamts.data.patches import Chunk, PatchStore
 from hamts.nn.ham import LayerTrace
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
 
-__all__ = ["ChunkTrace", "Rollout", "roll"]
+__all__ = ["ChunkTrace", "Rollout", "forecast_from", "join_memories", "roll", "stack_memories"]
 
 CHUNK_PATCHES = 64
 ITEMS_SIDE_BY_SIDE = 64
@@ -61,6 +61,7 @@ def roll(
     steps: int,
     policies: Policy | Sequence[Policy],
     starts: np.ndarray | None = None,
+    ends: np.ndarray | None = None,
     memory: StreamMemory | None = None,
     reveal_events: bool = False,
     keep_traces: bool = False,
@@ -73,6 +74,7 @@ def roll(
         steps: F, steps to forecast at each.
         policies: one for all layers, or one per layer; ``share`` has one entry per item or a single one.
         starts: patch (on the item's grid) to start reading from, [I]; None: the first stored.
+        ends: observed steps of each item to stop reading at, [I]; None: all. No cutoff may lie beyond.
         memory: memory of all items before ``starts``; None: empty.
         reveal_events: whether event columns beyond the cutoff are known.
 
@@ -82,7 +84,8 @@ def roll(
     network.eval()
     policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
     begin = store.first_patch.numpy() if starts is None else np.asarray(starts)  # [I]
-    ends = ((store.lead + store.lengths) // store.patch_steps).numpy()  # [I] complete patches
+    steps_read = store.lengths.numpy() if ends is None else np.asarray(ends)  # [I]
+    stop = (store.lead.numpy() + steps_read) // store.patch_steps  # [I] complete patches
     counts = [len(c) for c in cutoffs]
     G, Q = len(network.spec.targets), len(network.config.quantiles)
     quantiles = np.full((sum(counts), G, steps, Q), np.nan)  # [X, G, F, Q]
@@ -90,12 +93,12 @@ def roll(
     offsets = np.concatenate([[0], np.cumsum(counts)])  # [I + 1]
     result = Rollout(quantiles, scale, None)
     # items of like length side by side: less is read that is absent
-    order = np.argsort(ends - begin, kind="stable")
+    order = np.argsort(stop - begin, kind="stable")
     parts: list[tuple[np.ndarray, StreamMemory]] = []
     for low in range(0, len(order), ITEMS_SIDE_BY_SIDE):
         group = np.sort(order[low : low + ITEMS_SIDE_BY_SIDE])
         after = _roll_group(
-            network, store, group, begin[group], ends[group], cutoffs, offsets, steps,
+            network, store, group, begin[group], stop[group], cutoffs, offsets, steps,
             [_policy_rows(p, group) for p in policies], memory, result,
             reveal_events=reveal_events, keep_traces=keep_traces, chunk_patches=chunk_patches,
         )  # fmt: skip
@@ -150,10 +153,8 @@ def _roll_group(
     return state
 
 
-def _hide_before(chunk, first: torch.Tensor, begin: torch.Tensor):  # type: ignore[no-untyped-def]
+def _hide_before(chunk: Chunk, first: torch.Tensor, begin: torch.Tensor) -> Chunk:
     """Patches before an item's start are absent, also where the store holds them (they were read already)."""
-    from dataclasses import replace
-
     index = first[:, None] + torch.arange(chunk.present.shape[1])  # [B, N]
     present = chunk.present & (index >= begin[:, None])  # [B, N]
     if bool((present == chunk.present).all()):
@@ -182,23 +183,50 @@ def _forecast(
 ) -> None:
     """Forecast some cutoffs that share a boundary, on copies of the memory."""
     rows = torch.tensor([row for row, _, _ in batch])  # [B]
-    cuts = torch.tensor([cutoff for _, cutoff, _ in batch])  # [B]
+    cutoffs = torch.tensor([cutoff for _, cutoff, _ in batch])  # [B]
     places = [place for _, _, place in batch]
-    reveal = torch.full((len(batch),), reveal_events)
-    chunk = store.horizon(items[rows], cuts, steps, reveal)
-    reading = network(chunk, state.select(rows), [_uncapped(_policy_rows(p, rows.numpy())) for p in policies])
+    chosen = [_policy_rows(p, rows.numpy()) for p in policies]
+    quantiles, scale = forecast_from(
+        network, store, items[rows], cutoffs, state.select(rows), steps, chosen, reveal_events=reveal_events
+    )
+    result.quantiles[places] = quantiles.numpy()
+    result.scale[places] = scale.numpy()
+
+
+@torch.no_grad()
+def forecast_from(
+    network: HAMNetwork,
+    store: PatchStore,
+    items: torch.Tensor,
+    cutoffs: torch.Tensor,
+    memory: StreamMemory,
+    steps: int,
+    policies: Policy | Sequence[Policy],
+    *,
+    reveal_events: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forecast from given memories, which stay as they are.
+
+    Args:
+        items, cutoffs: [B] int64; rows may repeat, for instance with one entry of the memory removed in each.
+        memory: of B rows, each having read exactly the complete patches before its cutoff.
+
+    Returns:
+        Quantiles in the user's units, [B, G, F, Q], and the stream's scale at the cutoff, [B, G]; both float64.
+    """
+    policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
+    reveal = torch.full((len(items),), reveal_events)
+    chunk = store.horizon(items, cutoffs, steps, reveal)
+    reading = network(chunk, memory, [_uncapped(p) for p in policies])
     assert chunk.horizon is not None
     values = reading.unscaled().flatten(2, 3)  # [B, G, N P, Q]
     wanted = chunk.horizon.flatten(1)  # [B, N P]; F steps of each
-    picked = values.transpose(1, 2)[wanted].view(len(batch), steps, *values.shape[1:2], -1)  # [B, F, G, Q]
-    result.quantiles[places] = picked.transpose(1, 2).numpy()
-    result.scale[places] = reading.scale[:, :, -1].numpy()
+    picked = values.transpose(1, 2)[wanted].view(len(items), steps, *values.shape[1:2], -1)  # [B, F, G, Q]
+    return picked.transpose(1, 2), reading.scale[:, :, -1]
 
 
 def _uncapped(policy: Policy) -> Policy:
     """Entries of the forecast's own tokens live outside the cap."""
-    from dataclasses import replace
-
     return replace(policy, cap_kept=None, cap_must=None)
 
 
