@@ -4,8 +4,9 @@ Run ``python -m benchmarks.ops`` from the clone. Every cell is written to ``benc
 and not measured again unless ``--again`` is given or the versions changed.
 
 The rival of ``gated_delta`` is the loop of ``naive.py``. The rival of ``attend`` is one dense
-``scaled_dot_product_attention`` over all patches and entries, its mask built beforehand, without the biases, marks and
-masses that ``attend`` also gives: what a fused kernel could do at best without compaction.
+``scaled_dot_product_attention`` over all patches and entries with learned biases (``dense``). Beside it stands the same
+with a mask of booleans, built beforehand, and no biases (``dense-plain``): that runs as one fused kernel, the best a
+dense read could do. Neither gives the masses.
 
 B items · C channels · N patches · H heads · K key · V value · M entries (scratchpad) · W window patches
 """
@@ -18,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,23 @@ def read_pass(kind: str, *, n_items: int, n_patches: int, n_channels: int, width
         )
         return result.output.square().sum(), leaves
 
-    def dense() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def dense(biased: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         all_keys = torch.cat([local_keys.flatten(1, 2), keys], 1).transpose(1, 2)  # [B, H, (W+N)C+M, K]
         all_values = torch.cat([local_values.flatten(1, 2), values], 1).transpose(1, 2)  # [B, H, (W+N)C+M, V]
         asked = queries.flatten(1, 2).transpose(1, 2)  # [B, H, NC, K]
-        output = torch.nn.functional.scaled_dot_product_attention(asked, all_keys, all_values, attn_mask=mask, scale=1)
-        return output.square().sum(), leaves[:5]
+        allowed = mask
+        if biased:
+            source = torch.cat([torch.arange(n_channels).repeat(WINDOW + n_patches).expand(n_items, -1), channel], 1)
+            own = source[:, None] == torch.arange(n_channels).repeat(n_patches)[:, None]  # [B, NC, (W+N)C+M]
+            entry_bias = torch.nn.functional.pad(bias, ((WINDOW + n_patches) * n_channels, 0))  # [B, (W+N)C+M]
+            added = own[:, None] * channel_bias[:, None, None] + entry_bias[:, None, None]  # [B, H, NC, (W+N)C+M]
+            allowed = torch.where(mask, added, -torch.inf)  # [B, H, NC, (W+N)C+M]
+        attention = torch.nn.functional.scaled_dot_product_attention
+        output = attention(asked, all_keys, all_values, attn_mask=allowed, scale=1)  # [B, H, NC, V]
+        return output.square().sum(), leaves if biased else leaves[:5]
 
-    return {"blocked": blocked, "dense": dense}[kind]
+    ways: dict[str, Pass] = {"blocked": blocked, "dense": partial(dense, True), "dense-plain": partial(dense, False)}
+    return ways[kind]
 
 
 def dense_mask(n_items: int, n_patches: int, n_channels: int, arrival: torch.Tensor) -> torch.Tensor:
@@ -119,7 +130,7 @@ def cells() -> dict[str, tuple[Callable[..., Pass], dict[str, Any], str]]:
         "stream": {"n_items": 1, "n_patches": 128, "n_channels": 7, "width": 32, "n_entries": 2000},
     }.items():
         rival = f"read-{name}-dense"
-        for kind in ("dense", "blocked"):
+        for kind in ("dense", "dense-plain", "blocked"):
             table[f"read-{name}-{kind}"] = (read_pass, {"kind": kind, **size}, rival)
     return table
 
