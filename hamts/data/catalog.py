@@ -30,7 +30,7 @@ _GLUONTS = {
     "card": "gluonts",
     "license": "that of each set; see its source",
     "source": "gluonts.dataset.repository",
-    "citation": "Alexandrov A et al. (2020). GluonTS: Probabilistic and Neural Time Series Modeling in Python. JMLR 21.",
+    "citation": "Alexandrov A et al. (2020). GluonTS: Probabilistic and Neural Time Series Modeling. JMLR 21.",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -17,12 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hamts.data.frequency import normalize_alias
 from hamts.data.remote import cache_folder, data_folder
 from hamts.errors import DataError
 
 __all__ = ["load_repository_set", "repository_names", "set_folder"]
 
 PREFIX = "gluonts/"
+WEEKDAYS = ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN")
+MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 
 
 def repository_names() -> list[str]:
@@ -40,16 +44,13 @@ def _repository() -> Any:
 
 
 def set_folder(name: str, path: Path | None = None) -> Path | None:
-    """Folder that holds a set in gluonts' own format, or None: in path, HAMTS_DATA/gluonts, the cache, gluonts' folder."""
-    from gluonts.dataset.repository import default_dataset_path
-
-    data = data_folder()
-    places = (
-        [path] if path is not None else [data and data / "gluonts", cache_folder() / "gluonts", default_dataset_path]
-    )
+    """Folder with a set in gluonts' own format: path, else HAMTS_DATA/gluonts, the cache or gluonts' own; or None."""
+    places = [path] if path is not None else [cache_folder() / "gluonts", _repository().default_dataset_path]
+    if path is None and (data := data_folder()) is not None:
+        places.insert(0, data / "gluonts")
     short = name.removeprefix(PREFIX)
     for place in places:
-        if place is not None and (place / short / "metadata.json").is_file():
+        if (place / short / "metadata.json").is_file():
             return place
     return None
 
@@ -74,7 +75,7 @@ def load_repository_set(name: str, *, path: Path | None, download: bool) -> dict
         "target": [name for name in df.columns[2:] if name not in futr_cols],
         "futr_cols": futr_cols,
         "static_df": _static_frame(entries),
-        "freq": _frequency_alias(loaded.metadata.freq),
+        "freq": _start_alias(loaded.metadata.freq),
         "h": horizon,
         "split": {"test_last": horizon * windows} if horizon else {},
         "origin": str(folder / name.removeprefix(PREFIX)),
@@ -102,8 +103,8 @@ def _absent(name: str, root: Path, why: str) -> DataError:
     return DataError(
         "E-DATASET",
         f"dataset {name!r} is made by gluonts from a download, which failed: {why}.",
-        fix=f"With a network run gluonts.dataset.repository.get_dataset({short!r}), then copy its folder to {root / short}, "
-        f"or to gluonts/{short} in the folder named by HAMTS_DATA.",
+        fix=f"With a network run gluonts.dataset.repository.get_dataset({short!r}), then copy its folder to "
+        f"{root / short}, or to gluonts/{short} in the folder named by HAMTS_DATA.",
     )
 
 
@@ -114,17 +115,20 @@ def _longest_entries(train: Sequence[dict], test: Sequence[dict]) -> tuple[list[
     """
     if not test:
         return list(train), 0
-    windows = max(1, len(test) // max(1, len(train)))
+    items = max(1, len(train))
+    windows = max(1, len(test) // items)
+    ids = {entry["item_id"] for entry in test if "item_id" in entry}
     longest: dict[Any, dict] = {}
     for position, entry in enumerate(test):
-        key = entry.get("item_id", position % max(1, len(train)))
+        # ids that differ from window to window say nothing; the order of the items does
+        key = entry["item_id"] if len(ids) <= items and "item_id" in entry else position % items
         if key not in longest or entry["target"].shape[-1] > longest[key]["target"].shape[-1]:
             longest[key] = entry
     return list(longest.values()), windows
 
 
 def _long_frame(entries: Sequence[dict]) -> tuple[pd.DataFrame, list[str]]:
-    """Entries one after the other. A target of several rows becomes columns y0, y1, ...; reals become future columns."""
+    """Entries one after the other; a target of several rows becomes y0, y1, ...; reals become future columns."""
     lengths = np.array([entry["target"].shape[-1] for entry in entries])
     targets = [np.atleast_2d(entry["target"]) for entry in entries]
     names = ["y"] if len(targets[0]) == 1 else [f"y{row}" for row in range(len(targets[0]))]
@@ -157,16 +161,17 @@ def _timestamps(starts: Sequence[pd.Period], lengths: np.ndarray) -> pd.Datetime
     return pd.PeriodIndex.from_ordinals(first + step, freq=starts[0].freq).to_timestamp().as_unit("ns")
 
 
-def _frequency_alias(freq: str) -> str:
-    """Alias of the starts of periods: a monthly set is stamped on the first of the month."""
-    from pandas.tseries.frequencies import to_offset
-
-    offset = to_offset(freq)
-    starts = {"M": "MS", "ME": "MS", "Q": "QS", "QE": "QS", "Y": "YS", "YE": "YS", "A": "YS"}
-    base = offset.name.split("-")[0]
-    if base not in starts:
-        return offset.freqstr
-    return f"{offset.n if offset.n > 1 else ''}{starts[base]}"
+def _start_alias(freq: str) -> str:
+    """Alias of the first days of periods: months, quarters and years start where the one before ends; so do weeks."""
+    alias = normalize_alias(freq)
+    count, base, anchor = re.fullmatch(r"(\d*)([A-Za-z]+)(?:-(\w+))?", alias).groups()  # type: ignore[union-attr]
+    if base == "W":
+        return f"{count}W-{WEEKDAYS[(WEEKDAYS.index(anchor or 'SUN') + 1) % 7]}"
+    if base in ("ME", "QE", "YE"):
+        # the period Q-NOV ends with November and starts with December
+        following = MONTHS[(MONTHS.index(anchor or "DEC") + 1) % 12]
+        return f"{count}{base[0]}S" + ("" if following == "JAN" else f"-{following}")
+    return alias
 
 
 def _static_frame(entries: Sequence[dict]) -> pd.DataFrame | None:
