@@ -233,7 +233,8 @@ def test_every_nab_series_has_one_clock(monkeypatch):
         check_dataset(load_dataset(name, download=False), read_catalog()[name])
     taxi = load_dataset("nab/realKnownCause/nyc_taxi", download=False)
     assert (taxi.labels["label"] == "anomaly window").sum() == 5
-    assert load_dataset("nab/realTraffic/speed_6005", download=False).freq is None
+    irregular = load_dataset("nab/realTraffic/speed_6005", download=False)
+    assert irregular.freq is None and irregular.fit_kwargs()["irregular"] == "native"
 
 
 @pytest.mark.data

@@ -75,7 +75,9 @@ class Dataset:
     def fit_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for ``hamts.fit(dataset.df, **dataset.fit_kwargs())``."""
         names = ("target", "futr_cols", "past_cols", "event_cols", "action_cols", "events", "static_df", "freq", "h")
-        return {name: getattr(self, name) for name in names}
+        kwargs = {name: getattr(self, name) for name in names}
+        # rows without a common step are used as they are only when that is asked for
+        return kwargs if self.freq is not None else {**kwargs, "irregular": "native"}
 
     def __repr__(self) -> str:
         items = self.df["unique_id"].nunique()

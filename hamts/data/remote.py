@@ -155,6 +155,8 @@ def _download(form: FileForm, destination: Path, *, dataset: str) -> None:
         came = _receive(form.url, handle)
         if came != form.sha256:
             raise _wrong_bytes(dataset, form.url, form, came=came)
+        # temporary files are private, public data in a shared cache need not be
+        os.chmod(name, 0o644)
         os.replace(name, destination)
         _sync_folder(destination.parent)
     except (OSError, http.client.HTTPException) as error:
