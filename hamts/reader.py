@@ -118,9 +118,7 @@ class HAMNetwork(nn.Module):
                 layers=self.config.layers,
                 must_keep_share=self.memory_config.must_keep_share,
             )
-        return Policy(
-            share=share, readable=self.readable(cross), cap_kept=caps[0], cap_must=caps[1], use_tags=use_tags
-        )
+        return Policy(share=share, readable=self.readable(cross), cap_kept=caps[0], cap_must=caps[1], use_tags=use_tags)
 
     def forward(
         self,
@@ -138,6 +136,8 @@ class HAMNetwork(nn.Module):
             policy: one for all layers, or one per layer.
             decode: whether quantiles are wanted; reading the past only moves the memory.
         """
+        device = self.head.project.weight.device
+        chunk = map_tensors(chunk, lambda tensor: tensor.to(device))
         stats, scale_after = self.scaler.advance(chunk.values, chunk.observed, memory.scale)
         tokens = self.tokens(chunk, stats)
         policies = [policy] * self.config.layers if isinstance(policy, Policy) else list(policy)

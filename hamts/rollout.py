@@ -126,7 +126,7 @@ def _roll_group(
 ) -> StreamMemory:
     """Read one group of items, aligned at their ends; fills in ``result``."""
     items = torch.from_numpy(group)
-    state = network.empty_memory(len(group)) if memory is None else memory.select(items)
+    state = network.empty_memory(len(group)) if memory is None else memory.select(items.to(network.unit.device))
     longest = int((ends - begin).max()) if len(group) else 0
     shift = ends - longest  # [B] patch of each item's grid at aligned index 0
     # (aligned boundary, row in group, cutoff, place in the answer)
@@ -187,10 +187,17 @@ def _forecast(
     places = [place for _, _, place in batch]
     chosen = [_policy_rows(p, rows.numpy()) for p in policies]
     quantiles, scale = forecast_from(
-        network, store, items[rows], cutoffs, state.select(rows), steps, chosen, reveal_events=reveal_events
+        network,
+        store,
+        items[rows],
+        cutoffs,
+        state.select(rows.to(network.unit.device)),
+        steps,
+        chosen,
+        reveal_events=reveal_events,
     )
-    result.quantiles[places] = quantiles.numpy()
-    result.scale[places] = scale.numpy()
+    result.quantiles[places] = quantiles.cpu().numpy()
+    result.scale[places] = scale.cpu().numpy()
 
 
 @torch.no_grad()
@@ -220,7 +227,7 @@ def forecast_from(
     reading = network(chunk, memory, [_uncapped(p) for p in policies])
     assert chunk.horizon is not None
     values = reading.unscaled().flatten(2, 3)  # [B, G, N P, Q]
-    wanted = chunk.horizon.flatten(1)  # [B, N P]; F steps of each
+    wanted = chunk.horizon.flatten(1).to(values.device)  # [B, N P]; F steps of each
     picked = values.transpose(1, 2)[wanted].view(len(items), steps, *values.shape[1:2], -1)  # [B, F, G, Q]
     return picked.transpose(1, 2), reading.scale[:, :, -1]
 

@@ -26,10 +26,11 @@ def clean_rows(source: Source, values: np.ndarray, channels: tuple[Channel, ...]
     rows = _without_items(source, rows, short, "E-SHORT", "An item needs at least two rows")
     targets = [i for i, c in enumerate(channels) if c.role == "target"]
     observed = ~np.isnan(rows.values[:, targets])
-    empty: np.ndarray = ~np.logical_or.reduceat(observed, rows.offsets[:-1], axis=0)
-    rows = _without_items(source, rows, empty.all(axis=1), "E-ALLNAN", "An item needs at least one value in a target")
-    for position in np.flatnonzero((empty & ~empty.all(axis=1)[:, None]).any(axis=0)):
-        count = int(empty[:, position].sum())
+    empty = np.asarray(~np.logical_or.reduceat(observed, rows.offsets[:-1], axis=0))  # [I, targets]
+    silent = np.asarray(empty.all(axis=1))
+    rows = _without_items(source, rows, silent, "E-ALLNAN", "An item needs at least one value in a target")
+    for position in np.flatnonzero(empty[~silent].any(axis=0)):
+        count = int(empty[~silent, position].sum())
         source.notes.add(
             "W-ALLNAN", f"target {channels[targets[position]].name!r} has no value at all in {count} items."
         )

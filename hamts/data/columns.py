@@ -220,7 +220,10 @@ def _id_kind(value: Any) -> str:
 def dtype_name(column: nw.Series[Any]) -> str:
     """Name of the native dtype: ``int64``, ``object``, ``str``, ``category``; of polars ``String``, ``Int64``."""
     native = column.to_native()
-    return str(native.dtype) if isinstance(native, pd.Series) else str(column.dtype).split("(")[0]
+    if not isinstance(native, pd.Series):
+        return str(column.dtype).split("(")[0]
+    # "string" alone would lose how the texts are stored
+    return f"string[{native.dtype.storage}]" if str(native.dtype) == "string" else str(native.dtype)
 
 
 def id_family(values: np.ndarray) -> str:

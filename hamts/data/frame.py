@@ -19,7 +19,7 @@ from hamts.data.clock import as_times
 from hamts.data.columns import Notes
 from hamts.data.cut import split
 from hamts.data.events import read_log
-from hamts.data.frequency import IRREGULAR, make_frequency, normalize_alias
+from hamts.data.frequency import IRREGULAR, clock_of, make_frequency, normalize_alias
 from hamts.data.future import encode_future, future_frame
 from hamts.data.infer import SortedTimes, check_frequency, clock_change_hint, find_frequency
 from hamts.data.panel import Channel, Dialect, Frequency, Panel, Role, Schema
@@ -111,7 +111,7 @@ def _frequency(
         raise DataError(
             "E-FREQ", f"An irregular clock has no frequency. Got freq={freq!r}.", fix="Leave one of the two out."
         )
-    if known and freq is not None and make_frequency(normalize_alias(freq)) != known:
+    if known and freq is not None and clock_of(normalize_alias(freq)) != clock_of(known.alias):
         raise DataError(
             "E-FREQ",
             f"The frequency was {known.alias!r} when fitting. Got freq={freq!r}.",

@@ -51,11 +51,11 @@ class CausalScale:
     floor_share: float = 1e-3
 
     def empty(self, items: int) -> ScaleState:
-        C, L = len(self.unit), len(self.half_lives)
+        C, L, device = len(self.unit), len(self.half_lives), self.unit.device
         return ScaleState(
-            sums=torch.zeros(items, C, L, 3, dtype=torch.float64),
-            reference=torch.zeros(items, C, dtype=torch.float64),
-            known=torch.zeros(items, C, dtype=torch.bool),
+            sums=torch.zeros(items, C, L, 3, dtype=torch.float64, device=device),
+            reference=torch.zeros(items, C, dtype=torch.float64, device=device),
+            known=torch.zeros(items, C, dtype=torch.bool, device=device),
         )
 
     def advance(self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState) -> tuple[ScaleStats, ScaleState]:

@@ -80,12 +80,11 @@ def _from_datetimes(column: nw.Series[Any]) -> Times:
         zone = str(index.tz) if index.tz is not None else None
         if index.tz is not None:
             index = index.tz_convert("UTC").tz_localize(None)
-        values, unit = index.to_numpy(), index.unit
+        # pandas may have changed the unit of an arrow column on the way
+        values, unit = index.to_numpy(), getattr(column.dtype, "time_unit", "D")
     else:
         zone = getattr(column.dtype, "time_zone", None)
         values, unit = native.to_numpy(), getattr(column.dtype, "time_unit", "D")
-    if isinstance(column.dtype, nw.Date):
-        unit = "D"
     return Times(_nanoseconds(values, column.name), unit, zone)
 
 
@@ -192,7 +191,7 @@ def _from_stamps(values: pd.Series, column: str, name: str, *, is_date: bool) ->
         raise DataError("E-DATE", f"Times must lie between the years 1678 and 2262: {error}.", column=column) from error
     if index.tz is not None:
         index = index.tz_convert("UTC").tz_localize(None)
-    return Times(_nanoseconds(index.to_numpy(), column), index.unit, zones[0])
+    return Times(_nanoseconds(index.to_numpy(), column), "D" if is_date else index.unit, zones[0])
 
 
 def _mixed_zones(column: str, name: str, zones: list[str | None]) -> DataError:

@@ -121,9 +121,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, tokens: Tokens, memory: LayerMemory, policy: Policy, *, stepwise: bool
     ) -> tuple[torch.Tensor, LayerMemory, LayerTrace]:
-        result = self.memory(
-            self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise
-        )
+        result = self.memory(self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise)
         x = x + self.dropout(result.output)  # [B, C, N, D]
         gate, content = self.grow(self.before_mlp(x)).chunk(2, -1)  # 2 x [B, C, N, inner]
         x = x + self.dropout(self.shrink(F.silu(gate) * content))  # [B, C, N, D]

@@ -1,0 +1,275 @@
+"""Fitting: consecutive windows of streams side by side, the memory carried on, masked continuation as the task.
+
+The only place that imports lightning.
+
+B streams side by side · C channels · G targets · N context patches · P steps in a patch · F future steps · Q quantiles
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
+from hamts.config import TrainConfig
+from hamts.data.patches import Chunk, PatchStore
+from hamts.data.scale import ScaleState
+from hamts.nn.head import pinball
+from hamts.nn.router import kept_probability
+from hamts.nn.tokens import map_tensors
+from hamts.reader import HAMNetwork, StreamMemory
+from hamts.windows import StreamWindows, Windows, scale_history
+
+__all__ = ["FitReport", "fit_network"]
+
+MOST_ENTRIES_IN_TRAINING = 192
+# what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
+CORE_FLOPS, TARGET_SECONDS = 1.2e10, 150.0
+FEWEST_STEPS, MOST_STEPS, GPU_STEPS = 150, 1500, 1500
+MOST_PASSES = 60
+
+
+class HAMTrainer(L.LightningModule):
+    """Thin: one step reads a context, then forecasts; the memory stays here between steps."""
+
+    def __init__(self, task: FitTask, run: Run, state: FitState) -> None:
+        super().__init__()
+        self.network, self.config, self.task, self.run, self.state = task.network, task.config, task, run, state
+        self.loss_sum, self.loss_count = 0.0, 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        decayed = [p for p in self.network.parameters() if p.dim() >= 2]
+        plain = [p for p in self.network.parameters() if p.dim() < 2]
+        groups = [
+            {"params": decayed, "weight_decay": self.config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
+        if self.state.optimizer is not None:
+            optimizer.load_state_dict(self.state.optimizer)
+        return optimizer
+
+    def transfer_batch_to_device(self, batch: Windows, device: torch.device, dataloader_idx: int) -> Windows:
+        return map_tensors(batch, lambda tensor: tensor.to(device))
+
+    def on_train_batch_start(self, batch: Windows, batch_idx: int) -> None:
+        done = self.run.progress(self.state.steps)
+        warm = min(1.0, (self.state.steps + 1) / self.config.warmup_steps)
+        rate = self.config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
+
+    def training_step(self, batch: Windows, batch_idx: int) -> torch.Tensor:
+        network = self.network
+        memory = self._memory(batch)
+        policy = replace(
+            network.policy(batch.share, cross=batch.cross),
+            cap_kept=MOST_ENTRIES_IN_TRAINING,
+            cap_must=MOST_ENTRIES_IN_TRAINING,
+            explore_share=network.memory_config.explore_share,
+            explore_generator=self.state.explore,
+        )
+        past = network(batch.context, memory, policy)
+        for block, trace in zip(network.backbone.blocks, past.traces, strict=True):
+            block.memory.thresholds.follow(trace.scores[past.heard >= 0.5])
+        ahead = network(batch.horizon, past.memory, replace(policy, cap_kept=None, cap_must=None, explore_share=0.0))
+        self.state.carried = past.memory.detach()
+        loss, count = self._task_loss(ahead, batch.horizon)
+        span_loss, span_count = self._task_loss(past, batch.context)
+        task = (loss + span_loss) / (count + span_count).clamp_min(1)  # []
+        self.loss_sum, self.loss_count = self.loss_sum + float(task.detach()), self.loss_count + 1
+        return task + self.config.auxiliary_weight * self._auxiliary([*past.traces, *ahead.traces])
+
+    def mean_loss(self) -> float:
+        """Mean task loss since the last call."""
+        mean = self.loss_sum / max(self.loss_count, 1)
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
+
+    def _memory(self, batch: Windows) -> StreamMemory:
+        """The carried memory, emptied where a stream restarts; the normaliser warm there."""
+        if self.state.carried is None:
+            self.state.carried = self.network.empty_memory(len(batch.reset))
+
+        def emptied(tensor: torch.Tensor) -> torch.Tensor:
+            fresh = batch.reset.reshape(-1, *(1,) * (tensor.dim() - 1))
+            return tensor.masked_fill(fresh, 0)
+
+        layers = map_tensors(self.state.carried.layers, emptied)
+        kept, warm = self.state.carried.scale, batch.scale
+        reset = batch.reset
+        scale = ScaleState(
+            sums=torch.where(reset[:, None, None, None], warm.sums, kept.sums),
+            reference=torch.where(reset[:, None], warm.reference, kept.reference),
+            known=torch.where(reset[:, None], warm.known, kept.known),
+        )
+        return StreamMemory(layers, scale)
+
+    def _task_loss(self, reading: Any, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed quantile loss over hidden target steps whose truth is known, and how many there were."""
+        targets = self.network.spec.targets
+        truth = chunk.truth[:, targets]  # [B, G, N, P]
+        scaled = (truth - reading.mean[..., None]) / reading.scale[..., None]  # [B, G, N, P]
+        assert chunk.horizon is not None
+        asked = chunk.horizon[:, None] & ~chunk.observed[:, targets] & ~torch.isnan(truth)  # [B, G, N, P]
+        scaled = torch.where(asked, scaled.clamp(-30, 30), 0.0).to(reading.quantiles.dtype)  # [B, G, N, P]
+        levels = torch.tensor(self.network.config.quantiles, dtype=scaled.dtype, device=scaled.device)  # [Q]
+        losses = pinball(reading.quantiles, scaled, levels)  # [B, G, N, P]
+        return torch.where(asked, losses, 0.0).sum(), asked.sum()
+
+    def _auxiliary(self, traces: list[Any]) -> torch.Tensor:
+        """Teach each learned score the attention its token then received, against an even spread."""
+        total = torch.zeros(())
+        for trace in traces:
+            judged, mass = trace.entries_judged, trace.entries_mass
+            if mass is None or not bool(judged.any()) or not trace.entries_bias.requires_grad:
+                continue
+            even = mass.sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
+            wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M']
+            given = kept_probability(trace.entries_bias)  # [B, M']
+            total = total + F.binary_cross_entropy(given[judged], wanted[judged].to(given.dtype))
+        return total / max(len(traces), 1)
+
+
+class Checks(Callback):
+    """Validates now and then, keeps the best weights, stops when nothing improves or the time is up."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        task, run, state = pl_module.task, pl_module.run, pl_module.state
+        state.steps += 1
+        done = run.progress(state.steps)
+        if done >= run.next_check or done >= 1.0:
+            run.next_check = (math.floor(done * task.config.checks + 1e-9) + 1) / task.config.checks
+            run.check(state.steps, pl_module.mean_loss())
+            if task.folder is not None:
+                state.optimizer = trainer.optimizers[0].state_dict()
+                save_fit(task, run, state)
+        if run.out_of_time():
+            run.stopped_by = "max_time"
+        trainer.should_stop = run.stopped_by != "max_steps" or state.steps >= task.max_steps
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            pl_module.run.stopped_by = "interrupt"
+
+
+def step_budget(network: HAMNetwork, store: PatchStore, ends: np.ndarray, config: TrainConfig, *, gpu: bool) -> int:
+    """Optimiser steps that fit about ``TARGET_SECONDS`` on this machine's cores, and no more than the data can use.
+
+    Counted, not timed, so that the same machine always takes the same number of steps.
+    """
+    weights = sum(p.numel() for p in network.parameters())
+    tokens = config.batch_windows * len(network.spec.roles) * (config.context_patches + 3)
+    cores = torch.get_num_threads()
+    affordable = GPU_STEPS if gpu else int(TARGET_SECONDS * CORE_FLOPS * cores / (6 * weights * tokens))
+    patches = int(((np.asarray(ends) + store.lead.numpy()) // store.patch_steps).clip(1).sum())
+    useful = MOST_PASSES * patches // config.batch_windows
+    return int(np.clip(min(affordable, useful), FEWEST_STEPS, MOST_STEPS))
+
+
+def fit_network(
+    network: HAMNetwork,
+    store: PatchStore,
+    *,
+    ends: np.ndarray,
+    cutoffs: list[np.ndarray],
+    horizon: int,
+    config: TrainConfig,
+    share: float,
+    accelerator: str = "auto",
+    precision: str = "32-true",
+    run_dir: str | None = None,
+    progress: bool | None = None,
+    verbose: bool = True,
+) -> FitReport:
+    """Fit in place: the weights best on validation are restored, thresholds calibrated, cross-reading decided.
+
+    Args:
+        ends: how many observed steps of each item may be used for training, [I].
+        cutoffs: validation cutoffs of each item, in observed steps; may be empty, and then the last weights stay.
+        horizon: F, steps to forecast.
+        share: budget share at which checks are made.
+        run_dir: folder in which an interrupted fit can be resumed by the same call; None: none is written.
+        progress: a bar; None: on a terminal only.
+
+    Raises:
+        ValueError: ``run_dir`` holds another fit.
+    """
+    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    steps = config.max_steps or step_budget(network, store, ends, config, gpu=gpu)
+    task = FitTask(network, store, cutoffs, horizon, share, config, steps, None if run_dir is None else Path(run_dir))
+    bar = sys.stderr.isatty() if progress is None else progress
+    run = Run(task, quiet=bar or not verbose)
+    windows = StreamWindows(store, scale_history(network, store), ends=ends, horizon=horizon, config=config)
+    state = FitState(windows, torch.Generator().manual_seed(config.seed + 1))
+    module = HAMTrainer(task, run, state)
+    network.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if task.folder is not None:
+            resume_fit(task, run, state)
+        if state.steps < steps:
+            _run_lightning(module, windows, accelerator=accelerator, precision=precision, bar=bar)
+    network.cpu()
+    if not run.history or run.history[-1]["step"] != state.steps:
+        run.check(state.steps, module.mean_loss())
+    assert run.best is not None
+    network.load_state_dict({name: value.cpu() for name, value in run.best.items()})
+    network.eval()
+    calibrate_thresholds(network, store, ends, share=share)
+    return FitReport(state.steps, run.seconds, run.best_step, run.best_score, tuple(run.history), run.stopped_by)
+
+
+def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, accelerator: str, precision: str, bar: bool) -> None:
+    """The loop itself. Nothing is written outside a temporary folder."""
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), quiet_lightning():
+        warnings.simplefilter("ignore")
+        trainer = L.Trainer(
+            max_epochs=1, min_epochs=0, accelerator=accelerator, devices=1, precision=precision,  # type: ignore[arg-type]
+            logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=bar,
+            callbacks=[Checks()], default_root_dir=scratch, gradient_clip_val=module.config.gradient_clip,
+        )  # fmt: skip
+        try:
+            trainer.fit(module, DataLoader(windows, batch_size=None, num_workers=0))
+        except SystemExit:
+            # lightning turns Ctrl-C into an exit; what was fitted so far is usable
+            if module.run.stopped_by != "interrupt":
+                raise
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """No banners, no tips: hamts says what there is to say."""
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "lightning.pytorch",
+            "lightning.fabric",
+            "lightning",
+            "lightning.pytorch.utilities.rank_zero",
+            "lightning.fabric.utilities.rank_zero",
+        )
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,172 @@
+"""What training reads: consecutive windows of many streams side by side, each with its own budget, place and age.
+
+B streams side by side · I items · R rows (patches) of all items · C channels · N context patches · P steps in a patch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from hamts.config import TrainConfig
+from hamts.data.patches import Chunk, PatchStore
+from hamts.data.scale import ScaleState
+from hamts.nn.tokens import map_tensors
+from hamts.reader import HAMNetwork
+
+__all__ = ["StreamWindows", "Windows", "scale_history"]
+
+# budget shares of training streams; 0 and 1 are drawn on purpose, they are the ends of the frontier
+EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.75
+CROSS_CHANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One training batch: what each stream reads next, and what it must then forecast."""
+
+    context: Chunk
+    horizon: Chunk
+    reset: torch.Tensor  # [B] bool: the memory is emptied first
+    scale: ScaleState  # warm statistics of streams that restart
+    share: torch.Tensor  # [B] budget share asked of each stream
+    cross: torch.Tensor  # [B] bool: targets may read one another
+
+
+def scale_history(network: HAMNetwork, store: PatchStore) -> ScaleState:
+    """Normaliser sums before every patch of every item: a stream may start anywhere and be warm. [R, C, ...]."""
+    scaler = network.scaler
+    C, halves = store.values.shape[2], len(scaler.half_lives)
+    sums = torch.zeros(len(store.values), C, halves, 3, dtype=torch.float64)  # [R, C, L, 3]
+    reference = torch.zeros(len(store.values), C, dtype=torch.float64)  # [R, C]
+    known = torch.zeros(len(store.values), C, dtype=torch.bool)  # [R, C]
+    for item in range(store.n_items):
+        index = torch.tensor([item])
+        first, count = int(store.first_row[item]), int(store.row_count[item])
+        state = scaler.empty(1)
+        for low in range(0, count, 256):
+            size = min(256, count - low)
+            chunk = store.window(index, store.first_patch[index] + low, size)
+            after, ref, seen = scaler.running_sums(chunk.values, chunk.observed, state)
+            rows = slice(first + low, first + low + size)
+            before = torch.cat([state.sums[:, :, None], after[:, :, :-1]], 2)  # [1, C, N, L, 3]
+            sums[rows] = before[0].transpose(0, 1)
+            reference[rows], known[rows] = ref[0], (before[0, :, :, 0, 0] > 0).transpose(0, 1)
+            state = ScaleState(after[:, :, -1], ref, seen)
+    return ScaleState(sums, reference, known)
+
+
+class StreamWindows(IterableDataset[Windows]):
+    """Endless batches of consecutive windows of B streams; each restarts elsewhere now and then."""
+
+    def __init__(
+        self, store: PatchStore, history: ScaleState, *, ends: np.ndarray, horizon: int, config: TrainConfig
+    ) -> None:
+        self.store, self.history, self.horizon, self.config = store, history, horizon, config
+        self.ends = torch.from_numpy(np.asarray(ends, dtype=np.int64))  # [I] observed steps that may be used
+        usable = (self.ends + store.lead) // store.patch_steps  # [I] patches
+        self.patches = usable.clamp_min(1)
+        self.weights = self.patches.double()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        B = config.batch_windows
+        self.items = torch.zeros(B, dtype=torch.int64)
+        self.at = torch.zeros(B, dtype=torch.int64)
+        self.share = torch.zeros(B)
+        self.cross = torch.zeros(B, dtype=torch.bool)
+        self._restart(torch.ones(B, dtype=torch.bool))
+        self.reset = torch.ones(B, dtype=torch.bool)
+
+    def _uniform(self, n: int) -> torch.Tensor:
+        return torch.rand(n, generator=self.generator)
+
+    def _restart(self, which: torch.Tensor) -> None:
+        """Give some streams a new place, budget and reading rule."""
+        B = len(which)
+        N = self.config.context_patches
+        items = torch.multinomial(self.weights, B, replacement=True, generator=self.generator)  # [B]
+        # the last start that leaves a context and something to forecast
+        last = (self.patches[items] - N - 1).clamp_min(-N // 2)  # [B]
+        first = torch.minimum(last, torch.tensor(0))  # [B]
+        at = first + (self._uniform(B) * (last - first + 1)).long()  # [B]
+        low, high = math.log(SMALLEST_SHARE), math.log(LARGEST_SHARE)
+        share = torch.exp(low + self._uniform(B) * (high - low))  # [B]
+        extreme = self._uniform(B)
+        share = torch.where(extreme < EMPTY_CHANCE, 0.0, share)
+        share = torch.where(extreme > 1 - FULL_CHANCE, 1.0, share)
+        self.items = torch.where(which, items, self.items)
+        self.at = torch.where(which, at, self.at)
+        self.share = torch.where(which, share, self.share)
+        self.cross = torch.where(which, self._uniform(B) < CROSS_CHANCE, self.cross)
+
+    def __iter__(self) -> Iterator[Windows]:
+        while True:
+            yield self.draw()
+
+    def draw(self) -> Windows:
+        """The next batch; moves every stream on."""
+        N, B = self.config.context_patches, len(self.items)
+        store = self.store
+        context = self._hide_spans(store.window(self.items, self.at, N))
+        begun = (self._uniform(B) * store.patch_steps).long()  # [B]
+        # half of all forecasts start on a patch boundary: scheduled forecasts do
+        begun = torch.where(self._uniform(B) < 0.5, 0, begun)  # [B]
+        boundary = (self.at + N) * store.patch_steps - store.lead[self.items]  # [B]
+        cutoffs = torch.minimum(boundary + begun, self.ends[self.items] - 1).maximum(boundary)  # [B]
+        reveal = self._uniform(B) < 0.5
+        horizon = store.horizon(self.items, cutoffs, self.horizon, reveal)
+        horizon = self._hide_beyond(horizon, cutoffs)
+        batch = Windows(context, horizon, self.reset, self._warm(), self.share.clone(), self.cross.clone())
+        self.at = self.at + N
+        ended = (self.at + N) >= self.patches[self.items]
+        self.reset = ended | (self._uniform(B) < self.config.reset_share)
+        self._restart(self.reset)
+        return batch
+
+    def _warm(self) -> ScaleState:
+        """Statistics of each stream before its next window, [B, C, ...]."""
+        local = (self.at - self.store.first_patch[self.items]).clamp_min(0)
+        rows = self.store.first_row[self.items] + local.minimum(self.store.row_count[self.items] - 1)
+        return map_tensors(self.history, lambda tensor: tensor[rows])
+
+    def _hide_spans(self, context: Chunk) -> Chunk:
+        """Hide one span of targets and past channels in some windows; what is hidden becomes part of the task."""
+        B, C, N, P = context.values.shape
+        chosen = self._uniform(B) < self.config.span_share  # [B]
+        length = 1 + (self._uniform(B) * min(self.horizon, N * P // 3)).long()  # [B] steps
+        start = (self._uniform(B) * (N * P - length)).long()  # [B]
+        step = torch.arange(N * P)  # [N P]
+        span = chosen[:, None] & (step >= start[:, None]) & (step < (start + length)[:, None])  # [B, N P]
+        hidden = span.view(B, 1, N, P) & self._hideable()  # [B, C, N, P]
+        observed = context.observed & ~hidden  # [B, C, N, P]
+        return replace(
+            context,
+            values=torch.where(observed, context.values, 0.0),
+            observed=observed,
+            tags=context.tags & ~hidden,
+            horizon=span.view(B, N, P),
+        )
+
+    def _hideable(self) -> torch.Tensor:
+        """Targets and past channels, [C, 1, 1] bool."""
+        return torch.tensor([role in ("target", "past") for role in self.store.roles])[:, None, None]
+
+    def _hide_beyond(self, horizon: Chunk, cutoffs: torch.Tensor) -> Chunk:
+        """No truth from beyond the training rows."""
+        P = self.store.patch_steps
+        assert horizon.horizon is not None
+        N = horizon.horizon.shape[1]
+        origin = (cutoffs + self.store.lead[self.items]) // P * P - self.store.lead[self.items]  # [B]
+        step = origin[:, None, None] + torch.arange(N * P).view(N, P)  # [B, N, P]
+        usable = step < self.ends[self.items][:, None, None]  # [B, N, P]
+        return replace(
+            horizon,
+            truth=torch.where(usable[:, None], horizon.truth, torch.nan),
+            observed=horizon.observed & usable[:, None],
+            values=torch.where(usable[:, None], horizon.values, 0.0),
+            tags=horizon.tags & usable[:, None],
+        )
