@@ -149,7 +149,8 @@ def _assemble(
         item_ids=clock.ids,
         starts=as_times(rows.times[rows.offsets[:-1]], integer=integer),
         schema=Schema(channels, static, frequency, dialect),
-        times=None if steps is not None else as_times(rows.times, integer=integer),
+        # a copy: sorted stamps may still be the memory of the caller's frame
+        times=None if steps is not None else as_times(rows.times.copy(), integer=integer),
         static_values=static_values,
     )
     panel = read_log(events, panel, source.notes, on_bad=source.options.on_bad, known=schema)
