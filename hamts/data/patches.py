@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from hamts.data.calendar import calendar_features
-from hamts.data.clock import lead_steps, step_times
+from hamts.data.clock import as_numbers, future_times, lead_steps, step_times
 from hamts.data.panel import KNOWN_AHEAD, Panel, Schema
 
-__all__ = ["Chunk", "PatchStore", "build_store"]
+__all__ = ["Chunk", "PatchStore", "build_store", "find_tags", "irregular_unit"]
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,20 @@ def find_tags(values: np.ndarray, offsets: np.ndarray, schema: Schema) -> np.nda
     return tags
 
 
-def build_store(panel: Panel, *, patch_steps: int, extra_steps: int, future: np.ndarray | None = None) -> PatchStore:
+def build_store(
+    panel: Panel,
+    *,
+    patch_steps: int,
+    extra_steps: int,
+    future: np.ndarray | None = None,
+    time_unit: float | None = None,
+) -> PatchStore:
     """Lay a panel on its patch grid, with room for a horizon after each item.
 
     Args:
         extra_steps: steps after each item's last row for which calendar and known-ahead values are needed.
         future: known-ahead values of those steps, [I, extra_steps, C], NaN elsewhere.
+        time_unit: on an irregular clock, the time that counts as one patch; None: ``irregular_unit`` of this panel.
     """
     P, C = patch_steps, panel.values.shape[1]
     lead = lead_steps(panel, patch_steps=P)  # [I]
@@ -202,7 +210,7 @@ def build_store(panel: Panel, *, patch_steps: int, extra_steps: int, future: np.
         ahead = (ends[:, None] + np.arange(future.shape[1])).ravel()  # [I F]
         values[ahead] = future.reshape(-1, C)
         tags[ahead] = _future_tags(panel, future)
-    position, elapsed, calendar = _clock(panel, rows, lead, P)
+    position, elapsed, calendar = _clock(panel, rows, lead, P, time_unit)
     codes, numeric = _static(panel)
     return PatchStore(
         values=torch.from_numpy(values.reshape(total, P, C)),
@@ -236,37 +244,45 @@ def _future_tags(panel: Panel, future: np.ndarray) -> np.ndarray:
     return find_tags(joined, offsets, panel.schema).reshape(items, steps + 1, C)[:, 1:].reshape(-1, C)
 
 
-def _clock(panel: Panel, rows: np.ndarray, lead: np.ndarray, P: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _clock(
+    panel: Panel, rows: np.ndarray, lead: np.ndarray, P: int, time_unit: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Position and elapsed time in patches, and calendar features, of every row: [R], [R], [R, F]."""
     item = np.repeat(np.arange(panel.n_items), rows)  # [R]
     index = np.arange(len(item)) - np.repeat(np.cumsum(rows) - rows, rows)  # [R] patch of its item
-    starts = np.asarray(panel.starts)[item]
-    times = step_times(panel.schema, starts, index * P - lead[item])
     zone = panel.schema.dialect.time_zone
     if panel.times is None:
-        calendar = calendar_features(times, panel.schema.frequency, zone)
-        return index.astype(np.float64), np.ones(len(index)), calendar
-    position = _irregular_position(panel, rows)  # [R]
-    previous = np.concatenate([[0.0], position[:-1]])  # [R]
-    elapsed = np.where(index == 0, 1.0, position - previous)
-    own = np.full(len(item), panel.times[0])
-    own[index < panel.lengths[item]] = panel.times
-    calendar = calendar_features(own, panel.schema.frequency, zone)
-    return position, np.maximum(elapsed, 1e-6), calendar
+        times = step_times(panel.schema, np.asarray(panel.starts)[item], index * P - lead[item])
+        return index.astype(np.float64), np.ones(len(index)), calendar_features(times, panel.schema.frequency, zone)
+    if P != 1:
+        raise ValueError(f"patch_steps must be 1 on an irregular clock. Got {P}.")
+    times = _irregular_times(panel, item, index)  # [R]
+    unit = irregular_unit(panel) if time_unit is None else time_unit
+    stamps = as_numbers(times)  # [R]
+    position = (stamps - stamps[index == 0][item]) / unit  # [R]
+    elapsed = np.where(index == 0, 1.0, np.diff(stamps, prepend=0) / unit)  # [R]
+    return position, np.maximum(elapsed, 1e-6), calendar_features(times, panel.schema.frequency, zone)
 
 
-def _irregular_position(panel: Panel, rows: np.ndarray) -> np.ndarray:
-    """True time of irregular rows in units of the median step, continued evenly beyond the last: [R]."""
+def _irregular_times(panel: Panel, item: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Time of every row, each item continued evenly beyond its last: [R]."""
     assert panel.times is not None
-    parts = []
-    stamps = panel.times.astype(np.int64)  # [S]
-    gaps = np.diff(stamps)
-    gaps = gaps[gaps > 0]
-    unit = float(np.median(gaps)) if len(gaps) else 1.0
-    for i, count in enumerate(rows):
-        own = (stamps[panel.offsets[i] : panel.offsets[i + 1]] - stamps[panel.offsets[i]]) / unit  # [T]
-        parts.append(np.concatenate([own, own[-1] + np.arange(1, count - len(own) + 1)]))
-    return np.concatenate(parts)
+    ahead = index - panel.lengths[item]  # [R]
+    times = np.empty(len(item), dtype=panel.times.dtype)  # [R]
+    times[ahead < 0] = panel.times
+    if (ahead >= 0).any():
+        times[ahead >= 0] = future_times(panel, int(ahead.max()) + 1)[item[ahead >= 0], ahead[ahead >= 0]]
+    return times
+
+
+def irregular_unit(panel: Panel) -> float:
+    """Median time between two rows of an item of an irregular clock: what counts as one step. 1 without one."""
+    assert panel.times is not None
+    gaps = np.diff(as_numbers(panel.times))  # [S - 1]
+    inside = np.ones(len(gaps), dtype=bool)
+    inside[panel.offsets[1:-1] - 1] = False
+    gaps = gaps[inside & (gaps > 0)]
+    return float(np.median(gaps)) if len(gaps) else 1.0
 
 
 def _static(panel: Panel) -> tuple[np.ndarray, np.ndarray]:
