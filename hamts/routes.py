@@ -1,0 +1,346 @@
+"""The routed-steps table: which tokens the scratchpads kept or refused, when, why, and what became of them.
+
+Everything is read off the decisions of one pass over the past, so the table holds for any earlier moment too: a
+decision uses nothing that came after it.
+
+I items · T tokens with something observed, in order of item, patch, channel · C channels · P steps in a patch
+L layers · S score routers · W window patches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hamts.data.clock import as_numbers, as_times, effective_clock, locate, step_times
+from hamts.data.panel import Panel
+from hamts.data.patches import PatchStore
+from hamts.nn.ham import HAMLayer
+from hamts.nn.tokens import Policy
+from hamts.reader import HAMNetwork
+from hamts.rollout import Rollout
+from hamts.routes_summary import Overlap, overlap, summarise
+from hamts.routes_worth import add_worth
+
+__all__ = ["By", "Overlap", "add_worth", "overlap", "routes_table"]
+
+By = Literal["entry", "channel", "hour", "weekday", "tag", "layer", "reason"]
+
+NEVER = 2**40
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Decisions about every token of which something was observed, flat."""
+
+    item: np.ndarray  # [T] int64
+    patch: np.ndarray  # [T] int64, on the item's grid
+    channel: np.ndarray  # [T] int64
+    row: np.ndarray  # [T] int64, row of the store
+    scores: np.ndarray  # [T, L, S] float64
+    threshold: np.ndarray  # [T, L, S] float64
+    asked: np.ndarray  # [T, L, S] bool: at or above the threshold, and allowed to be kept by score
+    routed: np.ndarray  # [T, L] bool
+    must_keep: np.ndarray  # [T] bool
+    read_patches: np.ndarray  # [I] int64, patches of each item that were read
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of every token up to the query time."""
+
+    held: np.ndarray  # [T, L] bool: in the scratchpad of this layer
+    gone: np.ndarray  # [T, L] bool: was in it, and was evicted
+    pending: np.ndarray  # [T] bool
+    written_patch: np.ndarray  # [T] int64, patch whose reading moved the token out of the window
+    evicted_patch: np.ndarray  # [T] int64, patch whose reading evicted it from the last layer that held it
+
+
+def routes_table(
+    network: HAMNetwork,
+    store: PatchStore,
+    panel: Panel,
+    *,
+    rollout: Rollout,
+    at: Any = None,
+    by: By = "entry",
+    refused: bool = True,
+    policies: Policy | Sequence[Policy] | None = None,
+) -> pd.DataFrame:
+    """One row per item, channel and patch of which something was observed, or a summary of these rows.
+
+    =============== ===============================================================================================
+    unique_id       the item
+    channel         name of the column
+    ds_start ds_end first and last step of the patch
+    n_steps, value  observed steps, and the mean of their values in the user's units (NaN for categories)
+    reason          ``event`` or ``action`` where a tag asks for the token, else the router that does, else empty
+    tag             event and action channels tagged in this patch, joined by ","
+    score threshold of the layer and router with the largest margin: score - threshold, in units of the distance
+                    between that router's thresholds for the shares 2 % and 75 %
+    status          ``kept`` in at least one layer; ``pending``: among the last W patches, which are read exactly and
+                    not yet decided; ``below``: refused; ``evicted``: kept by score, pushed out by newer ones;
+                    ``quota_full``: the same for one kept because of its tag
+    written_at      last step of the patch whose reading moved the token from the window to the scratchpad
+    evicted_at      the same for its eviction from the last layer that held it
+    age             steps from ``ds_end`` to the last step observed at the query time
+    layers          layers that hold it; that held it, if evicted; that will take it, if pending
+    bytes           of its entries in the scratchpads at the query time, over layers
+    =============== ===============================================================================================
+
+    Args:
+        rollout: of ``roll(..., keep_traces=True)`` over this store.
+        at: query time; steps at or before it were observed. None: the end of what was read.
+        by: ``entry`` for the rows themselves, else counts by channel, hour or weekday of ``ds_start``, tag, layer or
+            reason.
+        refused: whether rows that are ``below`` are wanted.
+        policies: what ``roll`` was given, where it was not ``network.policy(...)``; only the caps are used.
+    """
+    ledger = read_ledger(network, store, rollout)
+    observed = observed_steps(panel, store, ledger, at)  # [I]
+    stop = np.minimum((store.lead.numpy() + observed) // store.patch_steps, ledger.read_patches)  # [I]
+    ledger = _chosen(ledger, ledger.patch < stop[ledger.item])
+    window = network.config.window_patches
+    fate = follow(ledger, stop, window=window, caps=_caps(network, policies))
+    table = _entry_rows(network, store, panel, ledger, fate, observed)
+    if by != "entry":
+        return summarise(table, by)
+    return table if refused else table[table["status"] != "below"].reset_index(drop=True)
+
+
+def _caps(network: HAMNetwork, policies: Policy | Sequence[Policy] | None) -> list[tuple[int | None, int | None]]:
+    """Most entries of each layer, kept by score and by tag."""
+    if policies is None:
+        policies = network.policy(torch.zeros(1))
+    if isinstance(policies, Policy):
+        policies = [policies] * network.config.layers
+    return [(policy.cap_kept, policy.cap_must) for policy in policies]
+
+
+def read_ledger(network: HAMNetwork, store: PatchStore, rollout: Rollout) -> Ledger:
+    """Flatten the traces of a rollout, in order of item, patch, channel."""
+    if not rollout.traces:
+        raise ValueError("rollout must hold traces. Got none. Call roll(..., keep_traces=True) on at least one patch.")
+    layers, routers = network.config.layers, len(memory_layers(network)[0].router.names)
+    read = np.zeros(store.n_items, dtype=np.int64)  # [I]
+    parts: list[list[np.ndarray]] = []
+    for chunk in rollout.traces:
+        N = chunk.heard.shape[2]
+        patch = chunk.first_patch[:, None] + torch.arange(N)  # [B, N]
+        items = chunk.items.numpy()
+        read[items] = np.maximum(read[items], patch[:, -1].numpy() + 1)
+        b, c, n = (chunk.heard > 0).cpu().nonzero(as_tuple=True)  # 3 x [T']
+        columns = [chunk.items[b], patch[b, n], c, torch.stack([t.must_keep.cpu()[b, c, n] for t in chunk.layers], 1)]
+        columns += [torch.stack([t.routed.cpu()[b, c, n] for t in chunk.layers], 1)]  # [T', L]
+        columns += [torch.stack([t.scores.cpu().double()[b, c, n] for t in chunk.layers], 1)]  # [T', L, S]
+        columns += [torch.stack([t.threshold.cpu().double()[b] for t in chunk.layers], 1)]  # [T', L, S]
+        columns += [torch.stack([t.by_score.cpu()[b, c, n] for t in chunk.layers], 1)]  # [T', L, S]
+        parts.append([column.numpy() for column in columns])
+    item, place, channel, must, routed, scores, threshold, asked = (
+        np.concatenate([part[i] for part in parts]) for i in range(8)
+    )
+    order = np.lexsort((channel, place, item))  # [T]
+    item, place, channel = item[order], place[order], channel[order]
+    shape = (len(order), layers, routers)
+    return Ledger(
+        item=item,
+        patch=place,
+        channel=channel,
+        row=store.first_row.numpy()[item] + place - store.first_patch.numpy()[item],
+        scores=scores[order].reshape(shape),
+        threshold=threshold[order].reshape(shape),
+        asked=asked[order].reshape(shape),
+        routed=routed[order],
+        must_keep=np.any(must[order], axis=1),
+        read_patches=read,
+    )
+
+
+def memory_layers(network: HAMNetwork) -> list[HAMLayer]:
+    return [cast(HAMLayer, block.memory) for block in network.backbone.blocks]
+
+
+def _chosen(ledger: Ledger, which: np.ndarray) -> Ledger:
+    """Some tokens of a ledger, [T] bool."""
+    names = [name for name in Ledger.__dataclass_fields__ if name != "read_patches"]
+    return Ledger(**{name: getattr(ledger, name)[which] for name in names}, read_patches=ledger.read_patches)
+
+
+def observed_steps(panel: Panel, store: PatchStore, ledger: Ledger, at: Any) -> np.ndarray:
+    """Steps of each item at or before ``at``, [I]; None: all that were read."""
+    lengths = panel.lengths  # [I]
+    if at is None:
+        complete = (store.lead.numpy() + lengths) // store.patch_steps  # [I]
+        short = ledger.read_patches * store.patch_steps - store.lead.numpy()  # [I]
+        return np.where(ledger.read_patches >= complete, lengths, np.maximum(short, 0))
+    zone = panel.schema.dialect.time_zone
+    now = time_number(panel, at)
+    if panel.times is not None:
+        before = np.concatenate([[0], np.cumsum(as_numbers(panel.times) <= now)])  # [S + 1]
+        return before[panel.offsets[1:]] - before[panel.offsets[:-1]]
+    clock = effective_clock(panel.schema.frequency, zone)
+    steps, _ = locate(clock, as_numbers(panel.starts), np.full(panel.n_items, now), zone)  # [I]
+    return np.clip(steps + 1, 0, lengths)
+
+
+def time_number(panel: Panel, at: Any) -> int:
+    """A user's time as hamts counts inside: nanoseconds of UTC, or the number of an integer clock."""
+    if np.asarray(panel.starts).dtype.kind != "M":
+        return int(at)
+    zone = panel.schema.dialect.time_zone
+    stamp = pd.Timestamp(at)
+    if stamp.tzinfo is None and zone is not None:
+        stamp = stamp.tz_localize(zone, ambiguous=True, nonexistent="shift_forward")
+    if stamp.tzinfo is not None:
+        stamp = stamp.tz_convert("UTC").tz_localize(None)
+    return int(stamp.as_unit("ns").value)
+
+
+def follow(ledger: Ledger, stop: np.ndarray, *, window: int, caps: Sequence[tuple[int | None, int | None]]) -> Fate:
+    """Who is in the scratchpads after ``stop`` patches of each item, [I], under first-in-first-out eviction.
+
+    A token of patch p enters when patch p + W is read. The entry of rank r on its list leaves when that of rank r + cap
+    enters, the rule of ``hamts.nn.scratchpad.lifetimes``.
+    """
+    last_read = stop[ledger.item] - 1  # [T]
+    written = ledger.patch + window  # [T]
+    entered = ledger.routed & (written <= last_read)[:, None]  # [T, L]
+    until = np.full(ledger.routed.shape, NEVER)  # [T, L]
+    for layer, (cap_kept, cap_must) in enumerate(caps):
+        for members, cap in ((~ledger.must_keep, cap_kept), (ledger.must_keep, cap_must)):
+            if cap is None:
+                continue
+            chosen = np.flatnonzero(members & ledger.routed[:, layer])  # [M] in order of time within each item
+            successor = chosen[cap:]  # [M - cap]
+            pushed = chosen[: len(successor)]  # [M - cap]
+            same = ledger.item[pushed] == ledger.item[successor]
+            until[pushed[same], layer] = written[successor[same]]
+    gone = entered & (until <= last_read[:, None])  # [T, L]
+    return Fate(
+        held=entered & ~gone,
+        gone=gone,
+        pending=written > last_read,
+        written_patch=written,
+        evicted_patch=np.where(gone, until, written[:, None]).max(1),
+    )
+
+
+def _entry_rows(
+    network: HAMNetwork, store: PatchStore, panel: Panel, ledger: Ledger, fate: Fate, observed: np.ndarray
+) -> pd.DataFrame:
+    """The table; ``observed`` are the steps of each item at the query time, [I]."""
+    P, channels = store.patch_steps, panel.schema.channels
+    names = np.array([c.name for c in channels], dtype=object)
+    grid = ledger.patch * P - store.lead.numpy()[ledger.item]  # [T] step of the patch's first step; may be negative
+    first, last = np.maximum(grid, 0), grid + P - 1  # 2 x [T]
+    held = np.any(fate.held, axis=1)  # [T]
+    dropped = np.any(fate.gone, axis=1) & ~held  # [T]
+    status = np.select(
+        [held, fate.pending, dropped & ledger.must_keep, dropped], ["kept", "pending", "quota_full", "evicted"], "below"
+    ).astype(object)
+    n_steps, value = _observed_values(store, ledger, np.array([c.kind == "categorical" for c in channels]))
+    tag, is_event = _tags(store, panel, ledger.row)
+    best = _best(network, ledger)
+    reason = np.where(ledger.must_keep, np.where(is_event, "event", "action"), best["reason"]).astype(object)
+    own = np.where(held[:, None], fate.held, np.where(dropped[:, None], fate.gone, False))  # [T, L]
+    own = np.where(fate.pending[:, None], ledger.routed, own)  # [T, L]
+    entry_bytes = network.entry_bytes()
+    step = _Times(panel, ledger.item)
+    return pd.DataFrame(
+        {
+            "unique_id": pd.Series(panel.item_ids).iloc[ledger.item].reset_index(drop=True),
+            "channel": names[ledger.channel],
+            "ds_start": step(first),
+            "ds_end": step(last),
+            "n_steps": n_steps,
+            "value": value,
+            "reason": reason,
+            "tag": tag,
+            "score": best["score"],
+            "threshold": best["threshold"],
+            "status": status,
+            "written_at": step(last + (fate.written_patch - ledger.patch) * P, known=held | dropped),
+            "evicted_at": step(last + (fate.evicted_patch - ledger.patch) * P, known=dropped),
+            "age": observed[ledger.item] - 1 - last,
+            "layers": _layer_names(own),
+            "bytes": fate.held.sum(1) * entry_bytes,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Times of steps of the tokens' items, as the user's frame has them."""
+
+    panel: Panel
+    item: np.ndarray  # [T]
+
+    def __call__(self, steps: np.ndarray, known: np.ndarray | None = None) -> pd.Series:
+        """Steps [T] -> times [T], missing where not ``known``."""
+        panel = self.panel
+        if panel.times is None:
+            times = step_times(panel, panel.starts[self.item], steps)  # [T]
+        else:
+            times = panel.times[panel.offsets[self.item] + np.minimum(steps, panel.lengths[self.item] - 1)]
+        integer = times.dtype.kind != "M"
+        series = pd.Series(as_times(as_numbers(times), integer=integer))
+        zone = panel.schema.dialect.time_zone
+        if not integer and zone is not None:
+            series = series.dt.tz_localize("UTC").dt.tz_convert(zone)
+        if known is None:
+            return series
+        return (series.astype("Int64") if integer else series).where(known)
+
+
+def _observed_values(store: PatchStore, ledger: Ledger, categorical: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Observed steps of each token, and the mean of their values: 2 x [T]."""
+    values = store.values.numpy()[ledger.row, :, ledger.channel]  # [T, P]
+    known = ~np.isnan(values)  # [T, P]
+    count = known.sum(1)  # [T]
+    mean = np.where(known, values, 0.0).sum(1) / np.maximum(count, 1)  # [T]
+    return count, np.where(categorical[ledger.channel] | (count == 0), np.nan, mean)
+
+
+def _tags(store: PatchStore, panel: Panel, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Names of the channels tagged in each token's patch, and whether one of them is an event: 2 x [T]."""
+    tagged = (store.tags & ~torch.isnan(store.values)).any(1).numpy()  # [R, C]
+    sets, code = np.unique(tagged, axis=0, return_inverse=True)  # [U, C], [R]
+    channels = panel.schema.channels
+    text = np.array([",".join(c.name for c, on in zip(channels, line, strict=True) if on) for line in sets], object)
+    event = (sets & np.array([c.role == "event" for c in channels])).any(1)  # [U]
+    own = code.reshape(-1)[row]  # [T]
+    return text[own], event[own]
+
+
+def _best(network: HAMNetwork, ledger: Ledger) -> dict[str, np.ndarray]:
+    """Score, threshold and name of the layer and router with the largest margin, each [T]."""
+    T, layers, routers = ledger.scores.shape
+    if layers * routers == 0:
+        empty = np.full(T, np.nan)
+        return {"score": empty, "threshold": empty, "reason": np.full(T, "", dtype=object)}
+    blocks = memory_layers(network)
+    tables = [layer.thresholds.values.cpu().double().numpy() for layer in blocks]  # L of [S, shares]
+    spread = np.stack([table[:, 0] - table[:, -1] for table in tables])  # [L, S]
+    margin = (ledger.scores - ledger.threshold) / np.where(spread > 0, spread, 1.0)  # [T, L, S]
+    # a router that asks for the token comes before one that does not
+    margin = np.clip(np.nan_to_num(margin, nan=-np.inf), -1e300, 1e300) + np.where(ledger.asked, 0.0, -1e305)
+    place = margin.reshape(T, -1).argmax(1)  # [T]
+    flat = (np.arange(T), place)
+    names = np.array(blocks[0].router.names, dtype=object)
+    return {
+        "score": ledger.scores.reshape(T, -1)[flat],
+        "threshold": ledger.threshold.reshape(T, -1)[flat],
+        "reason": np.where(ledger.asked.reshape(T, -1)[flat], names[place % routers], ""),
+    }
+
+
+def _layer_names(own: np.ndarray) -> np.ndarray:
+    """[T, L] bool -> text such as ``0,1``, [T]."""
+    sets, code = np.unique(own, axis=0, return_inverse=True)  # [U, L], [T]
+    text = np.array([",".join(str(layer) for layer in np.flatnonzero(line)) for line in sets], dtype=object)
+    return text[code.reshape(-1)]
