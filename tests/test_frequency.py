@@ -264,6 +264,15 @@ def test_times_off_the_clock_are_refused():
     assert caught.value.rows == ("2024-01-01 00:30:00",)
 
 
+def test_three_centuries_fit():
+    years = quiet_panel(frame_of(pd.date_range("1700", "2008", freq="YS")))
+    assert (years.schema.frequency.alias, years.lengths.tolist()) == ("YS-JAN", [309])
+    days = pd.date_range("1700", "2008", freq="D").delete(1000)
+    panel = quiet_panel(frame_of(days))
+    assert (panel.schema.frequency.alias, panel.lengths.tolist()) == ("D", [len(days) + 1])
+    assert future_times(panel, 1)[0, 0] == np.datetime64("2008-01-02")
+
+
 def test_integer_steps():
     schema = schema_of("5")
     assert step_times(schema, np.array([[10], [11]]), np.arange(3)).tolist() == [[10, 15, 20], [11, 16, 21]]

@@ -56,7 +56,7 @@ def _without_duplicates(source: Source, rows: Rows, again: np.ndarray, channels:
         "E-DUP",
         f"Each item has one row per time. {count} rows repeat one.",
         column=source.layout.time_column,
-        series=source.ids.values[rows.items[np.searchsorted(rows.offsets, found[0], side="right") - 1]],
+        series=source.name_items(np.unique(source.ids.codes[rows.positions(found)])),
         rows=source.describe(rows.positions(pairs), *(c.name for c in channels if c.role == "target")),
         fix=f"Drop them, or pass duplicates='mean' or 'last'.{hint}",
     )
@@ -71,7 +71,7 @@ def _without_items(source: Source, rows: Rows, bad: np.ndarray, code: str, rule:
             code,
             f"{rule}. {len(names)} of {len(bad)} have not.",
             column=", ".join(source.layout.targets or ()) or None,
-            series=names[:5].tolist(),
+            series=source.name_items(rows.items[bad]),
             rows=source.describe(rows.positions(rows.offsets[:-1][bad])),
             fix="Leave these items out, or pass on_bad='skip'.",
         )

@@ -89,14 +89,23 @@ def advance(clock: Clock, starts: np.ndarray, steps: np.ndarray, zone: str | Non
 def locate(clock: Clock, starts: np.ndarray, times: np.ndarray, zone: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Number of whole steps from ``starts`` to ``times`` (rounded down), and whether each time lies on the clock."""
     if clock.family in ("integer", "elapsed"):
-        steps, rest = np.divmod(times - starts, clock.step)
-        return steps, rest == 0
+        return _locate_elapsed(clock.step, starts, times)
     local_starts, local = to_local(starts, zone), to_local(times, zone)
     steps = (_ordinals(clock, local) - _ordinals(clock, local_starts)) // clock.step
     reached = advance(clock, starts, steps, zone)
     steps = steps - (reached > times)
     steps = steps + (advance(clock, starts, steps + 1, zone) <= times)
     return steps, advance(clock, starts, steps, zone) == times
+
+
+def _locate_elapsed(step: int, starts: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if not times.size or int(times.max()) - int(starts.min()) < np.iinfo(np.int64).max:
+        steps, rest = np.divmod(times - starts, step)
+        return steps, rest == 0
+    # more than 292 years of nanoseconds do not fit: divide first
+    steps, rest = np.divmod(times, step)
+    first, rest_of_first = np.divmod(starts, step)
+    return steps - first - (rest < rest_of_first), rest == rest_of_first
 
 
 def _ordinals(clock: Clock, local: np.ndarray) -> np.ndarray:

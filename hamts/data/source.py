@@ -62,6 +62,10 @@ class Source:
     notes: Notes
     options: Options
 
+    def name_items(self, codes: np.ndarray) -> Any:
+        """Ids of the first five of these items; None where the frame has no ids."""
+        return None if self.layout.id_column is None else self.ids.values[codes[:5]].tolist()
+
     def describe(self, positions: np.ndarray, *more: str) -> list[str]:
         return describe_rows(self.frame, positions, (self.layout.id_column, self.layout.time_column, *more))
 
@@ -185,7 +189,7 @@ def _without_infinite(values: np.ndarray, infinite: np.ndarray, channel: Channel
             "E-INF",
             f"Values must be finite. Column {channel.name!r} has {len(positions)} infinite ones.",
             column=channel.name,
-            series=source.ids.values[source.ids.codes[positions[0]]],
+            series=source.name_items(np.unique(source.ids.codes[positions])),
             rows=source.describe(positions, channel.name),
             fix=f"df[{channel.name!r}] = df[{channel.name!r}].replace([np.inf, -np.inf], np.nan), or on_bad='skip'.",
         )

@@ -11,7 +11,7 @@ import narwhals.stable.v2 as nw
 import numpy as np
 import pandas as pd
 
-from hamts.data.columns import Notes, dtype_name
+from hamts.data.columns import EXACT_INTEGER, Notes, dtype_name
 from hamts.errors import DataError
 
 __all__ = ["Times", "read_times"]
@@ -19,6 +19,7 @@ __all__ = ["Times", "read_times"]
 NS_PER_UNIT = {"D": 86_400 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000, "ns": 1}
 # 1980 to 2100 in seconds; the same in ms, us and ns
 EPOCH_SECONDS = (3.15e8, 4.1e9)
+MAX_INTEGER = 2**61
 
 
 @dataclass(frozen=True)
@@ -118,21 +119,24 @@ def _date_error(column: str, what: str, rows: list[tuple[int, Any]], count: int,
 
 
 def _from_integers(column: nw.Series[Any], notes: Notes) -> Times:
-    native = column.to_native()
-    if isinstance(column.dtype, nw.UInt64) and int(native.max()) > np.iinfo(np.int64).max:
-        raise _date_error(column.name, "An integer clock must fit int64", [(0, int(native.max()))], 1)
-    values = np.ascontiguousarray(column.to_numpy()).astype(np.int64, copy=False)
+    values = np.ascontiguousarray(column.to_numpy())
+    # differences of any two must fit int64
+    broken = np.flatnonzero((values > MAX_INTEGER) | (values < -MAX_INTEGER))
+    if len(broken):
+        found = [(i, values[i]) for i in broken[:5]]
+        raise _date_error(column.name, "An integer clock must lie within 2**61 of 0", found, len(broken))
+    values = values.astype(np.int64, copy=False)
     _note_epoch_integers(values, column.name, notes)
     return Times(values, dtype_name(column), integer=True)
 
 
 def _from_floats(column: nw.Series[Any], notes: Notes) -> Times:
     values = np.asarray(column.to_numpy(), dtype=np.float64)
-    broken = np.flatnonzero(values != np.floor(values))
+    broken = np.flatnonzero((values != np.floor(values)) | (np.abs(values) > EXACT_INTEGER))
     if len(broken):
         raise _date_error(
             column.name,
-            "A clock of numbers must hold whole ones",
+            "A clock of numbers must hold whole ones, exactly",
             [(i, values[i]) for i in broken[:5]],
             len(broken),
             fix="Use datetimes, or multiply to whole numbers.",
@@ -185,10 +189,10 @@ def _from_stamps(values: pd.Series, column: str, name: str, *, is_date: bool) ->
     zones = [None if is_date or v.tzinfo is None else str(v.tzinfo) for v in values]
     if len(set(zones)) > 1:
         raise _mixed_zones(column, name, zones)
-    try:
-        index = pd.DatetimeIndex(values if is_date else list(values))
-    except (ValueError, OverflowError) as error:
-        raise DataError("E-DATE", f"Times must lie between the years 1678 and 2262: {error}.", column=column) from error
+    outside = [(row, v) for row, v in enumerate(values) if not 1678 <= v.year <= 2261]
+    if outside:
+        raise _date_error(column, "Times must lie between the years 1678 and 2262", outside, len(outside))
+    index = pd.DatetimeIndex(values if is_date else list(values))
     if index.tz is not None:
         index = index.tz_convert("UTC").tz_localize(None)
     return Times(_nanoseconds(index.to_numpy(), column), "D" if is_date else index.unit, zones[0])
