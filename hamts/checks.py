@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from hamts.config import TrainConfig
 from hamts.data.patches import PatchStore
@@ -65,6 +67,17 @@ class FitState:
     steps: int = 0
 
 
+def moving_average(decay: float) -> Callable[..., None]:
+    """Exponential moving average of weights whose first steps count less: decay_n = min(decay, (1 + n) / (10 + n))."""
+
+    @torch.no_grad()
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor) -> None:
+        n = float(count)
+        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1.0 + n) / (10.0 + n)))
+
+    return update
+
+
 class Run:
     """Clock, history and best weights of one fit."""
 
@@ -76,6 +89,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] | None = None
         self.best_score, self.best_step = math.inf, 0
+        self.averaged = AveragedModel(task.network, multi_avg_fn=moving_average(task.config.average_decay))
         self.next_check = 1.0 / task.config.checks
         self.stopped_by = "max_steps"
         self.bad_checks = 0
@@ -95,7 +109,8 @@ class Run:
 
     def check(self, step: int, training_loss: float) -> None:
         """Validate, remember the best weights, decide whether targets read one another."""
-        network, task = self.task.network, self.task
+        # the averaged weights are what is checked and kept; before the first step they are the plain ones
+        network, task = self.averaged.module, self.task
         options = [True, False] if len(network.spec.targets) > 1 else [True]
         scores = {}
         for cross in options:
@@ -103,7 +118,6 @@ class Run:
             scores[cross] = self._score()
         cross = min(options, key=lambda option: scores[option])
         network.cross_targets.fill_(cross)
-        network.train()
         score = scores[cross]
         better = score < self.best_score or self.best is None or math.isnan(score)
         self.bad_checks = 0 if better else self.bad_checks + 1
@@ -131,7 +145,7 @@ class Run:
     def _score(self) -> float:
         task = self.task
         return validation_score(
-            task.network, task.store, task.cutoffs, horizon=task.horizon, share=task.share,
+            self.averaged.module, task.store, task.cutoffs, horizon=task.horizon, share=task.share,
             warmup=VALIDATION_WARMUP_PATCHES,
         )  # fmt: skip
 
@@ -209,6 +223,7 @@ def save_fit(task: FitTask, run: Run, state: FitState) -> None:
     content = {
         "identity": resume_identity(task),
         "network": task.network.state_dict(),
+        "averaged": run.averaged.state_dict(),
         "optimizer": state.optimizer,
         "carried": carried,
         "windows": {name: getattr(windows, name) for name in ("items", "at", "share", "cross", "reset")},
@@ -240,6 +255,7 @@ def resume_fit(task: FitTask, run: Run, state: FitState) -> None:
             " Give another run_dir, or delete that file to start anew."
         )
     task.network.load_state_dict(content["network"])
+    run.averaged.load_state_dict(content["averaged"])
     parts = iter(content["carried"])
     state.carried = map_tensors(task.network.empty_memory(1), lambda _: next(parts))
     state.optimizer, state.steps = content["optimizer"], content["steps"]

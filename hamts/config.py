@@ -87,7 +87,7 @@ class MemoryConfig:
     """
 
     budget_share: float = 0.10
-    budget_bytes: int = 4 * 2**20
+    budget_bytes: int = 512 * 2**10
     must_keep_share: float = 0.5
     explore_share: float = 0.10
 
@@ -108,23 +108,27 @@ class TrainConfig:
         max_time_s: wall-clock seconds of fitting; None for no limit. Whatever came last is usable.
         batch_windows: windows (streams read side by side) in a step.
         context_patches: N, patches read per step by each stream, its memory carried from the step before.
-        reset_share: chance that a stream restarts elsewhere with an empty memory after a step.
+        average_decay: of the moving average of the weights that is checked and kept.
+        reset_share: chance that a stream restarts elsewhere after a step; it bounds how stale a carried entry can be.
+        prefix_patches: most patches that a restarted stream reads before its first window, so that entries are old.
         span_share: chance that a training window hides a random span of its context.
     """
 
     max_steps: int | None = None
     max_time_s: float | None = None
-    batch_windows: int = 64
-    context_patches: int = 16
-    learning_rate: float = 2e-3
+    batch_windows: int = 96
+    context_patches: int = 8
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 40
     gradient_clip: float = 1.0
-    reset_share: float = 0.05
+    average_decay: float = 0.99
+    reset_share: float = 0.08
+    prefix_patches: int = 512
     span_share: float = 0.5
     auxiliary_weight: float = 0.02
-    checks: int = 8
-    patience: int = 3
+    checks: int = 16
+    patience: int = 5
     seed: int = 0
 
 

@@ -128,6 +128,7 @@ class HAMNetwork(nn.Module):
         *,
         stepwise: bool = False,
         decode: bool = True,
+        advance: bool = True,
     ) -> Reading:
         """Read one chunk.
 
@@ -135,13 +136,14 @@ class HAMNetwork(nn.Module):
             chunk: complete patches of the past, or a horizon.
             policy: one for all layers, or one per layer.
             decode: whether quantiles are wanted; reading the past only moves the memory.
+            advance: whether the memory after the chunk is wanted; a forecast leaves it as it was.
         """
         device = self.head.project.weight.device
         chunk = map_tensors(chunk, lambda tensor: tensor.to(device))
         stats, scale_after = self.scaler.advance(chunk.values, chunk.observed, memory.scale)
         tokens = self.tokens(chunk, stats)
         policies = [policy] * self.config.layers if isinstance(policy, Policy) else list(policy)
-        result = self.backbone(tokens, memory.layers, policies, stepwise=stepwise)
+        result = self.backbone(tokens, memory.layers, policies, stepwise=stepwise, advance=advance)
         targets = self.spec.targets
         hidden = result.hidden[:, targets]  # [B, G, N, D]
         if not decode:
@@ -151,7 +153,7 @@ class HAMNetwork(nn.Module):
             quantiles=self.head(hidden),
             mean=stats.mean[:, targets, first, 0],
             scale=stats.scale[:, targets, first, 0],
-            memory=StreamMemory(result.memory, scale_after),
+            memory=StreamMemory(result.memory, scale_after) if advance else memory,
             traces=result.traces,
             heard=tokens.heard,
         )

@@ -224,7 +224,7 @@ def forecast_from(
     policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
     reveal = torch.full((len(items),), reveal_events)
     chunk = store.horizon(items, cutoffs, steps, reveal)
-    reading = network(chunk, memory, [_uncapped(p) for p in policies])
+    reading = network(chunk, memory, [_uncapped(p) for p in policies], advance=False)
     assert chunk.horizon is not None
     values = reading.unscaled().flatten(2, 3)  # [B, G, N P, Q]
     wanted = chunk.horizon.flatten(1).to(values.device)  # [B, N P]; F steps of each

@@ -28,16 +28,16 @@ from torch.utils.data import DataLoader
 from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
 from hamts.config import TrainConfig
 from hamts.data.patches import Chunk, PatchStore
-from hamts.data.scale import ScaleState
 from hamts.nn.head import pinball
 from hamts.nn.router import kept_probability
-from hamts.nn.tokens import map_tensors
+from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
+from hamts.rollout import stack_memories
 from hamts.windows import StreamWindows, Windows, scale_history
 
 __all__ = ["FitReport", "fit_network"]
 
-MOST_ENTRIES_IN_TRAINING = 192
+PREFIX_CHUNK_PATCHES = 128
 # what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
 CORE_FLOPS, TARGET_SECONDS = 1.2e10, 150.0
 FEWEST_STEPS, MOST_STEPS, GPU_STEPS = 150, 1500, 1500
@@ -77,17 +77,13 @@ class HAMTrainer(L.LightningModule):
     def training_step(self, batch: Windows, batch_idx: int) -> torch.Tensor:
         network = self.network
         memory = self._memory(batch)
-        policy = replace(
-            network.policy(batch.share, cross=batch.cross),
-            cap_kept=MOST_ENTRIES_IN_TRAINING,
-            cap_must=MOST_ENTRIES_IN_TRAINING,
-            explore_share=network.memory_config.explore_share,
-            explore_generator=self.state.explore,
-        )
+        policy = self._policy(batch.share, batch.cross)
         past = network(batch.context, memory, policy)
         for block, trace in zip(network.backbone.blocks, past.traces, strict=True):
             block.memory.thresholds.follow(trace.scores[past.heard >= 0.5])
-        ahead = network(batch.horizon, past.memory, replace(policy, cap_kept=None, cap_must=None, explore_share=0.0))
+        ahead = network(
+            batch.horizon, past.memory, replace(policy, cap_kept=None, cap_must=None, explore_share=0.0), advance=False
+        )
         self.state.carried = past.memory.detach()
         loss, count = self._task_loss(ahead, batch.horizon)
         span_loss, span_count = self._task_loss(past, batch.context)
@@ -102,23 +98,41 @@ class HAMTrainer(L.LightningModule):
         return mean
 
     def _memory(self, batch: Windows) -> StreamMemory:
-        """The carried memory, emptied where a stream restarts; the normaliser warm there."""
-        if self.state.carried is None:
-            self.state.carried = self.network.empty_memory(len(batch.reset))
+        """The carried memory; streams that restart get a fresh one, filled from the patches before their window."""
+        rows = torch.nonzero(batch.reset).squeeze(1)  # [b]
+        carried = self.state.carried
+        if carried is not None and len(rows) == 0:
+            return carried
+        fresh = self._fresh(batch, rows)
+        if carried is None or len(rows) == len(batch.reset):
+            return fresh
+        others = torch.nonzero(~batch.reset).squeeze(1)  # [B - b]
+        order = torch.argsort(torch.cat([others, rows]))  # [B]
+        return stack_memories([carried.select(others), fresh]).select(order)
 
-        def emptied(tensor: torch.Tensor) -> torch.Tensor:
-            fresh = batch.reset.reshape(-1, *(1,) * (tensor.dim() - 1))
-            return tensor.masked_fill(fresh, 0)
+    @torch.no_grad()
+    def _fresh(self, batch: Windows, rows: torch.Tensor) -> StreamMemory:
+        """Memory of streams that restart: warm statistics, and everything kept of the prefix by the present weights."""
+        network, store = self.network, self.task.store
+        scale = map_tensors(batch.scale, lambda tensor: tensor[rows])
+        memory = replace(network.empty_memory(len(rows)), scale=scale)
+        policy = self._policy(map_tensors(batch.share, lambda t: t[rows]), batch.cross[rows])
+        network.eval()
+        for low in range(0, batch.prefix, PREFIX_CHUNK_PATCHES):
+            size = min(PREFIX_CHUNK_PATCHES, batch.prefix - low)
+            first = batch.first[rows].cpu() - batch.prefix + low
+            chunk = store.window(batch.items[rows].cpu(), first, size)
+            memory = network(chunk, memory, policy, decode=False).memory
+        network.train()
+        return memory
 
-        layers = map_tensors(self.state.carried.layers, emptied)
-        kept, warm = self.state.carried.scale, batch.scale
-        reset = batch.reset
-        scale = ScaleState(
-            sums=torch.where(reset[:, None, None, None], warm.sums, kept.sums),
-            reference=torch.where(reset[:, None], warm.reference, kept.reference),
-            known=torch.where(reset[:, None], warm.known, kept.known),
+    def _policy(self, share: torch.Tensor, cross: torch.Tensor) -> Policy:
+        """Caps as they will be in use, some exploration."""
+        return replace(
+            self.network.policy(share, cross=cross),
+            explore_share=self.network.memory_config.explore_share,
+            explore_generator=self.state.explore,
         )
-        return StreamMemory(layers, scale)
 
     def _task_loss(self, reading: Any, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed quantile loss over hidden target steps whose truth is known, and how many there were."""
@@ -152,6 +166,7 @@ class Checks(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         task, run, state = pl_module.task, pl_module.run, pl_module.state
         state.steps += 1
+        run.averaged.update_parameters(task.network)
         done = run.progress(state.steps)
         if done >= run.next_check or done >= 1.0:
             run.next_check = (math.floor(done * task.config.checks + 1e-9) + 1) / task.config.checks

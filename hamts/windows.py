@@ -32,8 +32,11 @@ class Windows:
 
     context: Chunk
     horizon: Chunk
-    reset: torch.Tensor  # [B] bool: the memory is emptied first
-    scale: ScaleState  # warm statistics of streams that restart
+    reset: torch.Tensor  # [B] bool: the stream restarts: its memory is emptied, then filled from the patches before
+    items: torch.Tensor  # [B] int64
+    first: torch.Tensor  # [B] int64: first patch of the context
+    prefix: int  # patches before the context that a restarted stream reads first, without gradient
+    scale: ScaleState  # warm statistics of each stream, as of ``prefix`` patches before the context
     share: torch.Tensor  # [B] budget share asked of each stream
     cross: torch.Tensor  # [B] bool: targets may read one another
 
@@ -120,16 +123,24 @@ class StreamWindows(IterableDataset[Windows]):
         reveal = self._uniform(B) < 0.5
         horizon = store.horizon(self.items, cutoffs, self.horizon, reveal)
         horizon = self._hide_beyond(horizon, cutoffs)
-        batch = Windows(context, horizon, self.reset, self._warm(), self.share.clone(), self.cross.clone())
+        prefix = self._prefix()
+        batch = Windows(
+            context, horizon, self.reset, self.items, self.at, prefix, self._warm(prefix), self.share, self.cross
+        )
         self.at = self.at + N
         ended = (self.at + N) >= self.patches[self.items]
         self.reset = ended | (self._uniform(B) < self.config.reset_share)
         self._restart(self.reset)
         return batch
 
-    def _warm(self) -> ScaleState:
-        """Statistics of each stream before its next window, [B, C, ...]."""
-        local = (self.at - self.store.first_patch[self.items]).clamp_min(0)
+    def _prefix(self) -> int:
+        """How much restarted streams read first; one length a step, evenly spread in its logarithm."""
+        longest = math.log(1 + self.config.prefix_patches)
+        return int(math.exp(float(self._uniform(1)) * longest)) - 1
+
+    def _warm(self, prefix: int) -> ScaleState:
+        """Statistics of each stream before its prefix, [B, C, ...]."""
+        local = (self.at - prefix - self.store.first_patch[self.items]).clamp_min(0)
         rows = self.store.first_row[self.items] + local.minimum(self.store.row_count[self.items] - 1)
         return map_tensors(self.history, lambda tensor: tensor[rows])
 

@@ -119,9 +119,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: torch.Tensor, tokens: Tokens, memory: LayerMemory, policy: Policy, *, stepwise: bool
+        self, x: torch.Tensor, tokens: Tokens, memory: LayerMemory, policy: Policy, *, stepwise: bool, advance: bool
     ) -> tuple[torch.Tensor, LayerMemory, LayerTrace]:
-        result = self.memory(self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise)
+        result = self.memory(
+            self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise, advance=advance
+        )
         x = x + self.dropout(result.output)  # [B, C, N, D]
         gate, content = self.grow(self.before_mlp(x)).chunk(2, -1)  # 2 x [B, C, N, inner]
         x = x + self.dropout(self.shrink(F.silu(gate) * content))  # [B, C, N, D]
@@ -141,13 +143,19 @@ class Backbone(nn.Module):
         return [block.memory.empty_memory(items, channels, like) for block in self.blocks]
 
     def forward(
-        self, tokens: Tokens, memory: list[LayerMemory], policies: list[Policy], *, stepwise: bool = False
+        self,
+        tokens: Tokens,
+        memory: list[LayerMemory],
+        policies: list[Policy],
+        *,
+        stepwise: bool = False,
+        advance: bool = True,
     ) -> Hidden:
         """Read one chunk; the policies are one per layer."""
         x = self.embedding(tokens)  # [B, C, N, D]
         after, traces = [], []
         for block, layer_memory, policy in zip(self.blocks, memory, policies, strict=True):
-            x, layer_after, trace = block(x, tokens, layer_memory, policy, stepwise=stepwise)
+            x, layer_after, trace = block(x, tokens, layer_memory, policy, stepwise=stepwise, advance=advance)
             after.append(layer_after)
             traces.append(trace)
         return Hidden(self.final_norm(x), after, traces)

@@ -137,13 +137,21 @@ class HAMLayer(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy, stepwise: bool = False
+        self,
+        x: torch.Tensor,
+        *,
+        tokens: Tokens,
+        memory: LayerMemory,
+        policy: Policy,
+        stepwise: bool = False,
+        advance: bool = True,
     ) -> LayerOutput:
         """Read and write a chunk of N patches in parallel.
 
         Args:
             x: normalised input, [B, C, N, D].
             stepwise: use the step-by-step recurrence instead of the chunked one (``step`` does).
+            advance: False where the memory after the chunk is not wanted, as in a forecast; the old one comes back.
         """
         B, C, N, _ = x.shape
         H, K = self.heads, self.head_width
@@ -163,7 +171,9 @@ class HAMLayer(nn.Module):
         queries = rotate(queries, tokens.position) * K**-0.5  # [B, N, C, H, K]
         read, entries, until, origin = self._read(queries, local, routed, memory.scratchpad, policy)
         output = self._mix(x, recurrent.output.reshape(B, C, N, H, K), read, gates, tokens)  # [B, C, N, D]
-        after = self._after(recurrent.state, tail, scores.error_mean, local, entries, until, origin, N)
+        after = memory
+        if advance:
+            after = self._after(recurrent.state, tail, scores.error_mean, local, entries, until, origin, N)
         judged = entries.alive & ~entries.must_keep  # [B, M']
         trace = LayerTrace(
             scores=scores.scores,
