@@ -13,7 +13,7 @@ from torch import nn
 
 from hamts.config import ModelConfig
 from hamts.nn.tokens import Tokens
-from hamts.ops.types import GatedDelta
+from hamts.ops.types import GatedDelta, compute_dtype
 
 __all__ = ["Router", "Scores", "causal_error_mean", "innovation", "kept_probability", "log_bias", "surprise"]
 
@@ -139,7 +139,8 @@ class Router(nn.Module):
             carried: running error sums, [B, C, H, 2].
         """
         with torch.no_grad():
-            squared = recurrent.error.float().square().sum(-1).to(x.dtype)  # [B, C, N, H]
+            error = recurrent.error.to(compute_dtype(recurrent.error))  # [B, C, N, H, V]
+            squared = error.square().sum(-1).to(x.dtype)  # [B, C, N, H]
             running, after = causal_error_mean(squared, tokens.heard > 0, carried)  # [B, C, N, H], [B, C, H, 2]
             fresh = self._over_heads(innovation(squared, running))  # [B, C, N]
             angle = self._over_heads(surprise(recurrent.prediction, values))  # [B, C, N]
