@@ -11,7 +11,7 @@ S score routers
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -155,6 +155,7 @@ class HAMLayer(nn.Module):
         """
         B, C, N, _ = x.shape
         H, K = self.heads, self.head_width
+        policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
         # an absent token is as if it had never been: no trace in the convolution either
         present = tokens.present[:, None, :, None].to(x.dtype)  # [B, 1, N, 1]
         mixed = self.to_memory(x) * present  # [B, C, N, 3 D]

@@ -149,7 +149,8 @@ class Router(nn.Module):
         columns = [available[name].detach() for name in self.names]  # S x [B, C, N]
         scores = torch.stack(columns, -1) if columns else x.new_zeros(*x.shape[:3], 0)  # [B, C, N, S]
         bias = torch.zeros_like(fresh) if logit is None else log_bias(logit)  # [B, C, N]
-        bias = torch.where(tokens.must_keep, 0.0, bias)  # [B, C, N]
+        if self.uses_tags:
+            bias = torch.where(tokens.must_keep, 0.0, bias)  # [B, C, N]
         return Scores(scores, logit, bias, after)
 
     def _learned_logit(
