@@ -75,7 +75,9 @@ class CausalScale:
         unit = self.unit.to(values.device)[:, None, None]  # [C, 1, 1]
         scale = torch.maximum(variance.sqrt(), self.floor_share * unit)  # [B, C, N, L]
         adaptive = self.adaptive.to(values.device)[:, None, None]  # [C, 1, 1]
-        absolute = torch.where(adaptive, mean + reference[..., None, None], 0.0)  # [B, C, N, L]
+        # the reference is the first observed value: tokens before it must not know it
+        heard = sums[..., 0] > 0  # [B, C, N, L]
+        absolute = torch.where(adaptive & heard, mean + reference[..., None, None], 0.0)  # [B, C, N, L]
         stats = ScaleStats(
             mean=absolute,
             scale=torch.where(adaptive, scale, unit.expand_as(scale)),
