@@ -15,6 +15,8 @@ import torch
 
 __all__ = ["CausalScale", "ScaleState", "ScaleStats"]
 
+LEAST_MASS = 1e-100
+
 
 @dataclass(frozen=True)
 class ScaleState:
@@ -113,6 +115,9 @@ class CausalScale:
     def _running(self, per_patch: torch.Tensor, decay: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
         """Decayed running sums over patches, the carried ones included: [B, C, N, L, 3]."""
         N = per_patch.shape[2]
+        # a long gap must not use up the exponent: mean and deviation are quotients, so the sums may be scaled up
+        mass = carried[..., :1]  # [B, C, L, 1]
+        carried = torch.where(mass > 0, carried * (LEAST_MASS / mass).clamp_min(1.0), carried)  # [B, C, L, 3]
         steps = torch.arange(N, device=per_patch.device)  # [N]
         lag = steps[:, None] - steps[None, :]  # [N, N]
         powers = decay[:, None, None] ** lag.clamp_min(0)  # [L, N, N]
