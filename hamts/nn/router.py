@@ -19,6 +19,7 @@ __all__ = ["Router", "Scores", "causal_error_mean", "innovation", "kept_probabil
 
 NEGLIGIBLE = 1e-3
 ERROR_HALF_LIFE_TOKENS = 64.0
+LEAST_WEIGHT = 1e-12
 BIAS_FLOOR = -4.0
 
 
@@ -73,6 +74,9 @@ def causal_error_mean(
         The mean over earlier tokens, [B, C, N, H] (0 where there are none), and the carried sums, [B, C, H, 2].
     """
     N = squared.shape[2]
+    # a long gap must not make the weight vanish: only the quotient counts, so both sums may be scaled up
+    mass = carried[..., 1:]  # [B, C, H, 1]
+    carried = torch.where(mass > 0, carried * (LEAST_WEIGHT / mass).clamp_min(1.0), carried)  # [B, C, H, 2]
     decay = 0.5 ** (1.0 / ERROR_HALF_LIFE_TOKENS)
     weight = observed.to(squared.dtype)[..., None].expand_as(squared)  # [B, C, N, H]
     pair = torch.stack([squared * weight, weight], dim=-1)  # [B, C, N, H, 2]
@@ -83,7 +87,7 @@ def causal_error_mean(
     ages = decay ** steps.to(squared.dtype)  # [N]
     before = before + ages[:, None, None] * carried[:, :, None]  # [B, C, N, H, 2]
     after = decay * before[:, :, -1] + pair[:, :, -1]  # [B, C, H, 2]
-    return before[..., 0] / before[..., 1].clamp_min(1e-12), after
+    return before[..., 0] / before[..., 1].clamp_min(torch.finfo(before.dtype).tiny), after
 
 
 def innovation(squared: torch.Tensor, running_mean: torch.Tensor) -> torch.Tensor:
