@@ -92,11 +92,8 @@ def roll(
     scale = np.full((sum(counts), G), np.nan)  # [X, G]
     offsets = np.concatenate([[0], np.cumsum(counts)])  # [I + 1]
     result = Rollout(quantiles, scale, None)
-    # items of like length side by side: less is read that is absent
-    order = np.argsort(stop - begin, kind="stable")
     parts: list[tuple[np.ndarray, StreamMemory]] = []
-    for low in range(0, len(order), ITEMS_SIDE_BY_SIDE):
-        group = np.sort(order[low : low + ITEMS_SIDE_BY_SIDE])
+    for group in _groups(stop - begin, mixed=memory is None):
         after = _roll_group(
             network, store, group, begin[group], stop[group], cutoffs, offsets, steps,
             [_policy_rows(p, group) for p in policies], memory, result,
@@ -105,6 +102,19 @@ def roll(
         parts.append((group, after))
     result.memory = join_memories(parts)
     return result
+
+
+def _groups(patches: np.ndarray, *, mixed: bool) -> Iterator[np.ndarray]:
+    """Items to read side by side, of like length, so that less is read that is absent.
+
+    Absent patches come before an empty memory only: they would push the window, the conv tail and the running sums of
+    a given one out. Not ``mixed``: of equal length.
+    """
+    order = np.argsort(patches, kind="stable")
+    cuts = [] if mixed else (np.flatnonzero(np.diff(patches[order])) + 1).tolist()
+    for part in np.split(order, cuts):
+        for low in range(0, len(part), ITEMS_SIDE_BY_SIDE):
+            yield np.sort(part[low : low + ITEMS_SIDE_BY_SIDE])
 
 
 def _roll_group(
