@@ -69,6 +69,7 @@ class HAMNetwork(nn.Module):
     adaptive: torch.Tensor
     static_mean: torch.Tensor
     static_scale: torch.Tensor
+    calendar_used: torch.Tensor
     cross_targets: torch.Tensor
 
     def __init__(self, config: ModelConfig, memory: MemoryConfig, spec: ChannelSpec) -> None:
@@ -82,6 +83,8 @@ class HAMNetwork(nn.Module):
         self.register_buffer("adaptive", torch.tensor(numeric))  # [C]
         self.register_buffer("static_mean", torch.zeros(spec.static_numeric))  # [E]
         self.register_buffer("static_scale", torch.ones(spec.static_numeric))  # [E]
+        # 0 for phases that the training rows cover too rarely to tell a season from a date
+        self.register_buffer("calendar_used", torch.ones(spec.calendar_features))  # [F]
         # whether targets read one another: decided on validation data
         self.register_buffer("cross_targets", torch.tensor(True))  # []
 
@@ -183,7 +186,7 @@ class HAMNetwork(nn.Module):
             event_offset=chunk.event_offset.to(kind),
             ahead_values=ahead_values.to(kind),
             ahead_observed=ahead_observed,
-            calendar=chunk.calendar.to(kind),
+            calendar=(chunk.calendar * self.calendar_used).to(kind),
             level=self._level(stats).to(kind),
             marks=torch.cat([marks, torch.ones_like(marks[..., :1])], -1).to(kind),
             heard=heard,

@@ -9,7 +9,7 @@ from hamts.data.clock import as_numbers, is_utc
 from hamts.data.frequency import NS_PER_SECOND, clock_of
 from hamts.data.panel import Frequency
 
-__all__ = ["calendar_features"]
+__all__ = ["calendar_features", "calendar_periods"]
 
 # values that each gluonts feature can take; it maps them to [-.5, .5], both ends included
 PERIODS = {
@@ -21,6 +21,17 @@ PERIODS = {
     "day_of_year": 366,
     "week_of_year": 53,
     "month_of_year": 12,
+}
+
+DAYS = {
+    "second_of_minute": 1 / 1440,
+    "minute_of_hour": 1 / 24,
+    "hour_of_day": 1.0,
+    "day_of_week": 7.0,
+    "day_of_month": 30.44,
+    "day_of_year": 365.25,
+    "week_of_year": 365.25,
+    "month_of_year": 365.25,
 }
 
 
@@ -41,6 +52,20 @@ def calendar_features(times: np.ndarray, frequency: Frequency, time_zone: str | 
     if not is_utc(time_zone):
         index = index.tz_localize("UTC").tz_convert(time_zone)
     return _circles(index, _feature_alias(frequency))[codes]
+
+
+def calendar_periods(frequency: Frequency) -> np.ndarray:
+    """Days in one turn of each column of ``calendar_features``, float64 [F]; 0 columns for integer clocks.
+
+    A network that has seen a phase once knows the date, not the season: whoever fits should use a column only if
+    the data cover several of its turns.
+    """
+    from gluonts.time_feature import time_features_from_frequency_str
+
+    if frequency.kind == "integer":
+        return np.zeros(0)
+    names = [feature.__name__ for feature in time_features_from_frequency_str(_feature_alias(frequency))]
+    return np.repeat([DAYS[name] for name in names], 2)
 
 
 def _circles(index: pd.DatetimeIndex, alias: str) -> np.ndarray:

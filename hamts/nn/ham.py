@@ -180,7 +180,7 @@ class HAMLayer(nn.Module):
             scores=scores.scores,
             threshold=self.thresholds(policy.share),
             by_score=by_score[:, self.window :].transpose(1, 2),
-            must_keep=(tokens.must_keep if policy.use_tags else torch.zeros_like(tokens.must_keep)),
+            must_keep=tokens.must_keep & policy.use_tags & (policy.share > 0)[:, None, None],
             routed=routed[:, self.window :].transpose(1, 2),
             entries_bias=entries.bias,
             entries_mass=read.scratch_mass,
@@ -262,7 +262,9 @@ class HAMLayer(nn.Module):
             lucky = (chance < policy.explore_share).to(routed.device) & (policy.share > 0)[:, None, None]
             routed = routed | (lucky & local.routable)  # [B, W + N, C]
         if policy.use_tags:
-            routed = routed | (local.must_keep & local.present)  # [B, W + N, C]
+            # a budget of nothing keeps nothing, tagged or not: it is the recurrent state and the window alone
+            tagged = local.must_keep & local.present & (policy.share > 0)[:, None, None]  # [B, W + N, C]
+            routed = routed | tagged  # [B, W + N, C]
         return by_score, routed
 
     def _threshold(self, policy: Policy) -> torch.Tensor:
