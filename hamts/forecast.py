@@ -161,7 +161,7 @@ class Forecast:
         history_steps: int | None = None,
         axes: Axes | None = None,
     ) -> Axes:
-        """Draw one item's forecast with its intervals, after the last rows of ``history``; see ``plot.plot_forecast``."""
+        """Draw one item's forecast with its intervals after the last rows of ``history``: ``plot.plot_forecast``."""
         from hamts.plot import plot_forecast
 
         frame = self._frame(resolve_levels(None, PLOTTED, default=(), trained=self.levels))
