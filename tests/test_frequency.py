@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from frames import quiet_panel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,24 +15,19 @@ from hamts.data.calendar import calendar_features
 from hamts.data.clock import future_times, lead_steps, step_times, steps_between
 from hamts.data.frame import to_panel
 from hamts.data.frequency import IRREGULAR, clock_of, legacy_alias, make_frequency, normalize_alias, period_alias
-from hamts.data.panel import Dialect, Panel, Schema
-from hamts.errors import DataError, DataWarning
+from hamts.data.panel import Dialect, Schema
+from hamts.errors import DataError
 
 ALIASES = [
-    "s", "30s", "min", "5min", "15min", "h", "2h", "D", "2D", "B", "W-SUN", "W-WED", "2W-MON", "SMS", "SME", "MS", "ME", "BMS", "BME",
-    "2MS", "QS-JAN", "QS-FEB", "QE-DEC", "QE-JAN", "QE-NOV", "BQE-DEC", "YS-JAN", "YS-APR", "YE-DEC", "YE-JUN", "2YS-JAN",
+    "s", "30s", "min", "5min", "15min", "h", "2h", "D", "2D", "B", "W-SUN", "W-WED", "2W-MON", "SMS", "SME", "MS", "ME",
+    "BMS", "BME", "2MS", "QS-JAN", "QS-FEB", "QE-DEC", "QE-JAN", "QE-NOV", "BQE-DEC", "YS-JAN", "YS-APR", "YE-DEC",
+    "YE-JUN", "2YS-JAN",
 ]  # fmt: skip
 ZONES = ["UTC", "Europe/Berlin", "America/Sao_Paulo", "Australia/Lord_Howe"]
 
 
 def schema_of(alias: str, zone: str | None = None) -> Schema:
     return Schema((), (), make_frequency(alias), Dialect("nixtla", "unique_id", "ds", "pandas", time_zone=zone))
-
-
-def quiet_panel(df: Any, **options: Any) -> Panel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)
-        return to_panel(df, **options)
 
 
 def frame_of(*series: Any) -> pd.DataFrame:
@@ -47,10 +42,11 @@ def frame_of(*series: Any) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("spelled", "modern"),
     [
-        ("H", "h"), ("T", "min"), ("15T", "15min"), ("S", "s"), ("L", "ms"), ("U", "us"), ("N", "ns"), ("M", "ME"), ("Q", "QE-DEC"),
-        ("Y", "YE-DEC"), ("A-JUN", "YE-JUN"), ("AS", "YS-JAN"), ("BM", "BME"), ("BQ", "BQE-DEC"), ("SM", "SME"), ("W", "W-SUN"),
-        ("w", "W-SUN"), ("d", "D"), ("b", "B"), ("2Q-MAR", "2QE-MAR"), ("1h", "h"), ("1mo", "MS"), ("1d", "D"), (" 15min ", "15min"),
-        ("0.5h", "30min"), ("1h30min", "90min"), (pd.Timedelta("15min"), "15min"), (pd.Timedelta("1D"), "D"), (pd.Timedelta("7D"), "7D"),
+        ("H", "h"), ("T", "min"), ("15T", "15min"), ("S", "s"), ("L", "ms"), ("U", "us"), ("N", "ns"), ("M", "ME"),
+        ("Q", "QE-DEC"), ("Y", "YE-DEC"), ("A-JUN", "YE-JUN"), ("AS", "YS-JAN"), ("BM", "BME"), ("BQ", "BQE-DEC"),
+        ("SM", "SME"), ("W", "W-SUN"), ("w", "W-SUN"), ("d", "D"), ("b", "B"), ("2Q-MAR", "2QE-MAR"), ("1h", "h"),
+        ("1mo", "MS"), ("1d", "D"), (" 15min ", "15min"), ("0.5h", "30min"), ("1h30min", "90min"),
+        (pd.Timedelta("15min"), "15min"), (pd.Timedelta("1D"), "D"), (pd.Timedelta("7D"), "7D"),
         (pd.offsets.MonthEnd(), "ME"), (pd.offsets.Hour(2), "2h"), (1, "1"), (np.int64(5), "5"), ("10", "10"),
     ],
 )  # fmt: skip
@@ -88,9 +84,10 @@ def test_a_bad_frequency_is_refused_with_the_choices(freq):
 @pytest.mark.parametrize(
     ("alias", "season"),
     [
-        ("s", 3600), ("5s", 720), ("min", 1440), ("5min", 288), ("15min", 96), ("30min", 48), ("h", 24), ("2h", 12), ("7h", 1), ("24h", 7),
-        ("D", 7), ("2D", 1), ("7D", 52), ("B", 5), ("W-SUN", 52), ("SMS", 24), ("MS", 12), ("ME", 12), ("BME", 12), ("2MS", 6),
-        ("QS-JAN", 4), ("QE-DEC", 4), ("YS-JAN", 1), ("YE-DEC", 1), ("ms", 1), ("1", 1), ("10", 1),
+        ("s", 3600), ("5s", 720), ("min", 1440), ("5min", 288), ("15min", 96), ("30min", 48), ("h", 24), ("2h", 12),
+        ("7h", 1), ("24h", 7), ("D", 7), ("2D", 1), ("7D", 52), ("B", 5), ("W-SUN", 52), ("SMS", 24), ("MS", 12),
+        ("ME", 12), ("BME", 12), ("2MS", 6), ("QS-JAN", 4), ("QE-DEC", 4), ("YS-JAN", 1), ("YE-DEC", 1), ("ms", 1),
+        ("1", 1), ("10", 1),
     ],
 )  # fmt: skip
 def test_seasons(alias, season):
@@ -185,6 +182,16 @@ def test_irregular_rows_are_refused_with_their_differences():
     assert caught.value.code == "E-FREQ"
     assert "0 days 00:02:00 x 1" in caught.value.message
     assert "native" in caught.value.fix
+
+
+def test_a_clock_with_more_gaps_than_rows_is_only_taken_when_named():
+    stamps = pd.date_range("2024-01-01", periods=100, freq="h")[[0, 1, 5, 9, 10, 14, 60, 99]]
+    with pytest.raises(DataError) as caught:
+        to_panel(frame_of(stamps))
+    assert caught.value.code == "E-FREQ"
+    assert "All rows lie on 'h', but only 29% of the differences" in caught.value.message
+    assert "freq='h'" in caught.value.fix
+    assert quiet_panel(frame_of(stamps), freq="h").lengths.tolist() == [100]
 
 
 def test_irregular_rows_are_taken_as_they_are_when_asked():
@@ -303,7 +310,11 @@ def test_integer_clocks_have_no_day():
 
 
 @pytest.mark.parametrize(
-    ("alias", "columns"), [("s", 12), ("15min", 10), ("h", 8), ("D", 6), ("B", 6), ("W-SUN", 4), ("SMS", 4), ("MS", 2), ("QE-DEC", 2), ("YS-JAN", 0), ("6MS", 2), ("7D", 4), ("ms", 12)],
+    ("alias", "columns"),
+    [
+        ("s", 12), ("15min", 10), ("h", 8), ("D", 6), ("B", 6), ("W-SUN", 4), ("SMS", 4), ("MS", 2), ("QE-DEC", 2),
+        ("YS-JAN", 0), ("6MS", 2), ("7D", 4), ("ms", 12),
+    ],
 )  # fmt: skip
 def test_calendar_features_are_points_on_circles(alias, columns):
     times = pd.date_range("2020-02-28", periods=50, freq=alias).to_numpy()

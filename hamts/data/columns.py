@@ -6,6 +6,7 @@ Everything that depends on a dtype of pandas, pyarrow or polars is here. Nothing
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +46,13 @@ class Notes:
         if note not in self.texts:
             self.texts.append(note)
 
-    def issue(self, stacklevel: int = 3) -> tuple[str, ...]:
+    def issue(self) -> tuple[str, ...]:
+        """Warn of each note at the line outside of this package that called it; returns the notes."""
+        level, frame = 2, sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "hamts":
+            level, frame = level + 1, frame.f_back
         for note in self.texts:
-            warnings.warn(DataWarning(note), stacklevel=stacklevel)
+            warnings.warn(DataWarning(note), stacklevel=level)
         return tuple(self.texts)
 
 
@@ -80,9 +85,8 @@ def open_frame(
         raise DataError("E-TYPE", f"{name} is a lazy polars frame.", fix=f"Pass {name}.collect().")
     elif not type(df).__module__.startswith("polars"):
         kind = f"{type(df).__module__}.{type(df).__name__}"
-        raise DataError(
-            "E-TYPE", f"{name} must be a pandas or polars DataFrame. Got {kind}.", fix=f"Pass pandas.DataFrame({name})."
-        )
+        fix = f"Pass {name}.to_pandas()." if hasattr(df, "to_pandas") else f"Pass pandas.DataFrame({name})."
+        raise DataError("E-TYPE", f"{name} must be a pandas or polars DataFrame. Got {kind}.", fix=fix)
     frame = nw.from_native(df, eager_only=True)
     if len(frame) == 0 and not empty:
         raise DataError(
@@ -163,7 +167,9 @@ def read_ids(column: nw.Series[Any], *, name: str = "df") -> Ids:
             rows=[f"row {i}" for i in missing[:5]],
             fix=f"{name}.dropna(subset=[{column.name!r}]), or fill them in.",
         )
-    return Ids(codes, _plain_ids(values, column.name, name), dtype_name(column))
+    ids, dtype = _plain_ids(values, column.name, name), dtype_name(column)
+    # numbers in an object column are told from texts by their dtype later on
+    return Ids(codes, ids, str(ids.dtype) if dtype == "object" else dtype)
 
 
 def _factorize(column: nw.Series[Any]) -> tuple[np.ndarray, np.ndarray]:

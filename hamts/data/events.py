@@ -80,6 +80,12 @@ def _open_log(events: Any, panel: Panel, notes: Notes, *, on_bad: str) -> Log:
     items = _items(frame, panel)
     times = read_times(frame[time_column], notes, name="events")
     check_zone(times, panel.schema, name="events", notes=notes)
+    untyped = np.flatnonzero(frame[type_column].is_null().to_numpy())
+    if len(untyped):
+        shown = describe_rows(frame, untyped, frame.columns)
+        raise DataError(
+            "E-EVENT", "Every event needs a type.", column=type_column, rows=shown, fix="Name it, or drop it."
+        )
     types = np.array([str(t) for t in frame[type_column].to_list()])
     values = _values(frame, notes)
     rows, offsets = _place(panel, items, times.values)

@@ -154,7 +154,7 @@ def _assemble(
         static_values=static_values,
     )
     panel = read_log(events, panel, source.notes, on_bad=source.options.on_bad, known=schema)
-    return replace(panel, notes=source.notes.issue(stacklevel=4))
+    return replace(panel, notes=source.notes.issue())
 
 
 def _note_gaps(source: Source, rows: Rows, clock: SortedTimes, steps: int) -> None:

@@ -190,7 +190,7 @@ def season_of(alias: str) -> int:
     from gluonts.time_feature import get_seasonality, norm_freq_str
 
     offset = to_offset(alias)
-    number, base = offset.n, norm_freq_str(offset.name)
+    number, base = offset.n, norm_freq_str(offset.rule_code)
     if base == "h" and number % 24 == 0:
         number, base = number // 24, "D"
     if base == "D" and number % 7 == 0:
@@ -210,7 +210,7 @@ def clock_of(alias: str) -> Clock:
     if re.fullmatch(r"\d+", alias):
         return Clock("integer", int(alias))
     offset = to_offset(alias)
-    number, name = offset.n, offset.name.split("-")[0]
+    number, name = offset.n, offset.rule_code.split("-")[0]
     if isinstance(offset, offsets.Day):
         return Clock("day", number)
     if isinstance(offset, offsets.Week):

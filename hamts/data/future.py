@@ -83,7 +83,7 @@ def encode_future(panel: Panel, futr_df: Any, *, h: int) -> np.ndarray:
         for channel in read:
             column = _read(frame, channel, places, h, notes)
             values[places.items, places.ahead, channels.index(channel)] = column
-    notes.issue(stacklevel=4)
+    notes.issue()
     return values
 
 

@@ -76,12 +76,16 @@ def find_frequency(times: SortedTimes) -> Frequency:
             fix="Pass freq='h', or whichever applies.",
         )
     mode = _mode(gaps)
+    sparse: dict[str, float] = {}
     for alias in _candidates(times, mode):
         frequency = make_frequency(alias)
-        if _fits(times, frequency):
+        share = _share_of_single_steps(times, frequency)
+        if share >= MAJORITY:
             _refuse_coarse_items(times, frequency)
             return frequency
-    raise _no_frequency(times, gaps)
+        if share > 0:
+            sparse[alias] = share
+    raise _no_frequency(times, gaps, sparse)
 
 
 def _mode(numbers: np.ndarray) -> int:
@@ -159,11 +163,10 @@ def _steps(times: SortedTimes, frequency: Frequency) -> tuple[np.ndarray, np.nda
     return steps, on_clock & is_anchored(clock_of(frequency.alias), starts, times.zone)
 
 
-def _fits(times: SortedTimes, frequency: Frequency) -> bool:
+def _share_of_single_steps(times: SortedTimes, frequency: Frequency) -> float:
+    """Share of differences that are exactly one step; 0 where a row is off the clock."""
     steps, on_clock = _steps(times, frequency)
-    if not on_clock.all():
-        return False
-    return float((times.within(steps) == 1).mean()) >= MAJORITY
+    return float((times.within(steps) == 1).mean()) if on_clock.all() else 0.0
 
 
 def _refuse_coarse_items(times: SortedTimes, frequency: Frequency) -> None:
@@ -194,11 +197,23 @@ def _mixed(times: SortedTimes, groups: dict[str, np.ndarray]) -> DataError:
     )
 
 
-def _no_frequency(times: SortedTimes, gaps: np.ndarray) -> DataError:
+def _no_frequency(times: SortedTimes, gaps: np.ndarray, sparse: dict[str, float]) -> DataError:
     own = _item_modes(times)
     groups = {name: items for name, items in own.items() if len(items)}
     if 1 < len(groups) <= 5:
         return _mixed(times, groups)
+    if not sparse and np.gcd.reduce(gaps) == gaps.min():
+        step = int(gaps.min())
+        sparse = {str(step) if times.integer else elapsed_alias(step): float((gaps == step).mean())}
+    if sparse:
+        alias, share = max(sparse.items(), key=lambda pair: pair[1])
+        return DataError(
+            "E-FREQ",
+            f"All rows lie on {alias!r}, but only {share:.0%} of the differences are one step of it. "
+            f"Differences found: {histogram(times, gaps)}.",
+            column=times.column,
+            fix=f"Pass freq={alias!r} to take the rest as gaps, or irregular='native' for rows as they are.",
+        )
     return DataError(
         "E-FREQ",
         f"Rows are irregular: no frequency holds for all of them. Differences found: {histogram(times, gaps)}.",
@@ -225,9 +240,8 @@ def _item_modes(times: SortedTimes) -> dict[str, np.ndarray]:
             times.zone,
             times.column,
         )
-        frequency = next(
-            (a for a in _candidates(alone, _mode(np.diff(alone.values))) if _fits(alone, make_frequency(a))), None
-        )
+        tried = _candidates(alone, _mode(np.diff(alone.values)))
+        frequency = next((a for a in tried if _share_of_single_steps(alone, make_frequency(a)) >= MAJORITY), None)
         if frequency is None:
             return {}
         groups.setdefault(frequency, []).append(item)
@@ -259,7 +273,7 @@ def clock_change_hint(times: SortedTimes) -> str:
 def is_clock_change(values: np.ndarray) -> np.ndarray:
     """Whether naive stamps [n] lie in the early hours of a Sunday in March, April, September, October or November."""
     index = pd.DatetimeIndex(as_times(values, integer=False))
-    return (index.dayofweek == 6) & (index.hour <= 4) & index.month.isin([3, 4, 9, 10, 11])
+    return (index.day_of_week == 6) & (index.hour <= 4) & index.month.isin([3, 4, 9, 10, 11])
 
 
 def check_frequency(times: SortedTimes, frequency: Frequency) -> np.ndarray:
