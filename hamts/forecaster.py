@@ -27,6 +27,7 @@ from hamts.forecast import Forecast, resolve_levels
 from hamts.persistence import load_fitted, save_fitted
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
 from hamts.resolve import FitOptions, describe, make_plan, with_alias
+from hamts.routes import forecaster_routes
 from hamts.training import FitReport
 
 __all__ = ["HAMForecaster", "fit", "load"]
@@ -299,6 +300,9 @@ class HAMForecaster:
             self._fitted, self._panel_of(df, static_df, events), self._horizon(h), n_windows=n_windows,
             step_size=step_size, cutoffs=cutoffs, against=against, by=by, share=self._share(budget_share), seed=seed,
         )  # fmt: skip
+
+    # which steps were kept, when and why
+    routes = forecaster_routes
 
     def memory_bytes(self) -> Any:
         """Bytes that are kept of each fitted item: a frame of ids and parts (scratchpad, state, window, ...)."""

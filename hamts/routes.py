@@ -11,23 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
-from hamts.data.clock import as_numbers, as_times, effective_clock, locate, step_times
+from hamts.data.clock import as_numbers, as_times, step_times
+from hamts.data.cutoffs import cutoff_steps
+from hamts.data.library import plain_frame
 from hamts.data.panel import Panel
-from hamts.data.patches import PatchStore
+from hamts.data.patches import PatchStore, build_store
+from hamts.errors import DataError
 from hamts.nn.ham import HAMLayer
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
-from hamts.rollout import Rollout
+from hamts.rollout import Rollout, roll
 from hamts.routes_summary import Overlap, overlap, summarise
 from hamts.routes_worth import add_worth
 
-__all__ = ["By", "Overlap", "add_worth", "overlap", "routes_table"]
+if TYPE_CHECKING:
+    from hamts.forecaster import HAMForecaster
+
+__all__ = ["By", "Overlap", "add_worth", "forecaster_routes", "overlap", "routes_table"]
 
 By = Literal["entry", "channel", "hour", "weekday", "tag", "layer", "reason"]
 
@@ -113,6 +119,56 @@ def routes_table(
     return table if refused else table[table["status"] != "below"].reset_index(drop=True)
 
 
+def forecaster_routes(
+    model: HAMForecaster,
+    df: Any = None,
+    *,
+    by: By = "entry",
+    at: Any = None,
+    worth: bool | int = False,
+    refused: bool = True,
+    budget_share: float | None = None,
+    static_df: Any = None,
+    events: Any = None,
+    seed: int = 0,
+) -> Any:
+    """Which steps the memory kept or refused, when and why: the table of ``routes_table``, in the caller's library.
+
+    Args:
+        df: rows to read; None: those of the fit, where this process still has them.
+        by, at, refused: see ``routes_table``.
+        worth: add what entries are worth to the forecast of ``model.h`` steps from ``at``, see ``add_worth``: so many
+            of each item; True: 50.
+
+    Raises DataError: E-REPLAY, E-OPTION, and what reading the frame raises.
+    """
+    if df is not None:
+        panel = model._panel_of(df, static_df, events)
+    elif model._panel is None:
+        raise DataError(
+            "E-REPLAY", "Which steps were kept is read off the rows; a saved model has none.", fix="Pass df."
+        )
+    else:
+        panel = model._panel
+    if worth and by != "entry":
+        raise DataError("E-OPTION", f"worth is of single entries. Got by={by!r}.", fix="by='entry', or worth=False.")
+    network, plan = model._fitted.network, model._fitted.plan
+    store = build_store(panel, patch_steps=plan.model.patch_steps, extra_steps=plan.h, time_unit=plan.time_unit)
+    policy = network.policy(torch.tensor([model._share(budget_share)]))
+    cutoffs, ends = [np.zeros(0, dtype=np.int64)] * panel.n_items, steps_at(panel, at)
+    rollout = roll(network, store, cutoffs=cutoffs, steps=1, policies=policy, ends=ends, keep_traces=True)
+    table = routes_table(
+        network, store, panel, rollout=rollout, at=at, by=by, refused=refused, policies=policy
+    )  # fmt: skip
+    if worth:
+        cutoffs = [np.array([end]) if end else cutoffs[0] for end in ends]
+        table = add_worth(
+            table, network, store, panel, cutoffs=cutoffs, steps=plan.h, policies=policy, seed=seed,
+            rows=50 if worth is True else worth,
+        )  # fmt: skip
+    return plain_frame(panel.schema.dialect, {name: table[name] for name in table})
+
+
 def _caps(network: HAMNetwork, policies: Policy | Sequence[Policy] | None) -> list[tuple[int | None, int | None]]:
     """Most entries of each layer, kept by score and by tag."""
     if policies is None:
@@ -173,32 +229,20 @@ def _chosen(ledger: Ledger, which: np.ndarray) -> Ledger:
 
 def observed_steps(panel: Panel, store: PatchStore, ledger: Ledger, at: Any) -> np.ndarray:
     """Steps of each item at or before ``at``, [I]; None: all that were read."""
-    lengths = panel.lengths  # [I]
+    if at is not None:
+        return steps_at(panel, at)
+    lengths, read = panel.lengths, ledger.read_patches  # 2 x [I]
+    complete = (store.lead.numpy() + lengths) // store.patch_steps  # [I]
+    short = np.maximum(read * store.patch_steps - store.lead.numpy(), 0)  # [I]
+    return np.where(read >= complete, lengths, short)
+
+
+def steps_at(panel: Panel, at: Any) -> np.ndarray:
+    """Steps of each item at or before a time, [I]; None: all."""
     if at is None:
-        complete = (store.lead.numpy() + lengths) // store.patch_steps  # [I]
-        short = ledger.read_patches * store.patch_steps - store.lead.numpy()  # [I]
-        return np.where(ledger.read_patches >= complete, lengths, np.maximum(short, 0))
-    zone = panel.schema.dialect.time_zone
-    now = time_number(panel, at)
-    if panel.times is not None:
-        before = np.concatenate([[0], np.cumsum(as_numbers(panel.times) <= now)])  # [S + 1]
-        return before[panel.offsets[1:]] - before[panel.offsets[:-1]]
-    clock = effective_clock(panel.schema.frequency, zone)
-    steps, _ = locate(clock, as_numbers(panel.starts), np.full(panel.n_items, now), zone)  # [I]
-    return np.clip(steps + 1, 0, lengths)
-
-
-def time_number(panel: Panel, at: Any) -> int:
-    """A user's time as hamts counts inside: nanoseconds of UTC, or the number of an integer clock."""
-    if np.asarray(panel.starts).dtype.kind != "M":
-        return int(at)
-    zone = panel.schema.dialect.time_zone
-    stamp = pd.Timestamp(at)
-    if stamp.tzinfo is None and zone is not None:
-        stamp = stamp.tz_localize(zone, ambiguous=True, nonexistent="shift_forward")
-    if stamp.tzinfo is not None:
-        stamp = stamp.tz_convert("UTC").tz_localize(None)
-    return int(stamp.as_unit("ns").value)
+        return panel.lengths
+    steps = np.array([cuts[0] if len(cuts) else 0 for cuts in cutoff_steps(panel, [at])], dtype=np.int64)  # [I]
+    return np.minimum(steps, panel.lengths)
 
 
 def follow(ledger: Ledger, stop: np.ndarray, *, window: int, caps: Sequence[tuple[int | None, int | None]]) -> Fate:

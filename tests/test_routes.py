@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,8 @@ from hamts.config import MemoryConfig, ModelConfig
 from hamts.data.frame import to_panel
 from hamts.data.panel import Panel
 from hamts.data.patches import PatchStore, build_store
-from hamts.errors import DataWarning
+from hamts.errors import DataError, DataWarning
+from hamts.forecaster import HAMForecaster, fit, load
 from hamts.nn.backbone import ChannelSpec
 from hamts.nn.head import pinball
 from hamts.nn.scratchpad import Entries
@@ -465,3 +467,51 @@ def test_overlap_takes_a_real_table_and_local_windows(small: World) -> None:
     found = overlap(small.table(), windows, seed=0, statuses=statuses, channels=["event"])
     assert found.recall == pytest.approx(1.0)
     assert found.score > found.score_high
+
+
+# --- on a fitted model
+
+
+@pytest.fixture(scope="module")
+def model() -> HAMForecaster:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit(
+            frame({"a": 400, "b": 230}, zone="Europe/Berlin"), h=12, target=["y", "z"], futr_cols=["ahead"],
+            event_cols=["event"], action_cols=["action"], preset="tiny", max_steps=3, verbose=False, progress=False,
+        )  # fmt: skip
+
+
+def test_a_fitted_model_tells_what_its_own_memory_holds(model: HAMForecaster) -> None:
+    table = model.routes()
+    assert (table["status"] == "kept").any()
+    assert (
+        table.groupby("unique_id")["bytes"].sum().tolist()
+        == model.memory_bytes().set_index("unique_id")["scratchpad"].tolist()
+    )
+    assert model.routes(by="channel")["tokens"].sum() == len(table)
+    assert len(model.routes(refused=False)) < len(table)
+    assert len(model.routes(budget_share=0.5, refused=False)) > len(model.routes(refused=False))
+
+
+def test_a_fitted_model_tells_what_entries_are_worth(model: HAMForecaster) -> None:
+    now = model.routes(worth=3)
+    assert now.groupby("unique_id")["worth"].count().tolist() == [3, 3]
+    assert set(now.loc[now["worth"].notna(), "worth_of"]) == {"median change"}
+    then = model.routes(worth=True, at="2024-04-05 17:00")
+    assert set(then.loc[then["worth"].notna(), "worth_of"]) == {"quantile loss"}
+    with pytest.raises(DataError, match="single entries"):
+        model.routes(worth=True, by="channel")
+
+
+def test_a_loaded_model_asks_for_rows_and_gives_the_same_table(model: HAMForecaster, tmp_path: Path) -> None:
+    model.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    with pytest.raises(DataError, match="Pass df"):
+        loaded.routes()
+    df = frame({"a": 400, "b": 230}, zone="Europe/Berlin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        pd.testing.assert_frame_equal(loaded.routes(df), model.routes())
+        polars = pytest.importorskip("polars")
+        assert isinstance(loaded.routes(polars.from_pandas(df)), polars.DataFrame)
