@@ -30,7 +30,7 @@ def split(
     """
     if (at is None) == (test_steps is None):
         raise DataError("E-SPLIT", "Pass one of at and test_steps.", fix="split(df, test_steps=24)")
-    named, index_columns = name_index(df, id_col=id_col, time_col=time_col)
+    named, index_columns, time_col = name_index(df, id_col=id_col, time_col=time_col)
     frame = open_frame(named, index_columns=index_columns)
     id_column, time_column = find_keys(frame, id_col=id_col, time_col=time_col)
     times = read_times(frame[time_column], Notes())

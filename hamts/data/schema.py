@@ -31,20 +31,20 @@ class Layout:
     targets: tuple[str, ...] | None
 
 
-def name_index(df: Any, *, id_col: str | None, time_col: str | None) -> tuple[Any, list[str | None]]:
-    """Give an unnamed DatetimeIndex (or PeriodIndex) of a pandas frame a name, on a shallow copy.
+def name_index(df: Any, *, id_col: str | None, time_col: str | None) -> tuple[Any, list[str | None], str | None]:
+    """See whether the index of a pandas frame is its time column.
 
-    Returns the frame and the index levels that are columns in disguise.
+    Returns the frame (a shallow copy where an unnamed index got a name), the index levels that are columns in
+        disguise, and the name of the time column where it is the index.
     """
     names: list[str | None] = [id_col, time_col, *ID_NAMES, *TIME_NAMES]
-    if isinstance(df, pd.DataFrame) and isinstance(df.index, pd.DatetimeIndex | pd.PeriodIndex):
-        named = df.index.name
-        if named is None and not any(n in df.columns for n in (time_col, *TIME_NAMES) if n):
-            df = df.copy(deep=False)
-            df.index = df.index.rename(time_col or "ds")
-        elif named is not None and not any(n in df.columns for n in (time_col, *TIME_NAMES) if n and n != named):
-            names.append(named)
-    return df, [*names, df.index.name] if isinstance(getattr(df, "index", None), pd.DatetimeIndex) else names
+    is_time = isinstance(df, pd.DataFrame) and isinstance(df.index, pd.DatetimeIndex | pd.PeriodIndex)
+    if not is_time or any(n in df.columns for n in (time_col, *TIME_NAMES) if n):
+        return df, names, time_col
+    if df.index.name is None:
+        df = df.copy(deep=False)
+        df.index = df.index.rename(time_col or "ds")
+    return df, [*names, df.index.name], time_col or df.index.name
 
 
 def find_layout(

@@ -79,7 +79,7 @@ def open_new(
     notes: Notes,
     options: Options,
 ) -> tuple[Source, dict[str, Role]]:
-    df, index_columns = name_index(df, id_col=id_col, time_col=time_col)
+    df, index_columns, time_col = name_index(df, id_col=id_col, time_col=time_col)
     frame = open_frame(df, index_columns=index_columns)
     layout = find_layout(frame, target=target, id_col=id_col, time_col=time_col)
     roles = role_columns(frame, layout, lists, notes)
@@ -88,7 +88,7 @@ def open_new(
 
 def open_known(df: Any, schema: Schema, notes: Notes, options: Options) -> Source:
     dialect = schema.dialect
-    df, index_columns = name_index(df, id_col=dialect.id_column, time_col=dialect.time_column)
+    df, index_columns, _ = name_index(df, id_col=dialect.id_column, time_col=dialect.time_column)
     frame = open_frame(df, index_columns=[*index_columns, dialect.id_column, dialect.time_column])
     check_columns(frame, schema, notes)
     layout = Layout(dialect.name, dialect.id_column, dialect.time_column, schema.targets)

@@ -53,7 +53,7 @@ def read_times(column: nw.Series[Any], notes: Notes, *, name: str = "df") -> Tim
     elif dtype.is_float():
         times = _from_floats(column, notes)
     else:
-        times = _from_objects(column, name)
+        times = _from_objects(column, notes, name)
     if not times.integer:
         _note_epoch(times, column.name, notes)
     return times
@@ -162,7 +162,7 @@ def _note_epoch(times: Times, column: str, notes: Notes) -> None:
         notes.add("W-EPOCH", f"{text}were Unix seconds or milliseconds read with the wrong unit?")
 
 
-def _from_objects(column: nw.Series[Any], name: str) -> Times:
+def _from_objects(column: nw.Series[Any], notes: Notes, name: str) -> Times:
     native = column.to_native()
     if isinstance(native, pd.Series) and isinstance(native.dtype, pd.PeriodDtype):
         stamps = pd.DatetimeIndex(native.dt.to_timestamp())
@@ -173,6 +173,8 @@ def _from_objects(column: nw.Series[Any], name: str) -> Times:
     inferred = pd.api.types.infer_dtype(values, skipna=False)
     if inferred == "string":
         return _from_texts(values, column.name, name)
+    if inferred == "integer" and values.abs().max() <= MAX_INTEGER:
+        return _from_integers(nw.from_native(values.astype(np.int64).rename(column.name), series_only=True), notes)
     if inferred in ("datetime", "datetime64", "date"):
         return _from_stamps(values, column.name, name, is_date=inferred == "date")
     sample = [repr(v) for v in values.head(3)]
