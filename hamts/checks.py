@@ -55,6 +55,11 @@ class FitTask:
     max_steps: int
     folder: Path | None
 
+    @property
+    def chooses_reading(self) -> bool:
+        """Whether there are several targets, and validation decides if they read one another."""
+        return self.network.config.cross_reading == "auto" and len(self.network.spec.targets) > 1
+
 
 @dataclass
 class FitState:
@@ -95,6 +100,12 @@ class Run:
         self.bad_checks = 0
 
     @property
+    def checked(self) -> HAMNetwork:
+        """The network with averaged weights."""
+        assert isinstance(self.averaged.module, HAMNetwork)
+        return self.averaged.module
+
+    @property
     def seconds(self) -> float:
         return self.earlier + time.monotonic() - self.began
 
@@ -110,8 +121,8 @@ class Run:
     def check(self, step: int, training_loss: float) -> None:
         """Validate, remember the best weights, decide whether targets read one another."""
         # the averaged weights are what is checked and kept; before the first step they are the plain ones
-        network, task = self.averaged.module, self.task
-        options = [True, False] if len(network.spec.targets) > 1 else [True]
+        network, task = self.checked, self.task
+        options = [True, False] if task.chooses_reading else [True]
         scores = {}
         for cross in options:
             network.cross_targets.fill_(cross)
@@ -145,7 +156,7 @@ class Run:
     def _score(self) -> float:
         task = self.task
         return validation_score(
-            self.averaged.module, task.store, task.cutoffs, horizon=task.horizon, share=task.share,
+            self.checked, task.store, task.cutoffs, horizon=task.horizon, share=task.share,
             warmup=VALIDATION_WARMUP_PATCHES,
         )  # fmt: skip
 
@@ -197,10 +208,10 @@ def calibrate_thresholds(
         network, store, cutoffs=nothing, steps=1, policies=network.policy(torch.tensor([share])),
         starts=starts, ends=stops, keep_traces=True,
     )  # fmt: skip
-    for number, block in enumerate(network.backbone.blocks):
+    for number, layer in enumerate(network.backbone.layers()):
         scores = [chunk.layers[number].scores[chunk.heard >= 0.5] for chunk in result.traces]
         if scores:
-            block.memory.thresholds.calibrate(torch.cat(scores))
+            layer.thresholds.calibrate(torch.cat(scores))
 
 
 def resume_identity(task: FitTask) -> str:

@@ -20,6 +20,8 @@ class ModelConfig:
         patch_steps: P, steps in a token; 1 gives step-level routing.
         window_patches: W, the last patches of the own channel that are read exactly.
         cross_span_patches: how many of the last patches of other channels are read exactly (1 = the same step only).
+        cross_reading: ``auto`` (covariates always, targets if validation favours it), ``always``, or ``never`` (each
+            channel reads itself only).
         lookahead_patches: patches of a known-ahead channel that a token of the horizon also carries.
         half_life_steps: of the causal normaliser; the first scales, the others say where the level stands.
         router: names of ``ROUTERS`` joined by "+"; a token is kept if any of them asks for it.
@@ -32,6 +34,7 @@ class ModelConfig:
     patch_steps: int = 12
     window_patches: int = 2
     cross_span_patches: int = 1
+    cross_reading: str = "auto"
     lookahead_patches: int = 1
     half_life_steps: tuple[float, ...] = (72.0, 288.0, 1152.0)
     router: str = "learned+tags"
@@ -57,6 +60,8 @@ class ModelConfig:
         unknown = [name for name in self.router_names if name not in ROUTERS]
         if unknown or not self.router_names:
             raise ValueError(f"Unknown router {self.router!r}. Available: {sorted(ROUTERS)}, joined by '+'.")
+        if self.cross_reading not in ("auto", "always", "never"):
+            raise ValueError(f"Unknown cross_reading {self.cross_reading!r}. Available: ['always', 'auto', 'never'].")
         if self.head_reduction not in ("min", "mean", "max"):
             raise ValueError(f"Unknown head_reduction {self.head_reduction!r}. Available: ['max', 'mean', 'min'].")
         if 0.5 not in self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):

@@ -1,7 +1,7 @@
-"""The network as the rest of hamts uses it: raw chunks in, quantiles in the user's units out, the memory passed in and handed back.
+"""The network as the rest of hamts uses it: raw chunks in, quantiles in the user's units out, the memory passed along.
 
-Reading the past and forecasting are the same pass: a forecast goes on over tokens whose targets are hidden, on a copy of the
-memory. Nothing here knows of training.
+Reading the past and forecasting are the same pass: a forecast goes on over tokens whose targets are hidden, on a copy
+of the memory. Nothing here knows of training.
 
 B items · C channels · G targets · N patches · P steps in a patch · Q quantiles · L half-lives
 """
@@ -104,6 +104,8 @@ class HAMNetwork(nn.Module):
     def readable(self, cross: torch.Tensor) -> torch.Tensor:
         """Which channel may read which: covariates always, other targets where ``cross`` [B] says so. [B, C, C]."""
         target = torch.tensor([role == "target" for role in self.spec.roles])  # [C]
+        if self.config.cross_reading == "never":
+            return torch.eye(len(target), dtype=torch.bool, device=cross.device).expand(len(cross), -1, -1)
         allowed = ~target[None, None, :] | cross.cpu()[:, None, None] | torch.eye(len(target), dtype=torch.bool)
         return allowed.expand(-1, len(target), -1).to(cross.device)
 

@@ -1,14 +1,16 @@
-"""Run a network along streams: read the past once, and forecast at any number of cutoffs on the way, on copies of the memory.
+"""Run a network along streams: read the past once, and forecast at any number of cutoffs, on copies of the memory.
 
-Used by prediction, cross-validation, evaluation and the checks while fitting, so that all of them see the same forecasts.
+Used by prediction, cross-validation, evaluation and the checks while fitting: all of them see the same forecasts.
 
-B items side by side · C channels · G targets · N patches · P steps in a patch · F future steps · Q quantiles · X cutoffs
+B items side by side · I items · C channels · G targets · N patches · P steps in a patch · F future steps · Q quantiles
+X cutoffs
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,26 +84,39 @@ def roll(
         Forecasts in the order of items, then cutoffs.
     """
     network.eval()
-    policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
     begin = store.first_patch.numpy() if starts is None else np.asarray(starts)  # [I]
     steps_read = store.lengths.numpy() if ends is None else np.asarray(ends)  # [I]
     stop = (store.lead.numpy() + steps_read) // store.patch_steps  # [I] complete patches
     counts = [len(c) for c in cutoffs]
     G, Q = len(network.spec.targets), len(network.config.quantiles)
-    quantiles = np.full((sum(counts), G, steps, Q), np.nan)  # [X, G, F, Q]
-    scale = np.full((sum(counts), G), np.nan)  # [X, G]
-    offsets = np.concatenate([[0], np.cumsum(counts)])  # [I + 1]
-    result = Rollout(quantiles, scale, None)
+    result = Rollout(
+        quantiles=np.full((sum(counts), G, steps, Q), np.nan),  # [X, G, F, Q]
+        scale=np.full((sum(counts), G), np.nan),  # [X, G]
+        memory=None,
+    )
+    reader = _Reader(
+        network=network,
+        store=store,
+        steps=steps,
+        policies=_per_layer(network, policies),
+        cutoffs=cutoffs,
+        places=np.concatenate([[0], np.cumsum(counts)]),
+        result=result,
+        reveal_events=reveal_events,
+        keep_traces=keep_traces,
+        chunk_patches=chunk_patches,
+    )
     parts: list[tuple[np.ndarray, StreamMemory]] = []
     for group in _groups(stop - begin, mixed=memory is None):
-        after = _roll_group(
-            network, store, group, begin[group], stop[group], cutoffs, offsets, steps,
-            [_policy_rows(p, group) for p in policies], memory, result,
-            reveal_events=reveal_events, keep_traces=keep_traces, chunk_patches=chunk_patches,
-        )  # fmt: skip
-        parts.append((group, after))
+        items = torch.from_numpy(group).to(network.unit.device)
+        before = network.empty_memory(len(group)) if memory is None else memory.select(items)
+        parts.append((group, reader.read(group, begin[group], stop[group], before)))
     result.memory = join_memories(parts)
     return result
+
+
+def _per_layer(network: HAMNetwork, policies: Policy | Sequence[Policy]) -> list[Policy]:
+    return [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
 
 
 def _groups(patches: np.ndarray, *, mixed: bool) -> Iterator[np.ndarray]:
@@ -117,97 +132,94 @@ def _groups(patches: np.ndarray, *, mixed: bool) -> Iterator[np.ndarray]:
             yield np.sort(part[low : low + ITEMS_SIDE_BY_SIDE])
 
 
-def _roll_group(
-    network: HAMNetwork,
-    store: PatchStore,
-    group: np.ndarray,
-    begin: np.ndarray,
-    ends: np.ndarray,
-    cutoffs: Sequence[np.ndarray],
-    offsets: np.ndarray,
-    steps: int,
-    policies: list[Policy],
-    memory: StreamMemory | None,
-    result: Rollout,
-    *,
-    reveal_events: bool,
-    keep_traces: bool,
-    chunk_patches: int,
-) -> StreamMemory:
-    """Read one group of items, aligned at their ends; fills in ``result``."""
-    items = torch.from_numpy(group)
-    state = network.empty_memory(len(group)) if memory is None else memory.select(items.to(network.unit.device))
-    longest = int((ends - begin).max()) if len(group) else 0
-    shift = ends - longest  # [B] patch of each item's grid at aligned index 0
-    # (aligned boundary, row in group, cutoff, place in the answer)
-    stops: dict[int, list[tuple[int, int, int]]] = {}
-    for row, item in enumerate(group):
-        for k, cutoff in enumerate(cutoffs[item]):
-            patch = (int(store.lead[item]) + int(cutoff)) // store.patch_steps
-            stops.setdefault(patch - int(shift[row]), []).append((row, int(cutoff), int(offsets[item]) + k))
-    at = 0
-    for boundary in sorted({*stops, longest}):
-        while at < boundary:
-            size = min(chunk_patches, boundary - at)
-            first = torch.from_numpy(shift) + at  # [B]
-            chunk = store.window(items, first, size)
-            chunk = _hide_before(chunk, first, torch.from_numpy(begin))
-            reading = network(chunk, state, policies, decode=False)
-            state = reading.memory
-            _count(result, reading.traces, reading.heard)
-            if keep_traces:
-                result.traces.append(ChunkTrace(items, first, reading.traces, reading.heard))
-            at += size
-        for batch in _batches(stops.get(boundary, []), HORIZONS_SIDE_BY_SIDE):
-            _forecast(network, store, items, batch, state, steps, policies, result, reveal_events)
-    return state
+@dataclass(frozen=True)
+class _Stop:
+    """A forecast to be made when a group has been read up to some boundary."""
+
+    row: int  # in the group
+    cutoff: int  # observed steps
+    place: int  # in the answer
 
 
-def _hide_before(chunk: Chunk, first: torch.Tensor, begin: torch.Tensor) -> Chunk:
-    """Patches before an item's start are absent, also where the store holds them (they were read already)."""
-    index = first[:, None] + torch.arange(chunk.present.shape[1])  # [B, N]
-    present = chunk.present & (index >= begin[:, None])  # [B, N]
-    if bool((present == chunk.present).all()):
-        return chunk
-    there = present[:, None, :, None]  # [B, 1, N, 1]
-    return replace(
-        chunk,
-        values=torch.where(there, chunk.values, 0.0),
-        observed=chunk.observed & there,
-        tags=chunk.tags & there,
-        complete=chunk.complete & present[:, None],
-        present=present,
-    )
+@dataclass(frozen=True)
+class _Reader:
+    """What is the same for all groups of one ``roll``."""
 
+    network: HAMNetwork
+    store: PatchStore
+    steps: int
+    policies: list[Policy]
+    cutoffs: Sequence[np.ndarray]
+    places: np.ndarray  # [I + 1] where each item's forecasts begin in the answer
+    result: Rollout
+    reveal_events: bool
+    keep_traces: bool
+    chunk_patches: int
 
-def _forecast(
-    network: HAMNetwork,
-    store: PatchStore,
-    items: torch.Tensor,
-    batch: list[tuple[int, int, int]],
-    state: StreamMemory,
-    steps: int,
-    policies: list[Policy],
-    result: Rollout,
-    reveal_events: bool,
-) -> None:
-    """Forecast some cutoffs that share a boundary, on copies of the memory."""
-    rows = torch.tensor([row for row, _, _ in batch])  # [B]
-    cutoffs = torch.tensor([cutoff for _, cutoff, _ in batch])  # [B]
-    places = [place for _, _, place in batch]
-    chosen = [_policy_rows(p, rows.numpy()) for p in policies]
-    quantiles, scale = forecast_from(
-        network,
-        store,
-        items[rows],
-        cutoffs,
-        state.select(rows.to(network.unit.device)),
-        steps,
-        chosen,
-        reveal_events=reveal_events,
-    )
-    result.quantiles[places] = quantiles.cpu().numpy()
-    result.scale[places] = scale.cpu().numpy()
+    def read(self, group: np.ndarray, begin: np.ndarray, ends: np.ndarray, memory: StreamMemory) -> StreamMemory:
+        """Read items side by side, aligned at their ends, and forecast on the way; the memory at the ends."""
+        longest = int((ends - begin).max()) if len(group) else 0
+        shift = ends - longest  # [B] patch of each item's grid at aligned index 0
+        stops = self._stops(group, shift)
+        policies = [_policy_rows(p, group) for p in self.policies]
+        at = 0
+        for boundary in sorted({*stops, longest}):
+            while at < boundary:
+                size = min(self.chunk_patches, boundary - at)
+                memory = self._advance(group, shift + at, begin, size, memory, policies)
+                at += size
+            waiting = stops.get(boundary, [])
+            for low in range(0, len(waiting), HORIZONS_SIDE_BY_SIDE):
+                self._forecast(group, waiting[low : low + HORIZONS_SIDE_BY_SIDE], memory, policies)
+        return memory
+
+    def _stops(self, group: np.ndarray, shift: np.ndarray) -> dict[int, list[_Stop]]:
+        """By aligned boundary, what is to be forecast there."""
+        stops: dict[int, list[_Stop]] = {}
+        for row, item in enumerate(group):
+            for k, cutoff in enumerate(self.cutoffs[item]):
+                patch = (int(self.store.lead[item]) + int(cutoff)) // self.store.patch_steps
+                stop = _Stop(row, int(cutoff), int(self.places[item]) + k)
+                stops.setdefault(patch - int(shift[row]), []).append(stop)
+        return stops
+
+    def _advance(
+        self,
+        group: np.ndarray,
+        first: np.ndarray,
+        begin: np.ndarray,
+        size: int,
+        memory: StreamMemory,
+        policies: list[Policy],
+    ) -> StreamMemory:
+        """Read the next patches of every item of the group."""
+        items, start = torch.from_numpy(group), torch.from_numpy(first)  # [B], [B]
+        chunk = _hide_before(self.store.window(items, start, size), start, torch.from_numpy(begin))
+        reading = self.network(chunk, memory, policies, decode=False)
+        for trace in reading.traces:
+            self.result.kept += int((trace.routed & (reading.heard > 0)).sum())
+            self.result.heard += int((reading.heard > 0).sum())
+        if self.keep_traces:
+            self.result.traces.append(ChunkTrace(items, start, reading.traces, reading.heard))
+        return reading.memory
+
+    def _forecast(self, group: np.ndarray, stops: list[_Stop], memory: StreamMemory, policies: list[Policy]) -> None:
+        """Forecast some cutoffs that share a boundary, on copies of the memory."""
+        rows = np.array([stop.row for stop in stops])  # [B]
+        cutoffs = torch.tensor([stop.cutoff for stop in stops])  # [B]
+        places = [stop.place for stop in stops]
+        quantiles, scale = forecast_from(
+            self.network,
+            self.store,
+            torch.from_numpy(group[rows]),
+            cutoffs,
+            memory.select(torch.from_numpy(rows).to(self.network.unit.device)),
+            self.steps,
+            [_policy_rows(p, rows) for p in policies],
+            reveal_events=self.reveal_events,
+        )
+        self.result.quantiles[places] = quantiles.cpu().numpy()
+        self.result.scale[places] = scale.cpu().numpy()
 
 
 @torch.no_grad()
@@ -231,15 +243,31 @@ def forecast_from(
     Returns:
         Quantiles in the user's units, [B, G, F, Q], and the stream's scale at the cutoff, [B, G]; both float64.
     """
-    policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
     reveal = torch.full((len(items),), reveal_events)
     chunk = store.horizon(items, cutoffs, steps, reveal)
-    reading = network(chunk, memory, [_uncapped(p) for p in policies], advance=False)
+    reading = network(chunk, memory, [_uncapped(p) for p in _per_layer(network, policies)], advance=False)
     assert chunk.horizon is not None
     values = reading.unscaled().flatten(2, 3)  # [B, G, N P, Q]
     wanted = chunk.horizon.flatten(1).to(values.device)  # [B, N P]; F steps of each
     picked = values.transpose(1, 2)[wanted].view(len(items), steps, *values.shape[1:2], -1)  # [B, F, G, Q]
     return picked.transpose(1, 2), reading.scale[:, :, -1]
+
+
+def _hide_before(chunk: Chunk, first: torch.Tensor, begin: torch.Tensor) -> Chunk:
+    """Patches before an item's start are absent, also where the store holds them (they were read already)."""
+    index = first[:, None] + torch.arange(chunk.present.shape[1])  # [B, N]
+    present = chunk.present & (index >= begin[:, None])  # [B, N]
+    if bool((present == chunk.present).all()):
+        return chunk
+    there = present[:, None, :, None]  # [B, 1, N, 1]
+    return replace(
+        chunk,
+        values=torch.where(there, chunk.values, 0.0),
+        observed=chunk.observed & there,
+        tags=chunk.tags & there,
+        complete=chunk.complete & present[:, None],
+        present=present,
+    )
 
 
 def _uncapped(policy: Policy) -> Policy:
@@ -249,22 +277,9 @@ def _uncapped(policy: Policy) -> Policy:
 
 def _policy_rows(policy: Policy, rows: np.ndarray) -> Policy:
     """A policy for some items; one that holds for a single item holds for all."""
-    if len(policy.share) == 1:
-        index = torch.zeros(len(rows), dtype=torch.int64)
-    else:
-        index = torch.from_numpy(np.asarray(rows))
+    shared = len(policy.share) == 1
+    index = torch.zeros(len(rows), dtype=torch.int64) if shared else torch.from_numpy(np.asarray(rows))
     return map_tensors(policy, lambda tensor: tensor[index])
-
-
-def _count(result: Rollout, traces: list[LayerTrace], heard: torch.Tensor) -> None:
-    for trace in traces:
-        result.kept += int((trace.routed & (heard > 0)).sum())
-        result.heard += int((heard > 0).sum())
-
-
-def _batches(work: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    for low in range(0, len(work), size):
-        yield work[low : low + size]
 
 
 def join_memories(parts: list[tuple[np.ndarray, StreamMemory]]) -> StreamMemory:
@@ -297,7 +312,7 @@ def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
-def _cat(parts):  # type: ignore[no-untyped-def]
+def _cat(parts: list[Any]) -> Any:
     """Concatenate like trees of tensors along items."""
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)

@@ -33,7 +33,7 @@ from hamts.nn.router import kept_probability
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
-from hamts.windows import StreamWindows, Windows, scale_history
+from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 
 __all__ = ["FitReport", "fit_network"]
 
@@ -79,8 +79,8 @@ class HAMTrainer(L.LightningModule):
         memory = self._memory(batch)
         policy = self._policy(batch.share, batch.cross)
         past = network(batch.context, memory, policy)
-        for block, trace in zip(network.backbone.blocks, past.traces, strict=True):
-            block.memory.thresholds.follow(trace.scores[past.heard >= 0.5])
+        for layer, trace in zip(network.backbone.layers(), past.traces, strict=True):
+            layer.thresholds.follow(trace.scores[past.heard >= 0.5])
         ahead = network(
             batch.horizon, past.memory, replace(policy, cap_kept=None, cap_must=None, explore_share=0.0), advance=False
         )
@@ -230,7 +230,10 @@ def fit_network(
     task = FitTask(network, store, cutoffs, horizon, share, config, steps, None if run_dir is None else Path(run_dir))
     bar = sys.stderr.isatty() if progress is None else progress
     run = Run(task, quiet=bar or not verbose)
-    windows = StreamWindows(store, scale_history(network, store), ends=ends, horizon=horizon, config=config)
+    windows = StreamWindows(
+        store, scale_history(network, store), ends=ends, horizon=horizon, config=config,
+        cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0,
+    )  # fmt: skip
     state = FitState(windows, torch.Generator().manual_seed(config.seed + 1))
     module = HAMTrainer(task, run, state)
     network.train()

@@ -19,10 +19,11 @@ from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork
 
-__all__ = ["StreamWindows", "Windows", "scale_history"]
+__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "scale_history"]
 
 # budget shares of training streams; 0 and 1 are drawn on purpose, they are the ends of the frontier
 EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.75
+# chance that the targets of a training stream read one another, where validation is to decide
 CROSS_CHANCE = 0.5
 
 
@@ -68,8 +69,16 @@ class StreamWindows(IterableDataset[Windows]):
     """Endless batches of consecutive windows of B streams; each restarts elsewhere now and then."""
 
     def __init__(
-        self, store: PatchStore, history: ScaleState, *, ends: np.ndarray, horizon: int, config: TrainConfig
+        self,
+        store: PatchStore,
+        history: ScaleState,
+        *,
+        ends: np.ndarray,
+        horizon: int,
+        config: TrainConfig,
+        cross_chance: float,
     ) -> None:
+        self.cross_chance = cross_chance
         self.store, self.history, self.horizon, self.config = store, history, horizon, config
         self.ends = torch.from_numpy(np.asarray(ends, dtype=np.int64))  # [I] observed steps that may be used
         usable = (self.ends + store.lead) // store.patch_steps  # [I] patches
@@ -104,7 +113,7 @@ class StreamWindows(IterableDataset[Windows]):
         self.items = torch.where(which, items, self.items)
         self.at = torch.where(which, at, self.at)
         self.share = torch.where(which, share, self.share)
-        self.cross = torch.where(which, self._uniform(B) < CROSS_CHANCE, self.cross)
+        self.cross = torch.where(which, self._uniform(B) < self.cross_chance, self.cross)
 
     def __iter__(self) -> Iterator[Windows]:
         while True:

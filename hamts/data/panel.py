@@ -50,7 +50,7 @@ class Frequency:
 
     Attributes:
         kind: ``calendar`` (a pandas offset), ``integer`` (whole numbers) or ``irregular`` (true times per row).
-        alias: modern pandas spelling such as ``h``, ``15min``, ``ME``; the step as text for integer clocks; "" if irregular.
+        alias: modern pandas spelling such as ``h``, ``15min``; the step as text for integer clocks; "" without one.
         season_steps: steps in one season (24 for hourly, 1 when there is none that is known).
         steps_per_day: whole steps in a calendar day, or 0 where the frequency does not divide it.
     """

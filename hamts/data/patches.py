@@ -1,6 +1,7 @@
-"""From a Panel to chunks of patches: one contiguous tensor whose rows are patches, and gathers of consecutive rows.
+"""From a Panel to chunks of patches: one tensor whose rows are patches, and consecutive rows of it.
 
-B items in a batch · I items · R rows (patches) of all items · C channels · N patches · P steps in a patch · F calendar features
+B items in a batch · I items · R rows (patches) of all items · C channels · N patches · P steps in a patch
+F calendar features
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["Chunk", "PatchStore", "build_store", "find_tags", "irregular_unit"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive patches of a batch of items, raw. Every decision of the network about step t uses only steps up to t."""
+    """Consecutive patches of a batch of items, raw; 0 where nothing was observed."""
 
     values: torch.Tensor  # [B, C, N, P] float64; 0 where not observed
     observed: torch.Tensor  # [B, C, N, P] bool
@@ -38,7 +39,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PatchStore:
-    """All items' patches, aligned to each item's grid origin. Row r of item i is patch ``first_patch[i] + r - first_row[i]``."""
+    """All items' patches, aligned to each item's grid origin.
+
+    Row r of item i is patch ``first_patch[i] + r - first_row[i]``.
+    """
 
     values: torch.Tensor  # [R, P, C] float64, NaN missing
     tags: torch.Tensor  # [R, P, C] bool

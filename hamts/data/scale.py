@@ -1,8 +1,8 @@
 """The causal normaliser: every token is scaled by what its own stream was up to that token's end.
 
-Exponentially weighted mean and deviation, bias-corrected, over observed steps; carried along a stream for ever (warm), so that
-a window in the middle of a stream is scaled as the stream itself would be. All in float64, about a reference value of the
-stream, so that a large offset costs no digits.
+Exponentially weighted mean and deviation, bias-corrected, over observed steps; carried along a stream for ever (warm),
+so that a window in the middle of a stream is scaled as the stream itself would be. All in float64, about a reference
+value of the stream, so that a large offset costs no digits.
 
 B items · C channels · N patches · P steps in a patch · L half-lives
 """
@@ -43,7 +43,7 @@ class CausalScale:
     Attributes:
         half_lives: in steps; the first one scales values, the others describe where the level stands.
         unit: typical scale of each channel in the training data, [C] float64.
-        adaptive: False for channels that are only divided by ``unit`` (booleans, events) or left alone (codes), [C] bool.
+        adaptive: False for channels that are only divided by ``unit`` (events) or left alone (codes), [C] bool.
         floor_share: smallest scale, as a share of ``unit``.
     """
 

@@ -1,6 +1,7 @@
 """Tokens in, hidden vectors out: embedding, then blocks of a HAM layer and a gated MLP.
 
-B items · C channels · N patches · P steps in a patch · D width · L look-ahead patches · F calendar features · G level features
+B items · C channels · N patches · P steps in a patch · D width · L look-ahead patches
+F calendar features · G level features
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Embedding(nn.Module):
         if self.from_static is not None:
             total = total + self.from_static(tokens.static_values)[:, None, None]
         for column, table in enumerate(self.static_category):
-            total = total + table(tokens.static_codes[:, column].clamp_max(table.num_embeddings - 1))[:, None, None]
+            codes = tokens.static_codes[:, column].clamp_max(self.spec.static_levels[column])  # [B]
+            total = total + table(codes)[:, None, None]  # [B, 1, 1, D]
         return total
 
 
@@ -140,7 +142,11 @@ class Backbone(nn.Module):
         self.final_norm = nn.RMSNorm(config.width)
 
     def empty_memory(self, items: int, channels: int, like: torch.Tensor) -> list[LayerMemory]:
-        return [block.memory.empty_memory(items, channels, like) for block in self.blocks]
+        return [layer.empty_memory(items, channels, like) for layer in self.layers()]
+
+    def layers(self) -> list[HAMLayer]:
+        """The HAM layers, from the input up."""
+        return [block.memory for block in self.blocks if isinstance(block, Block)]
 
     def forward(
         self,

@@ -1,8 +1,8 @@
 """The HAM layer: a recurrent state for what is predictable, a scratchpad for what must stay exact.
 
-Source: Hybrid Associative Memories, arXiv 2603.22325: the recurrence (Eqs 6-8), routing by prediction error (Eqs 9-10), the
-sparse cache (Eq. 11), two independent gates (Eqs 12-13), the learned router (Eq. 14). The grid of channels, the window, the
-union of reads, tags, caps and the level features are ours.
+Source: Hybrid Associative Memories, arXiv 2603.22325: the recurrence (Eqs 6-8), routing by prediction error (Eqs 9-10),
+the sparse cache (Eq. 11), two independent gates (Eqs 12-13), the learned router (Eq. 14). The grid of channels, the
+window, the union of reads, tags, caps and the level features are ours.
 
 B items · C channels · N patches · D width · H heads · K key · V value (= K) · W window patches · M entries · R marks
 S score routers
@@ -183,7 +183,7 @@ class HAMLayer(nn.Module):
             must_keep=tokens.must_keep & policy.use_tags & (policy.share > 0)[:, None, None],
             routed=routed[:, self.window :].transpose(1, 2),
             entries_bias=entries.bias,
-            entries_mass=read.scratch_mass,
+            entries_mass=read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias),
             entries_judged=judged,
             queries=C * N * H,
         )
@@ -200,7 +200,9 @@ class HAMLayer(nn.Module):
         B, C, N, _ = mixed.shape
         H, K = self.heads, self.head_width
         padded = torch.cat([memory.conv_tail.to(mixed.dtype), mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
-        convolved = sum(padded[:, :, i : i + N] * self.conv[:, i] for i in range(CONV_WIDTH))  # [B, C, N, 3 D]
+        convolved = padded[:, :, :N] * self.conv[:, 0]  # [B, C, N, 3 D]
+        for tap in range(1, CONV_WIDTH):
+            convolved = convolved + padded[:, :, tap : tap + N] * self.conv[:, tap]  # [B, C, N, 3 D]
         q, k, v = F.silu(convolved).reshape(B * C, N, 3, H, K).unbind(2)  # 3 x [B C, N, H, K]
         beta = gates[..., 1, :].sigmoid() * tokens.heard[..., None]  # [B, C, N, H]
         elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]

@@ -150,7 +150,7 @@ class Router(nn.Module):
             angle = self._over_heads(surprise(recurrent.prediction, values))  # [B, C, N]
         logit = self._learned_logit(x, fresh, angle, beta, tokens)  # [B, C, N] or None
         available = {"surprise": angle, "innovation": fresh, "learned": logit}
-        columns = [available[name].detach() for name in self.names]  # S x [B, C, N]
+        columns = [score.detach() for name in self.names if (score := available[name]) is not None]  # S x [B, C, N]
         scores = torch.stack(columns, -1) if columns else x.new_zeros(*x.shape[:3], 0)  # [B, C, N, S]
         bias = torch.zeros_like(fresh) if logit is None else log_bias(logit)  # [B, C, N]
         if self.uses_tags:

@@ -1,6 +1,7 @@
-"""The exact memory: entries kept for good, the window's tokens that still await their decision, and the layer's whole memory.
+"""The exact memory: entries kept for good, the window's tokens that still await their decision, the layer's memory.
 
-B items · C channels · N patches · W window patches · H heads · K key · V value · M entries · R marks · J = M + (W + N) C candidates
+B items · C channels · N patches · W window patches · H heads · K key · V value · M entries · R marks
+J candidates = M + (W + N) C
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ def map_tensors(container: T, function: Callable[[torch.Tensor], torch.Tensor]) 
     if isinstance(container, torch.Tensor):
         return function(container)  # type: ignore[return-value]
     if isinstance(container, list | tuple):
-        return type(container)(map_tensors(part, function) for part in container)  # type: ignore[return-value]
+        return type(container)(map_tensors(part, function) for part in container)
     if is_dataclass(container) and not isinstance(container, type):
         changed: dict[str, Any] = {f.name: map_tensors(getattr(container, f.name), function) for f in fields(container)}
-        return replace(container, **changed)  # type: ignore[return-value]
+        return replace(container, **changed)
     return container
 
 
