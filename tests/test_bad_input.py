@@ -184,7 +184,7 @@ def fitted_frame() -> pd.DataFrame:
 
 
 DRIFT: dict[str, Case] = {
-    "a column is gone": ("E-SCHEMA", lambda: {"df": fitted_frame().rename(columns={"x": "xx"})}, "must have column 'x'.*Did you mean 'xx'", "x", None, "", "columns of fit"),
+    "a column is gone": ("E-SCHEMA", lambda: {"df": fitted_frame().rename(columns={"x": "xx"})}, "needs column 'x'.*Did you mean 'xx'", "x", None, "", "columns of fit"),
     "the time is gone": ("E-SCHEMA", lambda: {"df": fitted_frame().drop(columns="ds")}, "column 'ds'", "ds", None, "", "columns of fit"),
     "numbers became texts": ("E-SCHEMA", lambda: {"df": fitted_frame().assign(x="1")}, "was numeric .* categorical", "x", None, "", "Convert"),
     "categories became numbers": ("E-SCHEMA", lambda: {"df": fitted_frame().assign(c=0.5)}, "was categorical .* numeric", "c", None, "", "Convert"),

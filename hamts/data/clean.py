@@ -57,7 +57,7 @@ def _without_duplicates(source: Source, rows: Rows, again: np.ndarray, channels:
         f"Each item has one row per time. {count} rows repeat one.",
         column=source.layout.time_column,
         series=source.name_items(np.unique(source.ids.codes[rows.positions(found)])),
-        rows=source.describe(rows.positions(pairs), *(c.name for c in channels if c.role == "target")),
+        rows=source.describe(rows.positions(pairs), *[c.name for c in channels if c.role == "target"][:3]),
         fix=f"Drop them, or pass duplicates='mean' or 'last'.{hint}",
     )
 

@@ -71,6 +71,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def some(names: Sequence[str]) -> str:
+    """A list of names for a message, cut after twenty."""
+    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"{list(names[:20])}{rest}"
+
+
 def open_frame(
     df: Any, *, name: str = "df", index_columns: Sequence[str | None] = (), empty: bool = False
 ) -> nw.DataFrame[Any]:
@@ -90,7 +96,7 @@ def open_frame(
     frame = nw.from_native(df, eager_only=True)
     if len(frame) == 0 and not empty:
         raise DataError(
-            "E-EMPTY", f"{name} has no rows. Columns: {frame.columns}.", fix="Pass at least two rows per item."
+            "E-EMPTY", f"{name} has no rows. Columns: {some(frame.columns)}.", fix="Pass at least two rows per item."
         )
     return frame
 

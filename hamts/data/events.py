@@ -9,7 +9,17 @@ import narwhals.stable.v2 as nw
 import numpy as np
 
 from hamts.data.clock import advance, as_numbers, effective_clock, locate
-from hamts.data.columns import Notes, describe_rows, dtype_error, match_ids, nearest, open_frame, read_ids, read_numbers
+from hamts.data.columns import (
+    Notes,
+    describe_rows,
+    dtype_error,
+    match_ids,
+    nearest,
+    open_frame,
+    read_ids,
+    read_numbers,
+    some,
+)
 from hamts.data.panel import Channel, Panel, Schema
 from hamts.data.schema import ID_NAMES, TIME_NAMES
 from hamts.data.source import check_zone
@@ -102,7 +112,7 @@ def _log_column(frame: nw.DataFrame[Any], names: tuple[str, ...]) -> str:
     if found is None:
         raise DataError(
             "E-COLUMNS",
-            f"events needs a column {names[0]!r}. It has {frame.columns}.{nearest(names[0], frame.columns)}",
+            f"events needs a column {names[0]!r}. It has {some(frame.columns)}.{nearest(names[0], frame.columns)}",
             column=names[0],
             fix="An event log has columns of id, time, type and perhaps value.",
         )

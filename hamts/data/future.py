@@ -19,6 +19,7 @@ from hamts.data.columns import (
     open_frame,
     read_ids,
     read_numbers,
+    some,
 )
 from hamts.data.panel import KNOWN_AHEAD, Channel, Panel
 from hamts.data.schema import check_kind
@@ -94,7 +95,7 @@ def _fix(h: int) -> str:
 def _check_names(frame: nw.DataFrame[Any], names: list[str], h: int) -> None:
     for name in names:
         if name not in frame.columns:
-            what = f"futr_df needs the column {name!r}. It has {frame.columns}.{nearest(name, frame.columns)}"
+            what = f"futr_df needs the column {name!r}. It has {some(frame.columns)}.{nearest(name, frame.columns)}"
             raise DataError("E-FUTURE", what, column=name, fix=_fix(h))
 
 

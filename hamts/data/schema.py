@@ -9,7 +9,7 @@ from typing import Any, Literal
 import narwhals.stable.v2 as nw
 import pandas as pd
 
-from hamts.data.columns import Notes, column_kind, dtype_error, nearest
+from hamts.data.columns import Notes, column_kind, dtype_error, nearest, some
 from hamts.data.panel import Role, Schema
 from hamts.errors import DataError
 
@@ -93,7 +93,7 @@ def _targets(target: str | Sequence[str] | None, columns: list[str]) -> tuple[st
 def _missing(name: str, columns: Sequence[str], argument: str) -> DataError:
     return DataError(
         "E-COLUMNS",
-        f"The frame has no column {name!r}. It has {list(columns)}.{nearest(name, columns)}",
+        f"The frame has no column {name!r}. It has {some(columns)}.{nearest(name, columns)}",
         column=name,
         fix=f"Rename it, or pass {argument}=... with its name.",
     )
@@ -137,7 +137,7 @@ def role_columns(
         if not targets:
             raise DataError(
                 "E-COLUMNS",
-                f"A wide frame needs at least one numeric column. Got {frame.columns}.",
+                f"A wide frame needs at least one numeric column. Got {some(frame.columns)}.",
                 fix="Pass target=... with the name of the column to forecast.",
             )
     roles: dict[str, Role] = dict.fromkeys(targets, "target")
@@ -195,7 +195,7 @@ def check_columns(frame: nw.DataFrame[Any], schema: Schema, notes: Notes) -> Non
         if name is not None and name not in frame.columns:
             raise DataError(
                 "E-SCHEMA",
-                f"The frame must have column {name!r} of fit. It has {frame.columns}.{nearest(name, frame.columns)}",
+                f"The frame needs column {name!r} of fit. It has {some(frame.columns)}.{nearest(name, frame.columns)}",
                 column=name,
                 fix="Pass a frame with the columns of fit.",
             )

@@ -18,6 +18,7 @@ from hamts.data.columns import (
     open_frame,
     read_ids,
     read_numbers,
+    some,
 )
 from hamts.data.panel import Dialect, Schema, StaticColumn
 from hamts.data.schema import ID_NAMES, check_kind
@@ -63,7 +64,7 @@ def _id_column(frame: nw.DataFrame[Any], dialect: Dialect) -> str | None:
     if found is None and dialect.id_column is not None:
         raise DataError(
             "E-STATIC",
-            f"static_df needs the column {dialect.id_column!r}. It has {frame.columns}.",
+            f"static_df needs the column {dialect.id_column!r}. It has {some(frame.columns)}.",
             column=dialect.id_column,
             fix="Name the column of ids as in the frame.",
         )
@@ -113,7 +114,7 @@ def _read(frame: nw.DataFrame[Any], wanted: StaticColumn, notes: Notes) -> np.nd
     if wanted.name not in frame.columns:
         raise DataError(
             "E-STATIC",
-            f"Fitting saw a static column {wanted.name!r}, static_df has {frame.columns}.",
+            f"Fitting saw a static column {wanted.name!r}, static_df has {some(frame.columns)}.",
             column=wanted.name,
             fix="Pass the static columns of fit.",
         )
