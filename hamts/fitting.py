@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hamts.data.calendar import calendar_features
+from hamts.data.calendar import calendar_features, supported_phases
+from hamts.data.clock import step_times
 from hamts.data.panel import Panel, Schema
 from hamts.data.patches import build_store
 from hamts.nn.backbone import ChannelSpec
@@ -117,6 +118,7 @@ def new_network(panel: Panel, plan: Plan, ends: np.ndarray) -> HAMNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(plan.train.seed)
         network = HAMNetwork(plan.model, plan.memory, panel_spec(panel))
+    network.calendar_used.copy_(torch.from_numpy(supported_phases(panel.schema.frequency, training_days(panel, ends))))
     network.unit.copy_(torch.from_numpy(channel_units(panel, ends)))
     numeric = [i for i, column in enumerate(panel.schema.static) if column.kind != "categorical"]
     if panel.static_values is not None and numeric:
@@ -124,6 +126,17 @@ def new_network(panel: Panel, plan: Plan, ends: np.ndarray) -> HAMNetwork:
         network.static_mean.copy_(torch.from_numpy(mean))
         network.static_scale.copy_(torch.from_numpy(scale))
     return network
+
+
+def training_days(panel: Panel, ends: np.ndarray) -> float:
+    """Days from the first training row of all items to the last; 0 on an integer clock."""
+    if panel.schema.frequency.kind == "integer":
+        return 0.0
+    if panel.times is not None:
+        stamps = np.concatenate([panel.times[o : o + n] for o, n in zip(panel.offsets, ends, strict=False)])
+    else:
+        stamps = np.concatenate([panel.starts, step_times(panel.schema, panel.starts, np.asarray(ends))])
+    return float((stamps.max() - stamps.min()) / np.timedelta64(1, "D"))
 
 
 def channel_units(panel: Panel, ends: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from hamts.data.clock import as_numbers, is_utc
 from hamts.data.frequency import NS_PER_SECOND, clock_of
 from hamts.data.panel import Frequency
 
-__all__ = ["calendar_features", "calendar_periods"]
+__all__ = ["calendar_features", "calendar_periods", "supported_phases"]
 
 # values that each gluonts feature can take; it maps them to [-.5, .5], both ends included
 PERIODS = {
@@ -23,6 +23,9 @@ PERIODS = {
     "month_of_year": 12,
 }
 
+WEEK_DAYS, YEAR_DAYS = 7.0, 365.25
+# a phase must have come round so often
+TURNS = 3
 DAYS = {
     "second_of_minute": 1 / 1440,
     "minute_of_hour": 1 / 24,
@@ -55,17 +58,24 @@ def calendar_features(times: np.ndarray, frequency: Frequency, time_zone: str | 
 
 
 def calendar_periods(frequency: Frequency) -> np.ndarray:
-    """Days in one turn of each column of ``calendar_features``, float64 [F]; 0 columns for integer clocks.
-
-    A network that has seen a phase once knows the date, not the season: whoever fits should use a column only if
-    the data cover several of its turns.
-    """
+    """Days in one turn of each column of ``calendar_features``, float64 [F]; 0 columns for integer clocks."""
     from gluonts.time_feature import time_features_from_frequency_str
 
     if frequency.kind == "integer":
         return np.zeros(0)
     names = [feature.__name__ for feature in time_features_from_frequency_str(_feature_alias(frequency))]
     return np.repeat([DAYS[name] for name in names], 2)
+
+
+def supported_phases(frequency: Frequency, days: float) -> np.ndarray:
+    """Which columns of ``calendar_features`` so many days of data can tell from a date, bool [F].
+
+    Phases up to a week need three turns. Longer ones need three years: together with hour and weekday, the day of a
+    month or of a year points at one date of the past until the calendar has come round a few times.
+    """
+    periods = calendar_periods(frequency)
+    needed = np.where(periods <= WEEK_DAYS, TURNS * periods, TURNS * YEAR_DAYS)
+    return needed <= days
 
 
 def _circles(index: pd.DatetimeIndex, alias: str) -> np.ndarray:

@@ -31,6 +31,7 @@ __all__ = ["HAMLayer", "LayerOutput", "LayerTrace"]
 
 CONV_WIDTH = 4
 MARKS = 3
+SCRATCH_BIAS = -4.0
 # half of a head's width turns with time, the other half matches content at any age
 ROTARY_SHARE = 0.5
 ROTARY_LONGEST_PATCHES = 4096.0
@@ -108,6 +109,8 @@ class HAMLayer(nn.Module):
         self.recurrent_norm, self.exact_norm = HeadNorm(H, K), HeadNorm(H, K)
         self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
         self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
+        # hundreds of entries share one softmax with a handful of fresh keys, which they must not drown
+        self.scratch_bias = nn.Parameter(torch.full((H,), SCRATCH_BIAS))  # [H]
         self.router = Router(config)
         self.thresholds = ThresholdTable(len(self.router.names))
         self.reset_parameters()
@@ -290,7 +293,7 @@ class HAMLayer(nn.Module):
             keys=entries.keys,
             values=entries.values,
             channel=entries.channel,
-            bias=entries.bias,
+            bias=entries.bias[..., None] + self.scratch_bias,
             visible_from=torch.where(entries.alive, visible_from, 2**40),
             visible_until=until,
             marks=entries.marks,
