@@ -115,6 +115,7 @@ class HAMNetwork(nn.Module):
         """What the scratchpads may do, for the share asked of each item, [B]."""
         if cross is None:
             cross = self.cross_targets.expand(len(share))
+        share, cross = share.to(self.unit.device), cross.to(self.unit.device)
         caps: tuple[int | None, int | None] = (None, None)
         if capped:
             caps = entry_caps(

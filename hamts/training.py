@@ -226,6 +226,7 @@ def fit_network(
         ValueError: ``run_dir`` holds another fit.
     """
     gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    network.to("cuda" if gpu else "cpu")
     steps = config.max_steps or step_budget(network, store, ends, config, gpu=gpu)
     task = FitTask(network, store, cutoffs, horizon, share, config, steps, None if run_dir is None else Path(run_dir))
     bar = sys.stderr.isatty() if progress is None else progress
