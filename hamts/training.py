@@ -8,6 +8,7 @@ B streams side by side · C channels · G targets · N context patches · P step
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import math
 import sys
@@ -38,6 +39,8 @@ from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 __all__ = ["FitReport", "fit_network"]
 
 PREFIX_CHUNK_PATCHES = 128
+# of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
 CORE_FLOPS, TARGET_SECONDS = 1.2e10, 150.0
 FEWEST_STEPS, MOST_STEPS, GPU_STEPS = 150, 1500, 1500
@@ -235,6 +238,8 @@ def fit_network(
         store, scale_history(network, store), ends=ends, horizon=horizon, config=config,
         cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0,
     )  # fmt: skip
+    if not gpu:
+        keep_freed_memory()
     state = FitState(windows, torch.Generator().manual_seed(config.seed + 1))
     module = HAMTrainer(task, run, state)
     network.train()
@@ -269,6 +274,20 @@ def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, accelerator: s
             # lightning turns Ctrl-C into an exit; what was fitted so far is usable
             if module.run.stopped_by != "interrupt":
                 raise
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed for the next step instead of handing pages back and faulting them in again.
+
+    A step frees and takes the same few hundred megabytes; this saves a fifth of its time. It holds for the process, and
+    does nothing where the allocator is another one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            mallopt(parameter, value)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from hamts.config import ModelConfig
 from hamts.nn.budget import ThresholdTable
 from hamts.nn.router import Router, Scores
-from hamts.nn.scratchpad import Entries, LayerMemory, Pending, empty_memory, lifetimes, merge_candidates
+from hamts.nn.scratchpad import (
+    Entries,
+    LayerMemory,
+    Pending,
+    append_candidates,
+    empty_memory,
+    lifetimes,
+    merge_candidates,
+)
 from hamts.nn.tokens import Policy, Tokens
 from hamts.ops import naive
 from hamts.ops.attend import attend
@@ -285,7 +293,7 @@ class HAMLayer(nn.Module):
         """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
         C = queries.shape[2]
         fresh = as_entries(local, routed, policy.use_tags)  # [B, (W + N) C]
-        entries, origin = merge_candidates(kept, fresh)  # [B, M']
+        entries, origin = append_candidates(kept, fresh)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // C, 0)  # [B, M']
         until = lifetimes(entries, visible_from, cap_kept=policy.cap_kept, cap_must=policy.cap_must)  # [B, M']

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-__all__ = ["Entries", "LayerMemory", "Pending", "empty_memory", "lifetimes", "merge_candidates"]
+__all__ = ["Entries", "LayerMemory", "Pending", "append_candidates", "empty_memory", "lifetimes", "merge_candidates"]
 
 NEVER = 2**40
 
@@ -142,6 +142,21 @@ def merge_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Tens
     merged["alive"] = filled
     origin = torch.where(filled, order - kept.alive.shape[1], -1).clamp_min(-1)  # [B, M']
     return Entries(**merged), origin
+
+
+def append_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor]:
+    """The kept entries as they are, followed by the routed tokens without gaps between them.
+
+    What ``merge_candidates`` gives, but for padding in the middle: kept rows have no gradient and are not moved.
+
+    Returns:
+        Entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before).
+    """
+    nothing = Entries(**{f.name: getattr(kept, f.name)[:, :0] for f in fields(Entries)})
+    fresh, origin = merge_candidates(nothing, local)
+    joined = Entries(**{f.name: torch.cat([getattr(kept, f.name), getattr(fresh, f.name)], 1) for f in fields(Entries)})
+    before = torch.full_like(kept.channel, -1)  # [B, M]
+    return joined, torch.cat([before, origin], 1)
 
 
 def lifetimes(
