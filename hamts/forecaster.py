@@ -213,9 +213,6 @@ class HAMForecaster:
         remembered, schema, notes = self._read(df, share, static_df, events)
         clock = remembered.clock(schema)
         future = encode_future(clock, with_alias("futr_df", futr_df, "future_df", future_df), h=steps)
-        if steps > self.h:
-            notes = (*notes, f"W-HORIZON: {steps} steps were asked for, the model was fitted to forecast {self.h}.")
-            warnings.warn(DataWarning(notes[-1]), stacklevel=2)
         answer = forecast_remembered(
             self._fitted.network, remembered, schema, future=future, share=share, time_unit=self._fitted.plan.time_unit
         )
@@ -228,7 +225,7 @@ class HAMForecaster:
             schema=schema,
             asked=asked,
             templates=self._fitted.templates,
-            notes=notes,
+            notes=(*notes, *self._note_horizon(steps)),
         )
 
     def future_frame(self, h: int | None = None) -> Any:
@@ -265,6 +262,7 @@ class HAMForecaster:
         steps = self._horizon(h)
         asked = resolve_levels(quantiles, level, default=self.quantiles, trained=self.config.quantiles)
         panel = self._panel_of(df, static_df, events)
+        self._note_horizon(steps)
         return cross_validate(
             self._fitted, panel, steps, n_windows=n_windows, step_size=step_size, cutoffs=cutoffs, refit=refit,
             share=self._share(budget_share), memory=memory, asked=asked,
@@ -296,8 +294,11 @@ class HAMForecaster:
         Returns: one row per method with MASE, MSE, MAE, WQL (mean weighted quantile loss), MSIS, coverage_80,
             coverage_95, usage_share, and bytes (of an item's memory after the last cutoff, on average).
         """
+        steps = self._horizon(h)
+        panel = self._panel_of(df, static_df, events)
+        self._note_horizon(steps)
         return evaluate_methods(
-            self._fitted, self._panel_of(df, static_df, events), self._horizon(h), n_windows=n_windows,
+            self._fitted, panel, steps, n_windows=n_windows,
             step_size=step_size, cutoffs=cutoffs, against=against, by=by, share=self._share(budget_share), seed=seed,
         )  # fmt: skip
 
@@ -323,6 +324,14 @@ class HAMForecaster:
             return self.h
         check_horizon(h)
         return int(h)
+
+    def _note_horizon(self, steps: int) -> tuple[str, ...]:
+        """A horizon beyond the fitted one works, but was not trained for."""
+        if steps <= self.h:
+            return ()
+        note = f"W-HORIZON: {steps} steps were asked for, the model was fitted to forecast {self.h}."
+        warnings.warn(DataWarning(note), stacklevel=3)
+        return (note,)
 
     def _share(self, budget_share: float | None) -> float:
         if budget_share is None:

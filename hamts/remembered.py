@@ -23,7 +23,15 @@ from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import Rollout, forecast_from, roll
 
-__all__ = ["Remembered", "flatten_tensors", "forecast_remembered", "memory_parts", "read_panel", "unflatten_tensors"]
+__all__ = [
+    "Remembered",
+    "flatten_tensors",
+    "forecast_remembered",
+    "horizon_store",
+    "memory_parts",
+    "read_panel",
+    "unflatten_tensors",
+]
 
 ITEMS_SIDE_BY_SIDE = 128
 
@@ -140,7 +148,7 @@ def forecast_remembered(
         future: known-ahead values of those steps, [I, F, C]; NaN where nothing is known.
     """
     F = future.shape[1]
-    store = _horizon_store(network, remembered, schema, future, time_unit)
+    store = horizon_store(network, remembered, schema, future, time_unit)
     parts = []
     for low in range(0, store.n_items, ITEMS_SIDE_BY_SIDE):
         items = torch.arange(low, min(low + ITEMS_SIDE_BY_SIDE, store.n_items))  # [B]
@@ -154,7 +162,7 @@ def forecast_remembered(
     return answer
 
 
-def _horizon_store(
+def horizon_store(
     network: HAMNetwork, remembered: Remembered, schema: Schema, future: np.ndarray, time_unit: float
 ) -> PatchStore:
     """The unfinished patch and the steps ahead of every item, N patches each."""
