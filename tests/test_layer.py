@@ -27,7 +27,7 @@ from hamts.nn.router import (
     log_bias,
     surprise,
 )
-from hamts.nn.scratchpad import NEVER, Entries, LayerMemory, lifetimes, merge_candidates
+from hamts.nn.scratchpad import NEVER, Entries, LayerMemory, append_candidates, lifetimes, merge_candidates
 from hamts.nn.tokens import Policy, Tokens, map_tensors
 from hamts.ops import naive
 
@@ -107,6 +107,15 @@ def test_merging_closes_the_gaps_and_keeps_the_order() -> None:
     assert torch.equal(merged.keys[0, :, 1, 2], merged.position[0])
     assert torch.equal(merged.values[0, :, 0, 1], -merged.position[0])
     assert torch.equal(merged.channel[0], merged.position[0].long() % 3)
+
+
+def test_appending_leaves_the_kept_where_they_are() -> None:
+    kept = make_entries([[True, False, True], [False, False, True]], first=0)
+    local = make_entries([[False, True, True, False], [True, False, False, False]], first=10)
+    joined, origin = append_candidates(kept, local)
+    assert joined.alive.tolist() == [[True, False, True, True, True], [False, False, True, True, False]]
+    assert joined.position[joined.alive].tolist() == [0, 2, 11, 12, 2, 10]
+    assert origin.tolist() == [[-1, -1, -1, 1, 2], [-1, -1, -1, 0, -1]]
 
 
 @pytest.mark.parametrize("alive", [[[False, False]], [[]]])
@@ -386,6 +395,17 @@ def open_policy(items: int, channels: int, share: float = 0.4, **changes: Any) -
     return Policy(share=torch.full((items,), share, dtype=torch.float64), readable=readable, **changes)
 
 
+def assert_same_memory(got: LayerMemory, wanted: LayerMemory) -> None:
+    """Equal but for the padding of the scratchpad."""
+    mine, other = leaves(got), leaves(wanted)
+    assert torch.equal(got.scratchpad.alive.sum(1), wanted.scratchpad.alive.sum(1))
+    for name, tensor in other.items():
+        value = mine[name]
+        if name.startswith(".scratchpad"):
+            value, tensor = value[got.scratchpad.alive], tensor[wanted.scratchpad.alive]
+        assert torch.allclose(value.double(), tensor.double(), rtol=0, atol=1e-10), name
+
+
 def setting(
     seed: int, router: str, window: int, *, patches: int = 12
 ) -> tuple[HAMLayer, torch.Tensor, Tokens, torch.Generator]:
@@ -443,8 +463,7 @@ def test_a_layer_reads_chunks_as_it_reads_the_whole(seed: int) -> None:
         assert torch.equal(result.trace.routed, whole.trace.routed[:, :, low:high])
     assert torch.allclose(torch.cat(outputs, 2), whole.output, rtol=0, atol=1e-10)
     assert memory is not None
-    for (name, got), wanted in zip(leaves(memory).items(), leaves(whole.memory).values(), strict=True):
-        assert torch.allclose(got.double(), wanted.double(), rtol=0, atol=1e-10), name
+    assert_same_memory(memory, whole.memory)
     assert whole.memory.scratchpad.alive.sum(1).max() >= 2
 
 
@@ -482,8 +501,7 @@ def test_a_layer_on_fast_ops_equals_the_one_on_naive_ops(
     slow, slow_grads = results()
     assert torch.allclose(fast.output, slow.output, rtol=0, atol=1e-10)
     assert torch.equal(fast.trace.routed, slow.trace.routed)
-    for (name, got), wanted in zip(leaves(fast.memory).items(), leaves(slow.memory).values(), strict=True):
-        assert torch.allclose(got.double(), wanted.double(), rtol=0, atol=1e-10), name
+    assert_same_memory(fast.memory, slow.memory)
     names = ["x", *(name for name, _ in layer.named_parameters())]
     for name, mine, other in zip(names, fast_grads, slow_grads, strict=True):
         assert (mine is None) == (other is None), name
