@@ -210,7 +210,7 @@ class HAMNetwork(nn.Module):
         return torch.cat([level, spread], -1).clamp(-LEVEL_CLAMP, LEVEL_CLAMP)
 
     def _ahead(self, chunk: Chunk, mean: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next patches of known-ahead channels, in a horizon only: 2 x [B, C, N, L P].
+        """The next patches of known-ahead channels, for tokens with a step to forecast only: 2 x [B, C, N, L P].
 
         Tokens of the past carry none: a stream may not know them yet when it commits a token, and a stream and one
         pass over the whole must agree.
@@ -226,7 +226,8 @@ class HAMNetwork(nn.Module):
         for ahead in range(1, min(L, N - 1) + 1):
             place = slice((ahead - 1) * P, ahead * P)
             scaled = (chunk.values[:, :, ahead:] - mean[:, :, :-ahead]) / scale[:, :, :-ahead]  # [B, C, N - a, P]
-            there = chunk.observed[:, :, ahead:] & known  # [B, C, N - a, P]
+            asked = chunk.horizon[:, None, :-ahead].any(-1, keepdim=True)  # [B, 1, N - a, 1]
+            there = chunk.observed[:, :, ahead:] & known & asked  # [B, C, N - a, P]
             values[:, :, :-ahead, place] = torch.where(there, scaled.clamp(-VALUE_CLAMP, VALUE_CLAMP), 0.0)
             observed[:, :, :-ahead, place] = there
         return values, observed

@@ -14,6 +14,7 @@ import pytest
 import torch
 from networks import (
     ALARM,
+    CHANNELS,
     FORECAST,
     HORIZON,
     LENGTHS,
@@ -368,6 +369,22 @@ def patch_by_patch(network: HAMNetwork, store: PatchStore, policy: Policy) -> li
         memory = reading.memory
         found.append((chunk, reading))
     return found
+
+
+def test_a_window_with_a_hidden_span_is_read_as_the_stream_reads_it() -> None:
+    """Training hides spans of the past; what lies before one must look as it will in a stream."""
+    network, store = network_of(), make_store(make_panel(seed=9))
+    policy, chunk = policy_for(network, 3), whole_chunk(store)
+    span = torch.zeros_like(chunk.observed[:, 0])
+    span[:, 9:12] = True
+    hidden = span[:, None] & torch.tensor([c.role in ("target", "past") for c in CHANNELS])[:, None, None]
+    with torch.no_grad():
+        reading = network(
+            replace(chunk, observed=chunk.observed & ~hidden, horizon=span), network.empty_memory(3), policy
+        )
+    wanted = read_all(network, store, policy)
+    assert_close(reading.quantiles[:, :, :9], wanted.quantiles[:, :, :9], 1e-12, "quantiles")
+    assert not torch.allclose(reading.quantiles[:, :, 9:12], wanted.quantiles[:, :, 9:12], atol=1e-3)
 
 
 # ---- 3 budget and 4 must-keep
