@@ -27,7 +27,7 @@ from hamts.nn.ham import HAMLayer
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
 from hamts.rollout import Rollout, roll
-from hamts.routes_summary import Overlap, overlap, summarise
+from hamts.routes_summary import Overlap, check_group, overlap, summarise
 from hamts.routes_worth import add_worth
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def forecaster_routes(
 
     Raises DataError: E-REPLAY, E-OPTION, and what reading the frame raises.
     """
+    check_group(by)
     if df is not None:
         panel = model._panel_of(df, static_df, events)
     elif model._panel is None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-__all__ = ["Overlap", "overlap", "summarise", "time_numbers"]
+from hamts.errors import DataError
+
+__all__ = ["Overlap", "check_group", "overlap", "summarise", "time_numbers"]
 
 STATUSES = ("kept", "pending", "below", "quota_full", "evicted")
 GROUPS = ("channel", "hour", "weekday", "tag", "layer", "reason")
@@ -20,8 +22,7 @@ def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:
     Columns: the group, ``tokens`` observed, one count for each status, ``kept_share`` (kept / decided tokens),
     ``steps`` kept, mean ``score``, ``bytes``. A token with several tags, or several layers, counts in each of them.
     """
-    if by not in GROUPS:
-        raise ValueError(f"Unknown by={by!r}. Available: {['entry', *GROUPS]}.")
+    check_group(by)
     rows = _with_group(table, by)
     counts = pd.crosstab(rows[by], rows["status"]).reindex(columns=list(STATUSES), fill_value=0)
     counts.columns.name = None
@@ -40,13 +41,19 @@ def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:
     return counts.reset_index()
 
 
+def check_group(by: str) -> None:
+    """Raises DataError E-OPTION."""
+    if by not in ("entry", *GROUPS):
+        raise DataError("E-OPTION", f"Unknown by={by!r}. Available: {['entry', *GROUPS]}.", fix="by='channel', say.")
+
+
 def _with_group(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """The rows with the group they count in as column ``by``."""
     if by in ("channel", "reason"):
         return table
     if by in ("hour", "weekday"):
         if not hasattr(table["ds_start"], "dt"):
-            raise ValueError(f"by={by!r} needs a calendar. Got an integer clock. Use by='channel' or by='reason'.")
+            raise DataError("E-OPTION", f"by={by!r} needs a calendar. Got an integer clock.", fix="by='channel', say.")
         clock = table["ds_start"].dt
         return table.assign(**{by: clock.hour if by == "hour" else clock.weekday})
     if by == "tag":
