@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hamts.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_forecast", "plot_routes"]
+__all__ = ["plot_forecast", "plot_routes", "save_picture"]
 
 INK, FAINT = "#4d4d4d", "#bfbfbf"
 BAND, SHADE = "#56B4E9", "#F0E442"
@@ -335,3 +336,14 @@ def _calm(axes: Axes, times: pd.Series, *, labels: bool = True) -> None:
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     axes.tick_params(labelbottom=labels, labelsize="small")
+
+
+def save_picture(axes: Axes, path: str | Path, *, dots_per_inch: int = 130) -> None:
+    """Write the figure of these axes to a file, and let go of it."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.savefig(path, dpi=dots_per_inch)
+    plt.close(figure)
