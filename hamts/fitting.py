@@ -15,19 +15,30 @@ from hamts.data.calendar import calendar_features, supported_phases
 from hamts.data.clock import step_times
 from hamts.data.panel import Panel, Schema
 from hamts.data.patches import build_store
+from hamts.errors import DataError
 from hamts.nn.backbone import ChannelSpec
 from hamts.reader import HAMNetwork
 from hamts.remembered import Remembered, read_panel
 from hamts.resolve import Plan
 from hamts.training import FitReport, fit_network
 
-__all__ = ["Fitted", "ValidationTail", "fill_static", "fit_panel", "new_network", "panel_spec", "validation_tail"]
+__all__ = [
+    "Fitted",
+    "ValidationTail",
+    "fill_static",
+    "fit_panel",
+    "new_network",
+    "panel_spec",
+    "refuse_extremes",
+    "validation_tail",
+]
 
 VALIDATION_SHARE = 0.10
 VALIDATION_CUTOFFS = 48
 # an item must leave this many horizons, and this many patches, for training
 FEWEST_TRAINING_HORIZONS, FEWEST_TRAINING_PATCHES = 2, 4
 TEMPLATES, FEWEST_TEMPLATES = 128, 32
+LARGEST_VALUE = 1e100
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,22 @@ def _column_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = np.where(known, values, 0.0).sum(0) / count
     scale = np.sqrt(np.where(known, (values - mean) ** 2, 0.0).sum(0) / count)
     return mean, np.where(scale > 0, scale, 1.0)
+
+
+def refuse_extremes(values: np.ndarray, schema: Schema) -> None:
+    """Values [..., C] whose squares would leave the range of float64. Raises DataError E-RANGE."""
+    rows = values.reshape(-1, values.shape[-1])  # [S, C]
+    highest, lowest = np.fmax.reduce(rows, axis=0, initial=0.0), np.fmin.reduce(rows, axis=0, initial=0.0)  # 2 x [C]
+    largest = np.maximum(highest, -lowest)  # [C]
+    worst = int(largest.argmax())
+    if largest[worst] > LARGEST_VALUE:
+        name = schema.channels[worst].name
+        raise DataError(
+            "E-RANGE",
+            f"Values must be smaller than {LARGEST_VALUE:g}. Column {name!r} has {largest[worst]:g}.",
+            column=name,
+            fix="Use a larger unit of measurement, or treat such values as missing.",
+        )
 
 
 def fill_static(panel: Panel, network: HAMNetwork) -> Panel:

@@ -22,7 +22,7 @@ from hamts.data.future import check_horizon
 from hamts.data.library import answer_like, plain_frame
 from hamts.data.panel import Panel, Schema
 from hamts.errors import DataError, DataWarning
-from hamts.fitting import Fitted, fill_static, fit_panel, validation_tail
+from hamts.fitting import Fitted, fill_static, fit_panel, refuse_extremes, validation_tail
 from hamts.forecast import Forecast, resolve_levels
 from hamts.persistence import load_fitted, save_fitted
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
@@ -110,6 +110,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         events=events, static_df=static_df, freq=freq, id_col=id_col, time_col=time_col, duplicates=duplicates,
         on_bad=on_bad, irregular=irregular,
     )  # fmt: skip
+    refuse_extremes(panel.values, panel.schema)
     plan = make_plan(panel, options)
     tail = validation_tail(panel.lengths, h=plan.h, patch_steps=plan.model.patch_steps, val_size=plan.val_size)
     if verbose:
@@ -213,6 +214,7 @@ class HAMForecaster:
         remembered, schema, notes = self._read(df, share, static_df, events)
         clock = remembered.clock(schema)
         future = encode_future(clock, with_alias("futr_df", futr_df, "future_df", future_df), h=steps)
+        refuse_extremes(future, schema)
         answer = forecast_remembered(
             self._fitted.network, remembered, schema, future=future, share=share, time_unit=self._fitted.plan.time_unit
         )
@@ -342,6 +344,7 @@ class HAMForecaster:
 
     def _panel_of(self, df: Any, static_df: Any, events: Any) -> Panel:
         panel = to_panel(df, schema=self.schema, static_df=static_df, events=events)
+        refuse_extremes(panel.values, panel.schema)
         return fill_static(answer_like(panel, df), self._fitted.network)
 
     def _read(self, df: Any, share: float, static_df: Any, events: Any) -> tuple[Remembered, Schema, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from hamts.data.clock import as_numbers, future_times, step_times
 from hamts.data.cutoffs import first_observed
 from hamts.data.panel import Panel, Schema
 from hamts.data.patches import PatchStore, build_store, find_tags
+from hamts.errors import DataError
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import Rollout, forecast_from, roll
@@ -33,7 +34,7 @@ __all__ = [
     "unflatten_tensors",
 ]
 
-ITEMS_SIDE_BY_SIDE = 128
+ITEMS_SIDE_BY_SIDE, TOKENS_SIDE_BY_SIDE, MOST_TOKENS = 128, 2**15, 2**18
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,22 @@ def forecast_remembered(
 
     Args:
         future: known-ahead values of those steps, [I, F, C]; NaN where nothing is known.
+
+    Raises DataError E-HORIZON-MEM where one item alone would not fit into memory.
     """
-    F = future.shape[1]
+    items_in_all, F, C = future.shape
+    tokens = C * (F // network.config.patch_steps + 2)
+    if tokens > MOST_TOKENS:
+        raise DataError(
+            "E-HORIZON-MEM",
+            f"{F} steps of {C} channels are {tokens:,} tokens of an item, more than {MOST_TOKENS:,} at once.",
+            fix="Ask for fewer steps.",
+        )
     store = horizon_store(network, remembered, schema, future, time_unit)
+    side = int(np.clip(TOKENS_SIDE_BY_SIDE // tokens, 1, ITEMS_SIDE_BY_SIDE))
     parts = []
-    for low in range(0, store.n_items, ITEMS_SIDE_BY_SIDE):
-        items = torch.arange(low, min(low + ITEMS_SIDE_BY_SIDE, store.n_items))  # [B]
+    for low in range(0, items_in_all, side):
+        items = torch.arange(low, min(low + side, items_in_all))  # [B]
         policy = network.policy(torch.full((len(items),), share))
         quantiles, _ = forecast_from(
             network, store, items, store.lengths[items], remembered.memory.select(items), F, policy, reveal_events=True

@@ -611,6 +611,26 @@ def test_numbers_that_are_none_are_refused(sine: hamts.HAMForecaster) -> None:
     assert (caught.value.code, caught.value.column, caught.value.series) == ("E-NUMERIC", "y", "i0")
 
 
+def test_sizes_beyond_what_can_be_computed_are_refused(sine: hamts.HAMForecaster) -> None:
+    huge = sine_frame(items=1, steps=60)
+    huge.loc[3, "y"] = 1e150
+    for call in (lambda: quick(huge, 6), lambda: sine.predict(huge)):
+        with pytest.raises(DataError, match=r"smaller than 1e\+100. Column 'y' has 1e\+150") as caught:
+            call()
+        assert caught.value.code == "E-RANGE"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        with pytest.raises(DataError, match="E-HORIZON-MEM"):
+            sine.predict(h=5_000_000)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_units_of_measurement_of_any_size_will_do(size: float) -> None:
+    df = sine_frame(items=1, steps=120)
+    plain, scaled = quick(df, 6).predict(), quick(df.assign(y=df["y"] * size), 6).predict()
+    np.testing.assert_allclose(scaled.quantiles / size, plain.quantiles, rtol=1e-3, atol=1e-3)
+
+
 # --- defaults
 
 
