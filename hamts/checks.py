@@ -26,7 +26,7 @@ from hamts.windows import StreamWindows
 
 __all__ = ["FitReport", "FitTask", "Run", "calibrate_thresholds", "resume_fit", "save_fit", "validation_score"]
 
-VALIDATION_WARMUP_PATCHES = 64
+VALIDATION_WARMUP_PATCHES = 256
 RESUME_FILE = "fit.ckpt"
 
 
@@ -164,32 +164,45 @@ class Run:
 def validation_score(
     network: HAMNetwork, store: PatchStore, cutoffs: list[np.ndarray], *, horizon: int, share: float, warmup: int
 ) -> float:
-    """Mean quantile loss at the cutoffs, in units of each stream's scale; reading starts ``warmup`` patches before."""
+    """Mean quantile loss at the cutoffs, in units of each item's deviation before them; NaN without any.
+
+    Reading starts ``warmup`` patches before the first cutoff: long enough for the memory to have an age.
+    """
     policy = network.policy(torch.tensor([share]))
-    starts = np.array(
-        [
-            max(0, (int(store.lead[i]) + int(c[0])) // store.patch_steps - warmup) if len(c) else 0
-            for i, c in enumerate(cutoffs)
-        ]
-    )
-    with torch.no_grad():
-        result = roll(network, store, cutoffs=cutoffs, steps=horizon, policies=policy, starts=starts)
+    opened = [int(store.lead[i]) + int(c[0]) if len(c) else 0 for i, c in enumerate(cutoffs)]  # [I] steps
+    starts = np.maximum(np.array(opened) // store.patch_steps - warmup, 0)  # [I]
+    # items without a cutoff are not read at all
+    ends = np.array([int(c[-1]) if len(c) else 0 for c in cutoffs])  # [I]
+    result = roll(network, store, cutoffs=cutoffs, steps=horizon, policies=policy, starts=starts, ends=ends)
     losses = []
-    levels = torch.tensor(network.config.quantiles, dtype=torch.float64)
+    levels = torch.tensor(network.config.quantiles, dtype=torch.float64)  # [Q]
     place = 0
     for item, cuts in enumerate(cutoffs):
-        flat = store.values[store.first_row[item] : store.first_row[item] + store.row_count[item]].flatten(0, 1)[
-            int(store.lead[item]) :
-        ][:, network.spec.targets]  # [T, G]
+        values = item_targets(network, store, item)  # [T, G]
         for cut in cuts:
-            truth = flat[cut : cut + horizon].T  # [G, F]
+            truth = values[cut : cut + horizon].T  # [G, F]
+            unit = deviation(values[: cuts[0]], network.unit[network.spec.targets])[:, None]  # [G, 1]
             forecast = torch.from_numpy(result.quantiles[place][:, : truth.shape[1]])  # [G, F, Q]
-            scale = torch.from_numpy(result.scale[place])[:, None]  # [G, 1]
-            loss = pinball(forecast / scale[..., None], truth / scale, levels)  # [G, F]
+            loss = pinball(forecast / unit[..., None], truth / unit, levels)  # [G, F]
             losses.append(loss[~torch.isnan(loss)])
             place += 1
     joined = torch.cat(losses) if losses else torch.zeros(0)
     return float(joined.mean()) if len(joined) else math.nan
+
+
+def item_targets(network: HAMNetwork, store: PatchStore, item: int) -> torch.Tensor:
+    """Targets of one item from its first row on, [T, G]."""
+    rows = slice(int(store.first_row[item]), int(store.first_row[item] + store.row_count[item]))
+    return store.values[rows].flatten(0, 1)[int(store.lead[item]) :][:, network.spec.targets]
+
+
+def deviation(values: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of what was observed, [T, G] -> [G]; ``otherwise`` where that is 0 or nothing was."""
+    known = ~torch.isnan(values)  # [T, G]
+    count = known.sum(0).clamp_min(1)  # [G]
+    mean = torch.where(known, values, 0.0).sum(0) / count  # [G]
+    spread = (torch.where(known, values - mean, 0.0).square().sum(0) / count).sqrt()  # [G]
+    return torch.where(spread > 0, spread, otherwise.cpu())
 
 
 @torch.no_grad()

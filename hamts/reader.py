@@ -53,6 +53,7 @@ class Reading:
     quantiles: torch.Tensor  # [B, G, N, P, Q] scaled
     mean: torch.Tensor  # [B, G, N] float64: what unscales them
     scale: torch.Tensor  # [B, G, N] float64
+    slow_scale: torch.Tensor  # [B, G, N] float64: the same over the slowest half-life
     memory: StreamMemory
     traces: list[LayerTrace]
     heard: torch.Tensor  # [B, C, N] share of each token that was observed; 0 = nothing to keep
@@ -90,7 +91,7 @@ class HAMNetwork(nn.Module):
 
     @property
     def scaler(self) -> CausalScale:
-        return CausalScale(self.config.half_life_steps, self.unit, self.adaptive)
+        return CausalScale(self.config.half_life_steps, self.unit, self.adaptive, tuple(self.spec.targets))
 
     def empty_memory(self, items: int) -> StreamMemory:
         """The memory of items of which nothing was read."""
@@ -156,9 +157,10 @@ class HAMNetwork(nn.Module):
             hidden = hidden[:, :, :0]  # [B, G, 0, D]
         first = slice(None) if decode else slice(0, 0)
         return Reading(
-            quantiles=self.head(hidden),
+            quantiles=bounded(self.head(hidden), stats, targets) if decode else self.head(hidden),
             mean=stats.mean[:, targets, first, 0],
             scale=stats.scale[:, targets, first, 0],
+            slow_scale=stats.scale[:, targets, first, -1],
             memory=StreamMemory(result.memory, scale_after) if advance else memory,
             traces=result.traces,
             heard=tokens.heard,
@@ -203,11 +205,16 @@ class HAMNetwork(nn.Module):
         )
 
     def _level(self, stats: ScaleStats) -> torch.Tensor:
-        """Where level and scale stand against slower statistics: [B, C, N, 2 (L - 1)]."""
+        """Where level and scale stand against slower statistics, and where bounds are: [B, C, N, 2 L + 2]."""
         slow_mean, slow_scale = stats.mean[..., 1:], stats.scale[..., 1:]  # 2 x [B, C, N, L - 1]
         level = (stats.mean[..., :1] - slow_mean) / slow_scale  # [B, C, N, L - 1]
         spread = torch.log(stats.scale[..., :1] / slow_scale)  # [B, C, N, L - 1]
-        return torch.cat([level, spread], -1).clamp(-LEVEL_CLAMP, LEVEL_CLAMP)
+        where = torch.zeros(*level.shape[:-1], 4, dtype=level.dtype, device=level.device)  # [B, C, N, 4]
+        targets = self.spec.targets
+        bounds = (stats.bounds - stats.mean[:, targets, :, :1]) / stats.scale[:, targets, :, :1]  # [B, G, N, 2]
+        there = stats.bound_share > 0  # [B, G, N, 2]
+        where[:, targets] = torch.cat([torch.where(there, bounds, 0.0), stats.bound_share], -1)
+        return torch.cat([level, spread, where], -1).clamp(-LEVEL_CLAMP, LEVEL_CLAMP)
 
     def _ahead(self, chunk: Chunk, mean: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next patches of known-ahead channels, for tokens with a step to forecast only: 2 x [B, C, N, L P].
@@ -231,3 +238,13 @@ class HAMNetwork(nn.Module):
             values[:, :, :-ahead, place] = torch.where(there, scaled.clamp(-VALUE_CLAMP, VALUE_CLAMP), 0.0)
             observed[:, :, :-ahead, place] = there
         return values, observed
+
+
+def bounded(quantiles: torch.Tensor, stats: ScaleStats, targets: list[int]) -> torch.Tensor:
+    """Quantiles kept within each target's bounds: censored quantile regression (Powell 1986).
+
+    Scaled quantiles, [B, G, N, P, Q], stay what they are inside; a level that falls beyond a bound lies on it.
+    """
+    bounds = (stats.bounds - stats.mean[:, targets, :, :1]) / stats.scale[:, targets, :, :1]  # [B, G, N, 2]
+    low, high = bounds.to(quantiles.dtype)[..., None, None, :].unbind(-1)  # 2 x [B, G, N, 1, 1]
+    return torch.minimum(torch.maximum(quantiles, low), high)

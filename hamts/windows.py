@@ -46,7 +46,10 @@ def scale_history(network: HAMNetwork, store: PatchStore) -> ScaleState:
     """Normaliser sums before every patch of every item: a stream may start anywhere and be warm. [R, C, ...]."""
     scaler = network.scaler
     C, halves = store.values.shape[2], len(scaler.half_lives)
+    G = len(scaler.targets)
     sums = torch.zeros(len(store.values), C, halves, 3, dtype=torch.float64)  # [R, C, L, 3]
+    extreme = torch.full((len(store.values), G, 2), torch.inf, dtype=torch.float64)  # [R, G, 2]
+    atoms = torch.zeros(len(store.values), G, 2, 2, dtype=torch.float64)  # [R, G, 2, 2]
     reference = torch.zeros(len(store.values), C, dtype=torch.float64)  # [R, C]
     known = torch.zeros(len(store.values), C, dtype=torch.bool)  # [R, C]
     for item in range(store.n_items):
@@ -57,12 +60,15 @@ def scale_history(network: HAMNetwork, store: PatchStore) -> ScaleState:
             size = min(256, count - low)
             chunk = store.window(index, store.first_patch[index] + low, size)
             after, ref, seen = scaler.running_sums(chunk.values, chunk.observed, state)
+            most, mass = scaler.running_atoms(chunk.values, chunk.observed, state)
             rows = slice(first + low, first + low + size)
             before = torch.cat([state.sums[:, :, None], after[:, :, :-1]], 2)  # [1, C, N, L, 3]
             sums[rows] = before[0].transpose(0, 1)
             reference[rows], known[rows] = ref[0], (before[0, :, :, 0, 0] > 0).transpose(0, 1)
-            state = ScaleState(after[:, :, -1], ref, seen)
-    return ScaleState(sums, reference, known)
+            extreme[rows] = torch.cat([state.extreme[:, :, None], most[:, :, :-1]], 2)[0].transpose(0, 1)
+            atoms[rows] = torch.cat([state.atoms[:, :, None], mass[:, :, :-1]], 2)[0].transpose(0, 1)
+            state = ScaleState(after[:, :, -1], ref, seen, most[:, :, -1], mass[:, :, -1])
+    return ScaleState(sums, reference, known, extreme, atoms)
 
 
 class StreamWindows(IterableDataset[Windows]):

@@ -4,7 +4,10 @@ Exponentially weighted mean and deviation, bias-corrected, over observed steps; 
 so that a window in the middle of a stream is scaled as the stream itself would be. All in float64, about a reference
 value of the stream, so that a large offset costs no digits.
 
-B items · C channels · N patches · P steps in a patch · L half-lives
+A target may also be bounded: an intermittent demand is never below zero, a share never above one. A bound is what the
+stream itself shows, an extreme value at which it keeps lying.
+
+B items · C channels · G targets · N patches · P steps in a patch · L half-lives
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CausalScale", "ScaleState", "ScaleStats"]
+__all__ = ["CausalScale", "ScaleState", "ScaleStats", "find_bounds"]
+
+# an extreme is a bound if so large a share of the values lies exactly there, and so many of them
+ATOM_SHARE, ATOM_STEPS = 0.05, 8.0
 
 LEAST_MASS = 1e-100
 
@@ -25,6 +31,8 @@ class ScaleState:
     sums: torch.Tensor  # [B, C, L, 3] float64: weight, first and second moment about the reference
     reference: torch.Tensor  # [B, C] float64: the first observed value
     known: torch.Tensor  # [B, C] bool: whether there was one
+    extreme: torch.Tensor  # [B, G, 2] float64: least and negated greatest value so far, inf before any
+    atoms: torch.Tensor  # [B, G, 2, 2] float64: mass at that value, and all mass, over the slowest half-life
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class ScaleStats:
     mean: torch.Tensor  # [B, C, N, L] float64
     scale: torch.Tensor  # [B, C, N, L] float64, at least the floor
     offset: torch.Tensor  # [B, C, N] float64: mean of the first half-life about the stream's reference
+    bounds: torch.Tensor  # [B, G, N, 2] float64: lower and upper bound of each target; -inf and inf where there is none
+    bound_share: torch.Tensor  # [B, G, N, 2] float64: share of the values that lie at the bound, 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,14 @@ class CausalScale:
         half_lives: in steps; the first one scales values, the others describe where the level stands.
         unit: typical scale of each channel in the training data, [C] float64.
         adaptive: False for channels that are only divided by ``unit`` (events) or left alone (codes), [C] bool.
+        targets: which channels are targets.
         floor_share: smallest scale, as a share of ``unit``.
     """
 
     half_lives: tuple[float, ...]
     unit: torch.Tensor
     adaptive: torch.Tensor
+    targets: tuple[int, ...] = ()
     floor_share: float = 1e-3
 
     def empty(self, items: int) -> ScaleState:
@@ -58,6 +70,8 @@ class CausalScale:
             sums=torch.zeros(items, C, L, 3, dtype=torch.float64, device=device),
             reference=torch.zeros(items, C, dtype=torch.float64, device=device),
             known=torch.zeros(items, C, dtype=torch.bool, device=device),
+            extreme=torch.full((items, len(self.targets), 2), torch.inf, dtype=torch.float64, device=device),
+            atoms=torch.zeros(items, len(self.targets), 2, 2, dtype=torch.float64, device=device),
         )
 
     def advance(self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState) -> tuple[ScaleStats, ScaleState]:
@@ -71,6 +85,8 @@ class CausalScale:
             Statistics at each token's end, and the state after the chunk.
         """
         sums, reference, known = self.running_sums(values, observed, state)
+        extreme, atoms = self.running_atoms(values, observed, state)
+        bounds, bound_share = find_bounds(extreme, atoms)
         mass = sums[..., 0].clamp_min(1e-300)  # [B, C, N, L]
         mean = sums[..., 1] / mass  # [B, C, N, L] about the reference
         variance = (sums[..., 2] / mass - mean * mean).clamp_min(0.0)  # [B, C, N, L]
@@ -84,8 +100,38 @@ class CausalScale:
             mean=absolute,
             scale=torch.where(adaptive, scale, unit.expand_as(scale)),
             offset=torch.where(adaptive[..., 0], mean[..., 0], 0.0),
+            bounds=bounds,
+            bound_share=bound_share,
         )
-        return stats, ScaleState(sums[:, :, -1], reference, known)
+        return stats, ScaleState(sums[:, :, -1], reference, known, extreme[:, :, -1], atoms[:, :, -1])
+
+    def running_atoms(
+        self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Extremes of the targets at every token's end, [B, G, N, 2], and the mass at them, [B, G, N, 2, 2]."""
+        targets = list(self.targets)
+        signed = torch.stack([values[:, targets], -values[:, targets]], -1)  # [B, G, N, P, 2]
+        seen = observed[:, targets][..., None].expand_as(signed)  # [B, G, N, P, 2]
+        signed = torch.where(seen, signed, torch.inf)  # [B, G, N, P, 2]
+        P, N = values.shape[-1], values.shape[2]
+        lows = torch.cat([state.extreme[:, :, None], signed.amin(3)], 2)  # [B, G, 1 + N, 2]
+        extreme = lows.cummin(2).values[:, :, 1:]  # [B, G, N, 2]
+        decay = 2.0 ** (-1.0 / self.half_lives[-1])
+        within = decay ** (P - 1 - torch.arange(P, dtype=torch.float64, device=values.device))  # [P]
+        hit = (signed == extreme[:, :, :, None]) & seen  # [B, G, N, P, 2]
+        pair = torch.stack([hit.double(), seen.double()], -1)  # [B, G, N, P, 2, 2]
+        pair = torch.einsum("bgnpet,p->bgnet", pair, within)  # [B, G, N, 2, 2]
+        steps = torch.arange(N, device=values.device)  # [N]
+        lag = steps[:, None] - steps[None, :]  # [N, N]
+        powers = torch.where(lag >= 0, (decay**P) ** lag.clamp_min(0).double(), 0.0)  # [N, N]
+        # what was counted at an extreme that has since been passed counts no more
+        same = (extreme[:, :, :, None] == extreme[:, :, None]).double()  # [B, G, N, N, 2]
+        at = torch.einsum("nm,bgnme,bgme->bgne", powers, same, pair[..., 0])  # [B, G, N, 2]
+        mass = torch.einsum("nm,bgme->bgne", powers, pair[..., 1])  # [B, G, N, 2]
+        aged = (decay**P) ** (steps + 1).double()[:, None]  # [N, 1]
+        still = (extreme == state.extreme[:, :, None]).double()  # [B, G, N, 2]
+        carried = state.atoms[:, :, None]  # [B, G, 1, 2, 2]
+        return extreme, torch.stack([at + aged * still * carried[..., 0], mass + aged * carried[..., 1]], -1)
 
     def running_sums(
         self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
@@ -125,3 +171,17 @@ class CausalScale:
         sums = torch.einsum("lnm,bcmlk->bcnlk", powers, per_patch)  # [B, C, N, L, 3]
         aged = decay[None, :] ** (steps[:, None] + 1)  # [N, L]
         return sums + aged[..., None] * carried[:, :, None]
+
+
+def find_bounds(extreme: torch.Tensor, atoms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of a stream from its extremes and the mass at them, and that mass as a share.
+
+    extreme [..., 2] (least, negated greatest), atoms [..., 2, 2] -> bounds [..., 2], share [..., 2].
+    """
+    share = atoms[..., 0] / atoms[..., 1].clamp_min(1e-300)  # [..., 2]
+    # a stream that never moved shows no bound
+    moved = (extreme.sum(-1, keepdim=True) < 0) & torch.isfinite(extreme)  # [..., 2]
+    bounded = moved & (share >= ATOM_SHARE) & (atoms[..., 0] >= ATOM_STEPS)  # [..., 2]
+    lower = torch.where(bounded[..., 0], extreme[..., 0], -torch.inf)  # [...]
+    upper = torch.where(bounded[..., 1], -extreme[..., 1], torch.inf)  # [...]
+    return torch.stack([lower, upper], -1), torch.where(bounded, share, 0.0)

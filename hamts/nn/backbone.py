@@ -55,7 +55,7 @@ class Embedding(nn.Module):
         D, P = config.width, config.patch_steps
         self.spec = spec
         features = 4 * P + 2 * P * config.lookahead_patches + spec.calendar_features
-        features += 2 * (len(config.half_life_steps) - 1) + 1
+        features += 2 * len(config.half_life_steps) + 3
         self.per_role = nn.Parameter(torch.randn(len(ROLES), features, D) * features**-0.5)  # [roles, I, D]
         self.channel = nn.Parameter(torch.randn(len(spec.roles), D) * 0.2)  # [C, D]
         self.register_buffer("role", torch.tensor([ROLES.index(r) for r in spec.roles]), persistent=False)  # [C]

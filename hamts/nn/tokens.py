@@ -39,7 +39,7 @@ class Tokens:
     ahead_values: torch.Tensor  # [B, C, N, L*P] scaled values of the next patches, known-ahead channels only
     ahead_observed: torch.Tensor  # [B, C, N, L*P] bool
     calendar: torch.Tensor  # [B, N, F] of the patch's first step
-    level: torch.Tensor  # [B, C, N, G] where level and scale stand against slower statistics
+    level: torch.Tensor  # [B, C, N, G] where level and scale stand against slower statistics, and the bounds
     marks: torch.Tensor  # [B, C, N, R] level and log scale of the stream at the token's end, and 1
     heard: torch.Tensor  # [B, C, N] how much of the token may be written, [0, 1]; 0 for gaps, 1 for tagged patches
     present: torch.Tensor  # [B, N] bool: False before an item's first patch
