@@ -260,7 +260,7 @@ def datasets(
         from rich.markdown import Markdown
 
         console().print(Markdown(dataset.card))
-    else:
+    elif str(out) != STDOUT:
         show_dataset(dataset)
     if out is not None:
         answer(dataset.df, out)

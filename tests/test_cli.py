@@ -246,6 +246,8 @@ def test_datasets_are_listed_described_and_written(tmp_path: Path, capsys: pytes
     assert run("datasets", "seattle_weather", "--out", tmp_path / "seattle.csv") == 0
     assert "temp_max" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "seattle.csv")) == 1461
+    assert run("datasets", "seattle_weather", "--out", "-") == 0
+    assert capsys.readouterr().out.startswith("unique_id,ds,")
     assert run("datasets", "seattle_weather", "--card") == 0
     assert "NOAA" in capsys.readouterr().out
 
