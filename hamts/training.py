@@ -247,7 +247,7 @@ def fit_network(
     module = HAMTrainer(task, run, state)
     network.train()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         if task.folder is not None:
             resume_fit(task, run, state)
         if state.steps < steps:
