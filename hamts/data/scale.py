@@ -108,27 +108,30 @@ class CausalScale:
     def running_atoms(
         self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Extremes of the targets at every token's end, [B, G, N, 2], and the mass at them, [B, G, N, 2, 2]."""
+        """Extremes of the targets at every token's end, [B, G, N, 2], and the mass at them, [B, G, N, 2, 2].
+
+        Masses age by observed steps: a gap, or a long horizon, must not wear a bound away.
+        """
         targets = list(self.targets)
         signed = torch.stack([values[:, targets], -values[:, targets]], -1)  # [B, G, N, P, 2]
         seen = observed[:, targets][..., None].expand_as(signed)  # [B, G, N, P, 2]
         signed = torch.where(seen, signed, torch.inf)  # [B, G, N, P, 2]
-        P, N = values.shape[-1], values.shape[2]
         lows = torch.cat([state.extreme[:, :, None], signed.amin(3)], 2)  # [B, G, 1 + N, 2]
         extreme = lows.cummin(2).values[:, :, 1:]  # [B, G, N, 2]
         decay = 2.0 ** (-1.0 / self.half_lives[-1])
-        within = decay ** (P - 1 - torch.arange(P, dtype=torch.float64, device=values.device))  # [P]
+        there = observed[:, targets].double()  # [B, G, N, P]
+        count = there.sum(-1).cumsum(2)  # [B, G, N]
+        within = decay ** (there.sum(-1, keepdim=True) - there.cumsum(-1))  # [B, G, N, P]
         hit = (signed == extreme[:, :, :, None]) & seen  # [B, G, N, P, 2]
         pair = torch.stack([hit.double(), seen.double()], -1)  # [B, G, N, P, 2, 2]
-        pair = torch.einsum("bgnpet,p->bgnet", pair, within)  # [B, G, N, 2, 2]
-        steps = torch.arange(N, device=values.device)  # [N]
-        lag = steps[:, None] - steps[None, :]  # [N, N]
-        powers = torch.where(lag >= 0, (decay**P) ** lag.clamp_min(0).double(), 0.0)  # [N, N]
+        pair = torch.einsum("bgnpet,bgnp->bgnet", pair, within)  # [B, G, N, 2, 2]
+        lag = count[:, :, :, None] - count[:, :, None]  # [B, G, N, N]
+        powers = (decay ** lag.clamp_min(0)).tril()  # [B, G, N, N]
         # what was counted at an extreme that has since been passed counts no more
         same = (extreme[:, :, :, None] == extreme[:, :, None]).double()  # [B, G, N, N, 2]
-        at = torch.einsum("nm,bgnme,bgme->bgne", powers, same, pair[..., 0])  # [B, G, N, 2]
-        mass = torch.einsum("nm,bgme->bgne", powers, pair[..., 1])  # [B, G, N, 2]
-        aged = (decay**P) ** (steps + 1).double()[:, None]  # [N, 1]
+        at = torch.einsum("bgnm,bgnme,bgme->bgne", powers, same, pair[..., 0])  # [B, G, N, 2]
+        mass = torch.einsum("bgnm,bgme->bgne", powers, pair[..., 1])  # [B, G, N, 2]
+        aged = (decay**count)[..., None]  # [B, G, N, 1]
         still = (extreme == state.extreme[:, :, None]).double()  # [B, G, N, 2]
         carried = state.atoms[:, :, None]  # [B, G, 1, 2, 2]
         return extreme, torch.stack([at + aged * still * carried[..., 0], mass + aged * carried[..., 1]], -1)
