@@ -54,13 +54,19 @@ class Reading:
     mean: torch.Tensor  # [B, G, N] float64: what unscales them
     scale: torch.Tensor  # [B, G, N] float64
     slow_scale: torch.Tensor  # [B, G, N] float64: the same over the slowest half-life
+    bounds: torch.Tensor  # [B, G, N, 2] float64: what quantiles are kept within
     memory: StreamMemory
     traces: list[LayerTrace]
     heard: torch.Tensor  # [B, C, N] share of each token that was observed; 0 = nothing to keep
 
     def unscaled(self) -> torch.Tensor:
         """Quantiles in the user's units, [B, G, N, P, Q] float64."""
-        return self.mean[..., None, None] + self.scale[..., None, None] * self.quantiles.double()
+        values = self.mean[..., None, None] + self.scale[..., None, None] * self.quantiles.double()
+        # what lies on a bound lies on it to the last digit, whatever the scaled value was rounded to
+        low, high = self.bounds[..., None, None, :].unbind(-1)  # 2 x [B, G, N, 1, 1]
+        scaled = scaled_bounds(self.bounds, self.mean, self.scale, self.quantiles.dtype)
+        values = torch.where(self.quantiles <= scaled[..., 0], low, values)  # [B, G, N, P, Q]
+        return torch.where(self.quantiles >= scaled[..., 1], high, values).clamp(low, high)
 
 
 class HAMNetwork(nn.Module):
@@ -156,11 +162,14 @@ class HAMNetwork(nn.Module):
         if not decode:
             hidden = hidden[:, :, :0]  # [B, G, 0, D]
         first = slice(None) if decode else slice(0, 0)
+        mean, scale = stats.mean[:, targets, first, 0], stats.scale[:, targets, first, 0]  # 2 x [B, G, N]
+        bounds = stats.bounds[:, :, first]  # [B, G, N, 2]
         return Reading(
-            quantiles=bounded(self.head(hidden), stats, targets) if decode else self.head(hidden),
-            mean=stats.mean[:, targets, first, 0],
-            scale=stats.scale[:, targets, first, 0],
+            quantiles=bounded(self.head(hidden), bounds, mean, scale),
+            mean=mean,
+            scale=scale,
             slow_scale=stats.scale[:, targets, first, -1],
+            bounds=bounds,
             memory=StreamMemory(result.memory, scale_after) if advance else memory,
             traces=result.traces,
             heard=tokens.heard,
@@ -240,11 +249,15 @@ class HAMNetwork(nn.Module):
         return values, observed
 
 
-def bounded(quantiles: torch.Tensor, stats: ScaleStats, targets: list[int]) -> torch.Tensor:
+def bounded(quantiles: torch.Tensor, bounds: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Quantiles kept within each target's bounds: censored quantile regression (Powell 1986).
 
     Scaled quantiles, [B, G, N, P, Q], stay what they are inside; a level that falls beyond a bound lies on it.
     """
-    bounds = (stats.bounds - stats.mean[:, targets, :, :1]) / stats.scale[:, targets, :, :1]  # [B, G, N, 2]
-    low, high = bounds.to(quantiles.dtype)[..., None, None, :].unbind(-1)  # 2 x [B, G, N, 1, 1]
+    low, high = scaled_bounds(bounds, mean, scale, quantiles.dtype).unbind(-1)  # 2 x [B, G, N, 1, 1]
     return torch.minimum(torch.maximum(quantiles, low), high)
+
+
+def scaled_bounds(bounds: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """Bounds [B, G, N, 2] as the network sees them, [B, G, N, 1, 1, 2]."""
+    return ((bounds - mean[..., None]) / scale[..., None]).to(kind)[..., None, None, :]
