@@ -1,11 +1,12 @@
 """The causal normaliser against plain loops.
 
-B items · C channels · N patches · P steps in a patch · L half-lives
+B items · C channels · G targets · N patches · P steps in a patch · L half-lives
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,32 @@ def make_stream(seed: int, *, patches: int = 14, missing: float = 0.3) -> tuple[
     observed[0, 1] = False
     observed[1, 1, :5] = False
     return values, observed
+
+
+def make_demand(seed: int, *, patches: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets that keep lying at their least value, at their greatest, at both, or at none; [2, 2, N, P]."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, 2, patches, PATCH_STEPS, generator=generator, dtype=torch.float64)
+    values[0, 0].clamp_(min=0.3)
+    values[0, 1].clamp_(max=0.0)
+    values[1, 0].clamp_(min=-0.1, max=0.1)
+    return values, torch.rand(values.shape, generator=generator) >= 0.3
+
+
+def loop_bounds(series: np.ndarray, half_life: float) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Bounds and the shares at them at every patch's end, from all values so far."""
+    decay = 0.5 ** (1 / half_life)
+    found: tuple[list[float], ...] = ([], [], [], [])
+    for end in range(PATCH_STEPS, len(series) + 1, PATCH_STEPS):
+        seen = series[:end][~np.isnan(series[:end])]
+        weights = decay ** np.arange(len(seen))[::-1]
+        for number, sign in ((0, 1.0), (1, -1.0)):
+            at = weights[sign * seen == (sign * seen).min()].sum() if len(seen) else 0.0
+            share = at / weights.sum() if len(seen) else 0.0
+            holds = at >= 8 and share >= 0.05 and seen.max() > seen.min()
+            found[number].append(sign * (sign * seen).min() if holds else -sign * math.inf)
+            found[2 + number].append(share if holds else 0.0)
+    return found  # type: ignore[return-value]
 
 
 def read(rule: CausalScale, values: torch.Tensor, observed: torch.Tensor) -> tuple[ScaleStats, ScaleState]:
@@ -131,7 +158,6 @@ def test_missing_steps_are_ignored_whatever_stands_there(seed: int) -> None:
     values, observed = make_stream(seed)
     dirty = torch.where(observed, values, torch.tensor([torch.nan, 1e300, -7.0], dtype=torch.float64))
     got, wanted = (leaves(read(rule, each, observed)) for each in (dirty, values))
-    assert len(wanted) == 6
     for name, tensor in wanted.items():
         assert torch.equal(got[name], tensor), name
 
@@ -189,3 +215,57 @@ def test_large_offset_costs_no_digits() -> None:
     # the values themselves keep 13 bits below the point
     assert torch.allclose(other.scale[:, 0], stats.scale[:, 0], rtol=1e-3)
     assert torch.allclose(other.offset, stats.offset, atol=1e-3)
+
+
+def bounded_rule() -> CausalScale:
+    return replace(make_rule(), targets=(0, 1))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bounds_are_the_extremes_at_which_a_stream_keeps_lying(seed: int) -> None:
+    values, observed = make_demand(seed)
+    stats, _ = read(bounded_rule(), values, observed)
+    for b in range(2):
+        for c in range(2):
+            series = torch.where(observed[b, c], values[b, c], torch.nan).flatten().numpy()
+            low, high, low_share, high_share = loop_bounds(series, HALF_LIVES[-1])
+            assert stats.bounds[b, c].T.tolist() == [low, high]
+            assert np.allclose(stats.bound_share[b, c].T, [low_share, high_share], rtol=1e-12)
+    # as they were made: below, above, both, none
+    shown = stats.bounds.isfinite().any(2).flatten(0, 1).tolist()
+    assert shown == [[True, False], [False, True], [True, True], [False, False]]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_chunks_give_the_same_bounds_and_later_values_none(seed: int) -> None:
+    rule = bounded_rule()
+    values, observed = make_demand(seed)
+    whole, after = read(rule, values, observed)
+    state, parts = rule.empty(2), []
+    for low, high in ((0, 1), (1, 13), (13, 14), (14, 30)):
+        stats, state = rule.advance(values[:, :, low:high], observed[:, :, low:high], state)
+        parts.append(stats)
+    assert torch.equal(torch.cat([part.bounds for part in parts], 2), whole.bounds)
+    shares = torch.cat([part.bound_share for part in parts], 2)
+    assert torch.allclose(shares, whole.bound_share, rtol=1e-12)
+    assert torch.equal(state.extreme, after.extreme) and torch.allclose(state.atoms, after.atoms, rtol=1e-12)
+    changed = values.clone()
+    changed[:, :, 17:] *= -3
+    assert torch.equal(read(rule, changed, observed)[0].bounds[:, :, :17], whole.bounds[:, :, :17])
+
+
+def test_a_gap_wears_no_bound_away() -> None:
+    rule = bounded_rule()
+    values, observed = make_demand(2)
+    stats, state = read(rule, values, observed)
+    gap = torch.zeros(2, 2, 400, PATCH_STEPS, dtype=torch.float64)
+    during, after = rule.advance(gap, gap.bool(), state)
+    assert torch.equal(during.bounds, stats.bounds[:, :, -1:].expand_as(during.bounds))
+    assert torch.allclose(during.bound_share, stats.bound_share[:, :, -1:].expand_as(during.bound_share))
+    assert torch.equal(after.atoms, state.atoms)
+
+
+def test_a_stream_that_never_moved_shows_no_bound() -> None:
+    values = torch.full((1, 2, 20, PATCH_STEPS), 7.25, dtype=torch.float64)
+    stats, _ = read(bounded_rule(), values, torch.ones_like(values, dtype=torch.bool))
+    assert not stats.bounds.isfinite().any() and not stats.bound_share.any()
