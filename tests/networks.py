@@ -1,6 +1,7 @@
 """Small networks, panels and tokens for tests: untrained but perturbed, with thresholds at which routing happens.
 
-B items · I items · C channels · N patches · P steps in a patch · D width · S score routers
+B items · I items · C channels · N patches · P steps in a patch · D width · H heads · K key · V value · W window patches
+S score routers · R marks
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from hamts.config import MemoryConfig, ModelConfig
 from hamts.data.panel import Channel, Dialect, Frequency, Panel, Schema, StaticColumn
 from hamts.data.patches import Chunk, PatchStore, build_store
 from hamts.nn.backbone import ChannelSpec
+from hamts.nn.ham import HAMLayer
+from hamts.nn.scratchpad import Pending
 from hamts.nn.tokens import Policy, Tokens
 from hamts.reader import HAMNetwork, Reading
 
@@ -153,6 +156,12 @@ def perturb(module: torch.nn.Module, generator: torch.Generator, *, size: float 
             parameter.add_(scale * noise.to(parameter.dtype))
 
 
+@torch.no_grad()
+def open_scratchpad(layer: HAMLayer) -> None:
+    """Let entries weigh as much as fresh keys, a little different in each head."""
+    layer.scratch_bias.copy_(torch.linspace(-0.5, 0.5, layer.heads))
+
+
 def make_network(
     config: ModelConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float64, calibrate: bool = True
 ) -> HAMNetwork:
@@ -165,6 +174,8 @@ def make_network(
         torch.manual_seed(seed)
         network = HAMNetwork(config, MemoryConfig(), make_spec(panel, store))
     perturb(network, generator)
+    for layer in network.backbone.layers():
+        open_scratchpad(layer)
     network.unit.copy_(torch.from_numpy(np.nanstd(panel.values, axis=0)))
     network = network.to(dtype).eval()
     network.unit = network.unit.double()
@@ -244,6 +255,37 @@ def random_tokens(
         static_values=torch.zeros(items, 0, dtype=dtype),
         static_codes=torch.zeros(items, 0, dtype=torch.int64),
     )
+
+
+def dense_read(
+    layer: HAMLayer, queries: torch.Tensor, local: Pending, routed: torch.Tensor, policy: Policy
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The read with an explicit mask over all tokens, [B, N, C, W + N, C], from an empty scratchpad."""
+    B, N, C = queries.shape[:3]
+    W, S = layer.window, layer.cross_span
+    near = torch.zeros(B, N, C, W + N, C, dtype=torch.bool)
+    exact = torch.zeros(B, N, C, W + N, C, dtype=torch.bool)
+    for n in range(N):
+        for c in range(C):
+            near[:, n, c, n + 1 : n + W + 1, c] = True
+        other = policy.readable & ~torch.eye(C, dtype=torch.bool)  # [B, C, C]
+        near[:, n, :, n + W + 1 - S : n + W + 1] |= other[:, :, None]
+        for b in range(B):
+            for must_keep, cap in ((True, policy.cap_must), (False, policy.cap_kept)):
+                left = (routed[b, : n + 1] & (local.must_keep[b, : n + 1] == must_keep)).nonzero().tolist()
+                for step, channel in left if cap is None else left[-cap:]:
+                    exact[b, n, :, step, channel] = policy.readable[b, :, channel]
+                    exact[b, n, channel, step, channel] = True
+    near &= local.present[:, None, None]
+    own = torch.eye(C, dtype=queries.dtype)
+    logits = torch.einsum("bnchk,blshk->bnchls", queries, local.keys)
+    logits = logits + torch.einsum("cs,h->chs", own, layer.channel_bias)[..., None, :]
+    kept = local.bias[..., None] + layer.scratch_bias  # [B, W + N, C, H]
+    logits = logits + torch.where(exact[..., None], kept[:, None, None], 0.0).movedim(-1, 3)
+    seen = (near | exact)[:, :, :, None]
+    weight = logits.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).nan_to_num().unflatten(-1, (W + N, C))
+    output = torch.einsum("bnchls,blshv->bnchv", weight, local.values)
+    return output, torch.einsum("bnchls,cs,blsr->bnchr", weight, own, local.marks)
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, torch.Tensor]:

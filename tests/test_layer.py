@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import leaves, make_config, perturb, random_tokens
+from networks import dense_read, leaves, make_config, open_scratchpad, perturb, random_tokens
 
 from hamts.config import ModelConfig
 from hamts.nn import ham
@@ -27,7 +27,7 @@ from hamts.nn.router import (
     log_bias,
     surprise,
 )
-from hamts.nn.scratchpad import NEVER, Entries, LayerMemory, append_candidates, lifetimes, merge_candidates
+from hamts.nn.scratchpad import NEVER, Entries, LayerMemory, Pending, append_candidates, lifetimes, merge_candidates
 from hamts.nn.tokens import Policy, Tokens, map_tensors
 from hamts.ops import naive
 
@@ -364,6 +364,7 @@ def make_layer(seed: int = 0, **changes: Any) -> tuple[HAMLayer, ModelConfig]:
         torch.manual_seed(seed)
         layer = HAMLayer(config)
     perturb(layer, torch.Generator().manual_seed(seed))
+    open_scratchpad(layer)
     return layer.double().eval(), config
 
 
@@ -418,6 +419,116 @@ def setting(
         trace = read_tokens(layer, x, tokens, open_policy(2, 3)).trace
         layer.thresholds.calibrate(trace.scores[tokens.routable])
     return layer, x, tokens, generator
+
+
+class ByHand:
+    """A layer as its equations say, one step after the other, from an empty memory; all sizes as in the layer."""
+
+    def __init__(self, layer: HAMLayer, x: torch.Tensor, tokens: Tokens, policy: Policy) -> None:
+        self.layer, self.x, self.tokens, self.policy = layer, x, tokens, policy
+        B, C, N, D = x.shape
+        self.heads, self.width = layer.heads, layer.head_width
+        shape = (B, C, N, self.heads, self.width)
+        self.recalled, self.predicted, self.came = (torch.zeros(shape, dtype=x.dtype) for _ in range(3))
+        self.write, self.error = torch.zeros(shape[:4], dtype=x.dtype), torch.zeros(shape[:4], dtype=x.dtype)
+        self.state = torch.zeros(B, C, self.heads, self.width, self.width, dtype=x.dtype)
+        for b in range(B):
+            for c in range(C):
+                self._recur(b, c)
+        self._score()
+        self._read()
+
+    def _recur(self, b: int, c: int) -> None:
+        layer, tokens, H, K = self.layer, self.tokens, self.heads, self.width
+        N, D = self.x.shape[2:]
+        inputs = torch.stack([layer.to_memory(self.x[b, c, n]) * tokens.present[b, n] for n in range(N)])  # [N, 3 D]
+        for n in range(N):
+            mixed = torch.zeros(3 * D, dtype=self.x.dtype)
+            for back in range(4):
+                if n >= back:
+                    mixed = mixed + layer.conv[:, 3 - back] * inputs[n - back]
+            q, k, v = torch.nn.functional.silu(mixed).view(3, H, K)
+            q, k = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12), k / k.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            gates = layer.to_gates(self.x[b, c, n]).view(4, H)
+            passed = tokens.elapsed[b, n] * tokens.present[b, n]
+            decay = torch.exp(-torch.nn.functional.softplus(gates[0] + layer.decay_rate) * passed)  # [H]
+            beta = gates[1].sigmoid() * tokens.heard[b, c, n]  # [H]
+            for h in range(H):
+                state = self.state[b, c, h] * decay[h]
+                self.predicted[b, c, n, h] = state.T @ k[h]
+                error = v[h] - self.predicted[b, c, n, h]
+                self.state[b, c, h] = state + torch.outer(k[h], beta[h] * error)
+                self.recalled[b, c, n, h] = self.state[b, c, h].T @ q[h]
+                self.error[b, c, n, h] = error.square().sum()
+            self.came[b, c, n], self.write[b, c, n] = v, beta
+
+    def _score(self) -> None:
+        layer, tokens = self.layer, self.tokens
+        empty = torch.zeros(*self.x.shape[:2], self.heads, 2, dtype=self.x.dtype)
+        mean, _ = loop_error_mean(self.error, tokens.heard > 0, empty)  # [B, C, N, H]
+        fresh = innovation(self.error, mean).mean(-1)  # [B, C, N]
+        angle = surprise(self.predicted, self.came).mean(-1)  # [B, C, N]
+        available = {"innovation": fresh, "surprise": angle}
+        self.bias = torch.zeros_like(fresh)  # [B, C, N]
+        if layer.router.learned is not None:
+            observed, tagged = tokens.observed.double().mean(-1), tokens.tags.any(-1).double()
+            columns = [fresh.log1p(), angle, self.write.mean(-1), observed, tagged, tokens.must_keep.double()]
+            logit = layer.router.learned(torch.cat([self.x, torch.stack(columns, -1)], -1))[..., 0]  # [B, C, N]
+            available["learned"] = logit
+            self.bias = torch.where(tokens.must_keep & layer.router.uses_tags, 0.0, log_bias(logit))
+        threshold = layer.thresholds(self.policy.share)  # [B, S]
+        self.routed = tokens.must_keep & layer.router.uses_tags  # [B, C, N]
+        for number, name in enumerate(layer.router.names):
+            above = available[name] >= threshold[:, number, None, None]
+            self.routed = self.routed | (tokens.routable & above)
+
+    def _read(self) -> None:
+        layer, tokens, W = self.layer, self.tokens, self.layer.window
+        H, K = self.heads, self.width
+        grid = (*self.x.shape[:3], 3, H, K)
+        _, keys, values = (layer.to_memory(self.x) * tokens.present[:, None, :, None]).view(grid).unbind(3)
+
+        def padded(chunk: torch.Tensor) -> torch.Tensor:
+            """[B, C, N, ...] -> [B, W + N, C, ...], nothing before the chunk."""
+            chunk = chunk.transpose(1, 2)
+            return torch.cat([chunk.new_zeros(len(chunk), W, *chunk.shape[2:]), chunk], 1)
+
+        local = Pending(
+            keys=padded(rotate(layer.key_norm(keys).transpose(1, 2), tokens.position).transpose(1, 2)),
+            values=padded(values),
+            marks=padded(tokens.marks),
+            bias=padded(self.bias),
+            scores=padded(self.bias[..., None]),
+            position=tokens.position,
+            present=padded(tokens.present[:, None].expand(-1, self.x.shape[1], -1)),
+            routable=padded(tokens.routable),
+            must_keep=padded(tokens.must_keep & layer.router.uses_tags),
+        )
+        query = layer.query_norm(layer.to_query(self.x).view(*self.x.shape[:3], H, K)).transpose(1, 2)
+        query = rotate(query, tokens.position) / math.sqrt(K)  # [B, N, C, H, K]
+        exact, marks = dense_read(layer, query, local, padded(self.routed), self.policy)
+        share, now = marks[..., 2], tokens.marks.transpose(1, 2)[..., None, :]  # [B, N, C, H], [B, N, C, 1, R]
+        level = torch.asinh((marks[..., 0] - share * now[..., 0]) / now[..., 1].exp())  # [B, N, C, H]
+        spread = (marks[..., 1] - share * now[..., 1]).clamp(-5, 5)  # [B, N, C, H]
+        exact = exact + level[..., None] * layer.from_marks[:, 0] + spread[..., None] * layer.from_marks[:, 1]
+        gates = layer.to_gates(self.x).view(*self.x.shape[:3], 4, H).sigmoid()
+        both = gates[..., 2, :, None] * layer.recurrent_norm(self.recalled)
+        both = both + gates[..., 3, :, None] * layer.exact_norm(exact.transpose(1, 2))  # [B, C, N, H, V]
+        self.output = layer.to_output(both.flatten(-2) * layer.to_output_gate(self.x).sigmoid())
+
+
+@pytest.mark.parametrize("seed", range(10))
+@torch.no_grad()
+def test_a_layer_does_what_its_equations_say(seed: int) -> None:
+    router = ("learned+tags", "surprise", "innovation+tags", "surprise+learned", "tags")[seed % 5]
+    layer, x, tokens, _ = setting(seed, router, 1 + seed % 3)
+    caps = {"cap_kept": 4, "cap_must": 2} if seed < 7 else {}
+    policy = open_policy(2, 3, **caps)
+    wanted = ByHand(layer, x, tokens, policy)
+    got = read_tokens(layer, x, tokens, policy)
+    assert torch.equal(got.trace.routed, wanted.routed)
+    assert torch.allclose(got.memory.state, wanted.state, rtol=0, atol=1e-10)
+    assert torch.allclose(got.output, wanted.output, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
