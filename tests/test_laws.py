@@ -346,6 +346,26 @@ def test_a_forecast_leaves_the_memory_as_it_was() -> None:
     assert_close(scale, torch.from_numpy(done.scale[last]), 1e-10, "scale")
 
 
+def test_what_a_forecast_keeps_pushes_nothing_out() -> None:
+    network, store = network_of(), make_store(make_panel(seed=8))
+    full = {"cap_kept": 5, "cap_must": 2}
+    policy = policy_for(network, 3, share=1.0, **full)
+    memory = read_all(network, store, policy).memory
+    assert all(layer.scratchpad.alive.sum(1).eq(7).all() for layer in memory.layers)
+    items, cutoffs = torch.arange(3), store.lengths
+    chunk = store.horizon(items, cutoffs, HORIZON)
+    got, _ = forecast_from(network, store, items, cutoffs, memory, HORIZON, policy)
+    assert chunk.horizon is not None
+
+    def forecast(rule: Policy) -> torch.Tensor:
+        with torch.no_grad():
+            values = network(chunk, memory, rule).unscaled().flatten(2, 3).transpose(1, 2)  # [B, N P, G, Q]
+        return values[chunk.horizon.flatten(1)].view(3, HORIZON, 2, -1).transpose(1, 2)
+
+    assert_close(got, forecast(policy_for(network, 3, share=1.0)), 1e-12, "forecast")
+    assert not torch.allclose(got, forecast(policy), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("router", ROUTER_CHOICES)
 def test_step_by_step_equals_the_parallel_pass(router: str) -> None:
     network, store = network_of(router), make_store(make_panel(seed=9))
@@ -386,6 +406,24 @@ def test_a_window_with_a_hidden_span_is_read_as_the_stream_reads_it() -> None:
     wanted = read_all(network, store, policy)
     assert_close(reading.quantiles[:, :, :9], wanted.quantiles[:, :, :9], 1e-12, "quantiles")
     assert not torch.allclose(reading.quantiles[:, :, 9:12], wanted.quantiles[:, :, 9:12], atol=1e-3)
+
+
+def test_nothing_is_kept_of_an_unfinished_patch() -> None:
+    network, panel = network_of("innovation+tags"), make_panel(seed=9)
+    cutoffs = torch.tensor([n - 8 for n in LENGTHS])
+    for item, cutoff in enumerate(cutoffs.tolist()):
+        panel.values[panel.offsets[item] + cutoff - 2 : panel.offsets[item] + cutoff + HORIZON] = 1 + item
+    store = make_store(panel)
+    chunk = store.horizon(torch.arange(3), cutoffs, HORIZON)
+    unfinished = chunk.observed[:, [LOAD, PRICE, WIND, ALARM], 0].any(-1)
+    assert unfinished.any() and chunk.tags[:, ALARM, 0].any()
+    known = torch.tensor([c.role in ("future", "action") for c in CHANNELS])
+    with torch.no_grad():
+        reading = network(chunk, network.empty_memory(3), policy_for(network, 3, share=1.0))
+    for trace in reading.traces:
+        assert not trace.routed[:, ~known].any()
+        assert torch.equal(trace.routed[:, known], (reading.heard >= 0.5)[:, known])
+        assert trace.routed.any()
 
 
 # ---- 3 budget and 4 must-keep
@@ -502,6 +540,40 @@ def test_tags_keep_nothing_where_the_router_leaves_them_out(router: str) -> None
         assert torch.equal(trace.routed, trace.by_score.any(-1))
 
 
+def test_what_is_heard_and_what_a_tag_asks_for() -> None:
+    network, panel = network_of("learned+tags"), make_panel((12,), seed=14)
+    nan = np.nan
+    values = np.tile([1.0, 2.0, 3.0, 1.0, 4.0, 0.0, 5.0], (12, 1))
+    values[0:2, LOAD], values[3:6, PRICE], values[6:9, LOAD] = nan, nan, nan
+    values[4, ALARM], values[7:, VALVE] = 2.0, 6.0
+    values[6:8, VALVE] = [nan, 6.0]
+    store = make_store(replace(panel, values=values))
+    chunk = store.window(torch.tensor([0]), torch.tensor([0]), 4)
+    stats, _ = network.scaler.advance(chunk.values, chunk.observed, network.empty_memory(1).scale)
+    tokens = network.tokens(chunk, stats)
+    # a share for what was observed in part, all of a tagged patch, of events the tagged patches alone
+    assert torch.allclose(tokens.heard[0, LOAD], torch.tensor([1 / 3, 1, 0, 1]).double())
+    assert tokens.heard[0, PRICE].tolist() == [1, 0, 1, 1]
+    assert tokens.heard[0, ALARM].tolist() == [0, 1, 0, 0]
+    assert tokens.heard[0, VALVE].tolist() == [1, 1, 1, 1]
+    assert tokens.routable[0, LOAD].tolist() == [False, True, False, True]
+    assert tokens.routable[0, VALVE].all() and not tokens.routable[0, ALARM].any()
+    # the tagged channel itself, and the targets that were observed at that moment
+    assert tokens.must_keep[0].nonzero().tolist() == [[LOAD, 1], [PRICE, 2], [ALARM, 1], [VALVE, 2]]
+
+
+def test_channels_read_covariates_always_and_other_targets_where_allowed() -> None:
+    network = network_of()
+    allowed, apart = network.readable(torch.tensor([True, False]))
+    assert allowed.all()
+    wanted = torch.ones(7, 7, dtype=torch.bool)
+    wanted[:, [LOAD, PRICE]] = False
+    wanted[LOAD, LOAD] = wanted[PRICE, PRICE] = True
+    assert torch.equal(apart, wanted)
+    alone = make_network(make_config(cross_reading="never"), calibrate=False).readable(torch.tensor([True]))
+    assert torch.equal(alone[0], torch.eye(7, dtype=torch.bool))
+
+
 # ---- 5 missing is not surprising
 
 
@@ -612,6 +684,34 @@ def test_items_and_padding_of_a_continued_batch_do_not_matter(dtype: torch.dtype
                     memory=half.memory.select(row), starts=starts[[item]])  # fmt: skip
         assert together.memory is not None and alone.memory is not None
         assert_same_memory(together.memory.select(row), alone.memory, SAME[dtype])
+
+
+def test_streams_read_from_somewhere_on_know_nothing_of_before() -> None:
+    network, panel = network_of("surprise+learned"), make_panel(seed=20)
+    starts, lead = np.array([12, 9, 3]), np.array([0, 5, 2])
+    policy, rng = policy_for(network, 3, **CAPS), np.random.default_rng(0)
+    values = panel.values.copy()
+    for item, start in enumerate(starts):
+        rows = slice(panel.offsets[item], panel.offsets[item] + start * PATCH_STEPS - lead[item])
+        values[rows] = rng.normal(size=values[rows].shape)
+        values[rows, MODE] = 2
+    # a change of the action at the start is a tag that the rows before it make
+    values[panel.offsets[:-1] + starts * PATCH_STEPS - lead - 1, VALVE] = panel.values[
+        panel.offsets[:-1] + starts * PATCH_STEPS - lead - 1, VALVE
+    ]
+    one = run(network, make_store(panel), policy, starts=starts)
+    two = run(network, make_store(replace(panel, values=values)), policy, starts=starts)
+    assert np.array_equal(one.quantiles, two.quantiles)
+    assert one.memory is not None and two.memory is not None
+    assert_same_memory(two.memory, one.memory, 0.0)
+    for item in range(3):
+        single = build_store(
+            take_items(panel, [item]), patch_steps=PATCH_STEPS, extra_steps=HORIZON, future=make_future(panel)[[item]]
+        )
+        cutoffs = [middle_cutoffs()[item]]
+        alone = run(network, single, policy_for(network, 1, **CAPS), cutoffs=cutoffs, starts=starts[[item]])
+        assert alone.memory is not None
+        assert_same_memory(one.memory.select(torch.tensor([item])), alone.memory, 1e-10)
 
 
 @pytest.mark.parametrize("router", ROUTER_CHOICES)
