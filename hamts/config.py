@@ -113,6 +113,7 @@ class TrainConfig:
         max_time_s: wall-clock seconds of fitting; None for no limit. Whatever came last is usable.
         batch_windows: windows (streams read side by side) in a step.
         context_patches: N, patches read per step by each stream, its memory carried from the step before.
+        origins: forecasts made on the way through a context, evenly spaced, the last at its end.
         average_decay: of the moving average of the weights that is checked and kept.
         reset_share: chance that a stream restarts elsewhere after a step; it bounds how stale a carried entry can be.
         prefix_patches: most patches that a restarted stream reads before its first window, so that entries are old.
@@ -122,7 +123,8 @@ class TrainConfig:
     max_steps: int | None = None
     max_time_s: float | None = None
     batch_windows: int = 96
-    context_patches: int = 8
+    context_patches: int = 14
+    origins: int = 2
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 40
@@ -130,7 +132,7 @@ class TrainConfig:
     average_decay: float = 0.99
     reset_share: float = 0.08
     prefix_patches: int = 512
-    span_share: float = 0.5
+    span_share: float = 0.25
     auxiliary_weight: float = 0.02
     checks: int = 16
     patience: int = 5

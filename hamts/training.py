@@ -82,18 +82,23 @@ class HAMTrainer(L.LightningModule):
         network = self.network
         memory = self._memory(batch)
         policy = self._policy(batch.share, batch.cross)
-        past = network(batch.context, memory, policy)
-        for layer, trace in zip(network.backbone.layers(), past.traces, strict=True):
-            layer.thresholds.follow(trace.scores[past.heard >= 0.5])
-        ahead = network(
-            batch.horizon, past.memory, replace(policy, cap_kept=None, cap_must=None, explore_share=0.0), advance=False
-        )
-        self.state.carried = past.memory.detach()
-        loss, count = self._task_loss(ahead, batch.horizon)
-        span_loss, span_count = self._task_loss(past, batch.context)
-        task = (loss + span_loss) / (count + span_count).clamp_min(1)  # []
+        ahead_policy = replace(policy, cap_kept=None, cap_must=None, explore_share=0.0)
+        losses, counts, traces = [], [], []
+        for context, horizon in batch.parts:
+            past = network(context, memory, policy)
+            for layer, trace in zip(network.backbone.layers(), past.traces, strict=True):
+                layer.thresholds.follow(trace.scores[past.heard >= 0.5])
+            memory = past.memory
+            ahead = network(horizon, memory, ahead_policy, advance=False)
+            for reading, chunk in ((past, context), (ahead, horizon)):
+                loss, count = self._task_loss(reading, chunk)
+                losses.append(loss)
+                counts.append(count)
+            traces += [*past.traces, *ahead.traces]
+        self.state.carried = memory.detach()
+        task = torch.stack(losses).sum() / torch.stack(counts).sum().clamp_min(1)  # []
         self.loss_sum, self.loss_count = self.loss_sum + float(task.detach()), self.loss_count + 1
-        return task + self.config.auxiliary_weight * self._auxiliary([*past.traces, *ahead.traces])
+        return task + self.config.auxiliary_weight * self._auxiliary(traces)
 
     def mean_loss(self) -> float:
         """Mean task loss since the last call."""
@@ -195,7 +200,7 @@ def step_budget(network: HAMNetwork, store: PatchStore, ends: np.ndarray, config
     Counted, not timed, so that the same machine always takes the same number of steps.
     """
     weights = sum(p.numel() for p in network.parameters())
-    tokens = config.batch_windows * len(network.spec.roles) * (config.context_patches + 3)
+    tokens = config.batch_windows * len(network.spec.roles) * (config.context_patches + 3 * config.origins)
     cores = torch.get_num_threads()
     affordable = GPU_STEPS if gpu else int(TARGET_SECONDS * CORE_FLOPS * cores / (6 * weights * tokens))
     patches = int(((np.asarray(ends) + store.lead.numpy()) // store.patch_steps).clip(1).sum())

@@ -31,8 +31,7 @@ CROSS_CHANCE = 0.5
 class Windows:
     """One training batch: what each stream reads next, and what it must then forecast."""
 
-    context: Chunk
-    horizon: Chunk
+    parts: list[tuple[Chunk, Chunk]]  # a piece of the context, and the forecast after it
     reset: torch.Tensor  # [B] bool: the stream restarts: its memory is emptied, then filled from the patches before
     items: torch.Tensor  # [B] int64
     first: torch.Tensor  # [B] int64: first patch of the context
@@ -128,25 +127,31 @@ class StreamWindows(IterableDataset[Windows]):
     def draw(self) -> Windows:
         """The next batch; moves every stream on."""
         N, B = self.config.context_patches, len(self.items)
-        store = self.store
-        context = self._hide_spans(store.window(self.items, self.at, N))
-        begun = (self._uniform(B) * store.patch_steps).long()  # [B]
-        # half of all forecasts start on a patch boundary: scheduled forecasts do
-        begun = torch.where(self._uniform(B) < 0.5, 0, begun)  # [B]
-        boundary = (self.at + N) * store.patch_steps - store.lead[self.items]  # [B]
-        cutoffs = torch.minimum(boundary + begun, self.ends[self.items] - 1).maximum(boundary)  # [B]
-        reveal = self._uniform(B) < 0.5
-        horizon = store.horizon(self.items, cutoffs, self.horizon, reveal)
-        horizon = self._hide_beyond(horizon, cutoffs)
         prefix = self._prefix()
-        batch = Windows(
-            context, horizon, self.reset, self.items, self.at, prefix, self._warm(prefix), self.share, self.cross
-        )
+        parts, done = [], 0
+        for k in range(self.config.origins):
+            size = N * (k + 1) // self.config.origins - done
+            if size:
+                parts.append(self._part(self.at + done, size))
+            done += size
+        batch = Windows(parts, self.reset, self.items, self.at, prefix, self._warm(prefix), self.share, self.cross)
         self.at = self.at + N
         ended = (self.at + N) >= self.patches[self.items]
         self.reset = ended | (self._uniform(B) < self.config.reset_share)
         self._restart(self.reset)
         return batch
+
+    def _part(self, first: torch.Tensor, patches: int) -> tuple[Chunk, Chunk]:
+        """Some patches of every stream, and a forecast after them."""
+        store, B = self.store, len(self.items)
+        context = self._hide_spans(store.window(self.items, first, patches))
+        # half of all forecasts start on a patch boundary: scheduled forecasts do
+        inside = float(self._uniform(1)) < 0.5
+        begun = (self._uniform(B) * store.patch_steps).long() if inside else torch.zeros(B, dtype=torch.int64)  # [B]
+        boundary = (first + patches) * store.patch_steps - store.lead[self.items]  # [B]
+        cutoffs = torch.minimum(boundary + begun, self.ends[self.items] - 1).maximum(boundary)  # [B]
+        horizon = store.horizon(self.items, cutoffs, self.horizon, self._uniform(B) < 0.5)
+        return context, self._hide_beyond(horizon, cutoffs)
 
     def _prefix(self) -> int:
         """How much restarted streams read first; one length a step, evenly spread in its logarithm."""
