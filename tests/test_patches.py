@@ -91,6 +91,9 @@ def test_patches_before_and_after_an_item_are_absent_and_no_neighbour_shows() ->
     assert steps_of(chunk, 0) == [1000]
     assert (chunk.values[~chunk.observed] == 0).all()
     assert chunk.horizon is None
+    # nor does the end of the last item
+    beyond = store.window(torch.tensor([2]), torch.tensor([rows[2] - 1]), 3)
+    assert beyond.present.tolist() == [[True, False, False]] and not beyond.observed.any()
 
 
 @pytest.mark.parametrize("cutoff", [20, 21, 22, 23, 47])
@@ -106,6 +109,7 @@ def test_a_horizon_begins_with_the_unfinished_patch(cutoff: int) -> None:
     assert steps_of(chunk, 0, LOAD) == steps_of(chunk, 0, WIND) == [1000 + s for s in known if s < cutoff]
     assert steps_of(chunk, 0, MODE) == steps_of(chunk, 0, ALARM) == [1000 + s for s in known if s < cutoff]
     assert steps_of(chunk, 0, FORECAST) == steps_of(chunk, 0, VALVE) == [1000 + s for s in known]
+    assert (chunk.values[~chunk.observed] == 0).all()
     truth = chunk.truth[0, LOAD].flatten()
     assert torch.isnan(truth).tolist() == [cutoff - begun + i >= LENGTHS[1] for i in range(len(truth))]
     # only what is known ahead may be kept before the forecast is over
