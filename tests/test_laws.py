@@ -356,11 +356,12 @@ def test_what_a_forecast_keeps_pushes_nothing_out() -> None:
     chunk = store.horizon(items, cutoffs, HORIZON)
     got, _ = forecast_from(network, store, items, cutoffs, memory, HORIZON, policy)
     assert chunk.horizon is not None
+    asked = chunk.horizon.flatten(1)  # [B, N P]
 
     def forecast(rule: Policy) -> torch.Tensor:
         with torch.no_grad():
             values = network(chunk, memory, rule).unscaled().flatten(2, 3).transpose(1, 2)  # [B, N P, G, Q]
-        return values[chunk.horizon.flatten(1)].view(3, HORIZON, 2, -1).transpose(1, 2)
+        return values[asked].view(3, HORIZON, 2, -1).transpose(1, 2)
 
     assert_close(got, forecast(policy_for(network, 3, share=1.0)), 1e-12, "forecast")
     assert not torch.allclose(got, forecast(policy), rtol=0, atol=1e-3)
@@ -538,40 +539,6 @@ def test_tags_keep_nothing_where_the_router_leaves_them_out(router: str) -> None
     for layer, trace in zip(reading.memory.layers, reading.traces, strict=True):
         assert not trace.must_keep.any() and not layer.scratchpad.must_keep.any()
         assert torch.equal(trace.routed, trace.by_score.any(-1))
-
-
-def test_what_is_heard_and_what_a_tag_asks_for() -> None:
-    network, panel = network_of("learned+tags"), make_panel((12,), seed=14)
-    nan = np.nan
-    values = np.tile([1.0, 2.0, 3.0, 1.0, 4.0, 0.0, 5.0], (12, 1))
-    values[0:2, LOAD], values[3:6, PRICE], values[6:9, LOAD] = nan, nan, nan
-    values[4, ALARM], values[7:, VALVE] = 2.0, 6.0
-    values[6:8, VALVE] = [nan, 6.0]
-    store = make_store(replace(panel, values=values))
-    chunk = store.window(torch.tensor([0]), torch.tensor([0]), 4)
-    stats, _ = network.scaler.advance(chunk.values, chunk.observed, network.empty_memory(1).scale)
-    tokens = network.tokens(chunk, stats)
-    # a share for what was observed in part, all of a tagged patch, of events the tagged patches alone
-    assert torch.allclose(tokens.heard[0, LOAD], torch.tensor([1 / 3, 1, 0, 1]).double())
-    assert tokens.heard[0, PRICE].tolist() == [1, 0, 1, 1]
-    assert tokens.heard[0, ALARM].tolist() == [0, 1, 0, 0]
-    assert tokens.heard[0, VALVE].tolist() == [1, 1, 1, 1]
-    assert tokens.routable[0, LOAD].tolist() == [False, True, False, True]
-    assert tokens.routable[0, VALVE].all() and not tokens.routable[0, ALARM].any()
-    # the tagged channel itself, and the targets that were observed at that moment
-    assert tokens.must_keep[0].nonzero().tolist() == [[LOAD, 1], [PRICE, 2], [ALARM, 1], [VALVE, 2]]
-
-
-def test_channels_read_covariates_always_and_other_targets_where_allowed() -> None:
-    network = network_of()
-    allowed, apart = network.readable(torch.tensor([True, False]))
-    assert allowed.all()
-    wanted = torch.ones(7, 7, dtype=torch.bool)
-    wanted[:, [LOAD, PRICE]] = False
-    wanted[LOAD, LOAD] = wanted[PRICE, PRICE] = True
-    assert torch.equal(apart, wanted)
-    alone = make_network(make_config(cross_reading="never"), calibrate=False).readable(torch.tensor([True]))
-    assert torch.equal(alone[0], torch.eye(7, dtype=torch.bool))
 
 
 # ---- 5 missing is not surprising
