@@ -90,8 +90,9 @@ def measure(name: str, variant: str, seed: int) -> dict[str, Any]:
         "set": name, "variant": variant, "seed": seed, "fit_s": round(fit_s, 1), "steps": model.report.steps,
         "best_step": model.report.best_step, "stopped_by": model.report.stopped_by,
         "patch_steps": model.config.patch_steps, "window_patches": model.config.window_patches,
-        "training_window_patches": model.train_config.context_patches, "state_from": "start of the frame",
-        "parameters": model.n_parameters, "usage_share": round(model.usage_share, 4), "versions": versions(),
+        "training_window_patches": model.plan.train.context_patches, "state_from": "start of the frame",
+        "preset": "small", "width": model.config.width,
+        "usage_share": round(model.usage_share, 4), "versions": versions(),
         "rows": {},
     }  # fmt: skip
     shares = {"budget 10 %": 0.1} if variant != "ham" else {"budget 10 %": 0.1, "budget 0": 0.0, "budget 100 %": 1.0}

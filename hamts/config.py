@@ -28,7 +28,7 @@ class ModelConfig:
         head_reduction: how a score per head becomes one per token: ``min`` (the paper's), ``mean`` or ``max``.
     """
 
-    width: int = 96
+    width: int = 128
     layers: int = 2
     heads: int = 4
     patch_steps: int = 12
@@ -125,7 +125,7 @@ class TrainConfig:
     batch_windows: int = 96
     context_patches: int = 14
     origins: int = 2
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 40
     gradient_clip: float = 1.0
@@ -149,8 +149,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(model={"width": 32, "layers": 1, "heads": 2}, train={"max_steps": 150, "batch_windows": 32}),
-    "small": Preset(model={"width": 96, "layers": 2, "heads": 4}, train={}),
-    "base": Preset(model={"width": 160, "layers": 4, "heads": 5}, train={"learning_rate": 1e-3}),
+    "small": Preset(model={"width": 128, "layers": 2, "heads": 4}, train={}),
+    "base": Preset(model={"width": 192, "layers": 4, "heads": 6}, train={"learning_rate": 1e-3}),
 }
 
 

@@ -16,7 +16,6 @@ import torch
 from hamts.backtests import cross_validate, evaluate_methods
 from hamts.config import ModelConfig
 from hamts.data.clock import future_times
-from hamts.data.cutoffs import first_observed
 from hamts.data.frame import encode_future, future_frame, to_panel
 from hamts.data.future import check_horizon
 from hamts.data.library import answer_like, plain_frame
@@ -25,8 +24,9 @@ from hamts.errors import DataError, DataWarning
 from hamts.fitting import Fitted, fill_static, fit_panel, refuse_extremes, validation_tail
 from hamts.forecast import Forecast, resolve_levels
 from hamts.persistence import load_fitted, save_fitted
+from hamts.refusals import refuse_non_finite, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
-from hamts.resolve import FitOptions, describe, make_plan, with_alias
+from hamts.resolve import FitOptions, Plan, describe, make_plan, with_alias
 from hamts.routes import forecaster_routes
 from hamts.training import FitReport
 
@@ -54,6 +54,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
     router: str | None = None,
     patch_steps: int | None = None,
     window_patches: int | None = None,
+    cross_reading: Literal["auto", "always", "never"] | None = None,
     half_life_steps: float | Sequence[float] | None = None,
     val_size: int | float | None = None,
     max_steps: int | None = None,
@@ -86,6 +87,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         router: which tokens ask to be kept: ``surprise``, ``innovation``, ``learned``, ``tags``, joined by "+".
         patch_steps: steps read as one token; 1 keeps single steps.
         window_patches: last patches that are always read exactly.
+        cross_reading: whether targets read one another (``auto``: covariates always, targets if validation favours it).
         half_life_steps: of the running mean and scale; one number, or the scaling one and slower ones.
         val_size: steps (int) or share (float) at the end of each item kept for validation; 0 for none.
         max_steps, max_time: limits of fitting, optimiser steps and seconds; whatever came last is usable.
@@ -101,7 +103,8 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         h=with_alias("h", h, "prediction_length", prediction_length),
         quantiles=with_alias("quantiles", quantiles, "quantile_levels", quantile_levels),
         budget_share=budget_share, budget_bytes=budget_bytes, preset=preset, router=router, patch_steps=patch_steps,
-        window_patches=window_patches, half_life_steps=half_life_steps, val_size=val_size, max_steps=max_steps,
+        window_patches=window_patches, cross_reading=cross_reading, half_life_steps=half_life_steps,
+        val_size=val_size, max_steps=max_steps,
         max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, accelerator=accelerator,
         precision=precision, seed=seed,
     )  # fmt: skip
@@ -148,6 +151,11 @@ class HAMForecaster:
     def schema(self) -> Schema:
         """Columns, roles, clock and dialect of the fit."""
         return self._fitted.schema
+
+    @property
+    def plan(self) -> Plan:
+        """Every choice of the fit, made."""
+        return self._fitted.plan
 
     @property
     def config(self) -> ModelConfig:
@@ -218,7 +226,7 @@ class HAMForecaster:
         answer = forecast_remembered(
             self._fitted.network, remembered, schema, future=future, share=share, time_unit=self._fitted.plan.time_unit
         )
-        _refuse_non_finite(answer, remembered, schema)
+        refuse_non_finite(answer, remembered, schema)
         return Forecast(
             quantiles=answer,
             levels=self.config.quantiles,
@@ -352,7 +360,7 @@ class HAMForecaster:
         fitted = self._fitted
         if df is not None:
             panel = self._panel_of(df, static_df, events)
-            _refuse_unseen(panel)
+            refuse_unseen(panel)
         elif static_df is not None or events is not None:
             raise DataError(
                 "E-OPTION", "static_df and events belong to df, which was not given.", fix="Pass df too, or neither."
@@ -370,30 +378,3 @@ class HAMForecaster:
         policy = fitted.network.policy(torch.tensor([share]))
         remembered, _ = read_panel(fitted.network, panel, policy, share=share, time_unit=fitted.plan.time_unit)
         return remembered, panel.schema, panel.notes
-
-
-def _refuse_unseen(panel: Panel) -> None:
-    """Nothing can be said of an item of which no target was ever observed."""
-    unseen = (first_observed(panel) >= panel.lengths[:, None]).all(axis=1)  # [I]
-    if unseen.any():
-        raise DataError(
-            "E-ALLNAN",
-            f"An item needs at least one value in a target to be forecast. {int(unseen.sum())} have none.",
-            column=panel.schema.targets[0],
-            series=panel.item_ids[unseen][:5].tolist(),
-            fix="Leave these items out of df.",
-        )
-
-
-def _refuse_non_finite(answer: np.ndarray, remembered: Remembered, schema: Schema) -> None:
-    """A forecast [I, G, F, Q] that is not a number is no forecast."""
-    bad = ~np.isfinite(answer).all(axis=-1) & remembered.seen[:, :, None]  # [I, G, F]
-    if bad.any():
-        item, target, step = np.argwhere(bad)[0]
-        raise DataError(
-            "E-NUMERIC",
-            f"The network gave {int(bad.sum())} values that are not numbers, first at step {step + 1} of the horizon.",
-            column=schema.targets[target],
-            series=remembered.item_ids[item],
-            fix="Look for values of extreme size in this item; fit again with a smaller learning_rate.",
-        )

@@ -21,13 +21,16 @@ __all__ = ["FitOptions", "Plan", "describe", "make_plan", "rising_levels", "with
 
 HORIZON_WITHOUT_SEASON = 12
 PATCH_WITHOUT_SEASON = 8
+FAR_SEASONS = 2
 SMALLEST_PATCH, LARGEST_PATCH = 4, 24
 # below this many patches a series is cut finer
 FEW_PATCHES = 40
-HALF_LIFE_SEASONS = 2.5
+HALF_LIFE_SEASONS = 2.0
 SLOWER_HALF_LIVES = (1.0, 4.0, 16.0)
 FEWEST_CONTEXT_PATCHES, MOST_CONTEXT_PATCHES = 14, 48
 BATCH_TOKENS = 4000
+# with fewer patches to learn from, steps are half as long
+MANY_PATCHES = 1000
 FEWEST_WINDOWS, MOST_WINDOWS = 8, 128
 ANSWER_LEVELS = (0.1, 0.5, 0.9)
 
@@ -44,6 +47,7 @@ class FitOptions:
     router: str | None = None
     patch_steps: int | None = None
     window_patches: int | None = None
+    cross_reading: str | None = None
     half_life_steps: float | Sequence[float] | None = None
     val_size: int | float | None = None
     max_steps: int | None = None
@@ -110,10 +114,18 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
     context = choose_context_patches(frequency, lengths, h, patch_steps)
     tokens = len(panel.schema.channels) * (context + -(-h // patch_steps))
     windows = int(np.clip(BATCH_TOKENS // tokens, FEWEST_WINDOWS, MOST_WINDOWS))
-    train = TrainConfig(context_patches=context, batch_windows=windows, max_time_s=options.max_time, seed=options.seed)
+    patches = int((lengths // patch_steps).sum())
+    train = TrainConfig(
+        context_patches=context,
+        batch_windows=windows,
+        learning_rate=TrainConfig.learning_rate * (1.0 if patches >= MANY_PATCHES else 0.5),
+        max_time_s=options.max_time,
+        seed=options.seed,
+    )
     try:
         model, train = with_preset(options.preset, model, train)
-        model = replace(model, **_given(router=options.router, window_patches=options.window_patches))
+        shape = {name: getattr(options, name) for name in ("router", "window_patches", "cross_reading")}
+        model = replace(model, **_given(**shape))
         train = replace(
             train,
             **_given(
@@ -190,14 +202,16 @@ def choose_horizon(frequency: Frequency, lengths: np.ndarray) -> int:
 
 
 def choose_patch_steps(frequency: Frequency, lengths: np.ndarray, h: int) -> int:
-    """About half a season, a divisor of it in 4..24, no longer than the horizon asks for; finer for short items.
+    """About half a season, or a whole one for far horizons; a divisor of it in 4..24; finer for short items.
 
     Irregular rows are read one by one.
     """
     if frequency.kind == "irregular":
         return 1
     season = frequency.season_steps
-    wanted = season / 2 if season > 1 else PATCH_WITHOUT_SEASON
+    # a far horizon is better told in whole seasons than in many halves
+    near = season / 2 if h < FAR_SEASONS * season else season
+    wanted = near if season > 1 else PATCH_WITHOUT_SEASON
     whole = season if season > 1 else PATCH_WITHOUT_SEASON
     divisors = [p for p in range(1, LARGEST_PATCH + 1) if whole % p == 0]
     usual = [p for p in divisors if p >= SMALLEST_PATCH] or divisors[-1:]
