@@ -87,6 +87,7 @@ def roll(
     begin = store.first_patch.numpy() if starts is None else np.asarray(starts)  # [I]
     steps_read = store.lengths.numpy() if ends is None else np.asarray(ends)  # [I]
     stop = (store.lead.numpy() + steps_read) // store.patch_steps  # [I] complete patches
+    _check_cutoffs(store, cutoffs, begin, steps_read, steps)
     counts = [len(c) for c in cutoffs]
     G, Q = len(network.spec.targets), len(network.config.quantiles)
     result = Rollout(
@@ -113,6 +114,23 @@ def roll(
         parts.append((group, reader.read(group, begin[group], stop[group], before)))
     result.memory = join_memories(parts)
     return result
+
+
+def _check_cutoffs(
+    store: PatchStore, cutoffs: Sequence[np.ndarray], begin: np.ndarray, end: np.ndarray, steps: int
+) -> None:
+    """Every cutoff must lie where its item is read, and leave room for its horizon in the store."""
+    lead, P = store.lead.numpy(), store.patch_steps
+    room = (store.first_patch.numpy() + store.row_count.numpy()) * P - lead  # [I] steps
+    for item, cuts in enumerate(cutoffs):
+        if len(cuts) == 0:
+            continue
+        if (lead[item] + cuts[0]) // P < begin[item] or cuts[-1] > end[item] or cuts[-1] + steps > room[item]:
+            raise ValueError(
+                f"Cutoffs must lie between the first and the last step read, {steps} steps before the store's end."
+                f" Got {int(cuts[0])} to {int(cuts[-1])} for item {item}, which is read from patch {int(begin[item])}"
+                f" to step {int(end[item])} and stored to step {int(room[item])}. Build it with more extra_steps."
+            )
 
 
 def _per_layer(network: HAMNetwork, policies: Policy | Sequence[Policy]) -> list[Policy]:

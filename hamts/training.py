@@ -57,8 +57,9 @@ class HAMTrainer(L.LightningModule):
         self.loss_sum, self.loss_count = 0.0, 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        decayed = [p for p in self.network.parameters() if p.dim() >= 2]
-        plain = [p for p in self.network.parameters() if p.dim() < 2]
+        named = list(self.network.named_parameters())
+        decayed = [p for name, p in named if p.dim() >= 2 and not name.endswith("gain")]
+        plain = [p for name, p in named if p.dim() < 2 or name.endswith("gain")]
         groups = [
             {"params": decayed, "weight_decay": self.config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
@@ -164,8 +165,8 @@ class HAMTrainer(L.LightningModule):
             judged, mass = trace.entries_judged, trace.entries_mass
             if mass is None or not bool(judged.any()) or not trace.entries_bias.requires_grad:
                 continue
-            even = mass.sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
-            wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M']
+            even = (mass * judged).sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
+            wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M']; a half where it is the mean
             given = kept_probability(trace.entries_bias)  # [B, M']
             total = total + F.binary_cross_entropy(given[judged], wanted[judged].to(given.dtype))
         return total / max(len(traces), 1)

@@ -48,7 +48,7 @@ def scale_history(network: HAMNetwork, store: PatchStore) -> ScaleState:
     G = len(scaler.targets)
     sums = torch.zeros(len(store.values), C, halves, 3, dtype=torch.float64)  # [R, C, L, 3]
     extreme = torch.full((len(store.values), G, 2), torch.inf, dtype=torch.float64)  # [R, G, 2]
-    atoms = torch.zeros(len(store.values), G, 2, 2, dtype=torch.float64)  # [R, G, 2, 2]
+    atoms = torch.zeros(len(store.values), G, 2, 3, dtype=torch.float64)  # [R, G, 2, 3]
     reference = torch.zeros(len(store.values), C, dtype=torch.float64)  # [R, C]
     known = torch.zeros(len(store.values), C, dtype=torch.bool)  # [R, C]
     for item in range(store.n_items):

@@ -640,17 +640,26 @@ def test_items_and_padding_of_a_continued_batch_do_not_matter(dtype: torch.dtype
     half = run(network, store, policy, cutoffs=none, ends=ends)
     assert half.memory is not None
     starts = (store.lead.numpy() + ends) // PATCH_STEPS
-    together = run(network, store, policy, memory=half.memory, starts=starts)
+    later = [cuts[(lead + cuts) // PATCH_STEPS >= start] for cuts, lead, start in
+             zip(middle_cutoffs(), store.lead.numpy(), starts, strict=True)]  # fmt: skip
+    together = run(network, store, policy, cutoffs=later, memory=half.memory, starts=starts)
     for item in range(3):
         single = take_items(panel, [item])
         alone_store = build_store(
             single, patch_steps=PATCH_STEPS, extra_steps=HORIZON, future=make_future(panel)[[item]]
         )
         row = torch.tensor([item])
-        alone = run(network, alone_store, policy_for(network, 1, **CAPS), cutoffs=[middle_cutoffs()[item]],
+        alone = run(network, alone_store, policy_for(network, 1, **CAPS), cutoffs=[later[item]],
                     memory=half.memory.select(row), starts=starts[[item]])  # fmt: skip
         assert together.memory is not None and alone.memory is not None
         assert_same_memory(together.memory.select(row), alone.memory, SAME[dtype])
+
+
+def test_cutoffs_that_are_not_read_are_refused() -> None:
+    network, panel = network_of("tags"), make_panel(seed=20)
+    store, policy = make_store(panel), policy_for(network, 3, **CAPS)
+    with pytest.raises(ValueError, match="first and the last step read"):
+        run(network, store, policy, starts=np.array([19, 19, 19]))
 
 
 def test_streams_read_from_somewhere_on_know_nothing_of_before() -> None:

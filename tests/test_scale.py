@@ -59,7 +59,11 @@ def loop_bounds(series: np.ndarray, half_life: float) -> tuple[list[float], list
         for number, sign in ((0, 1.0), (1, -1.0)):
             at = weights[sign * seen == (sign * seen).min()].sum() if len(seen) else 0.0
             share = at / weights.sum() if len(seen) else 0.0
-            holds = at >= 8 and share >= 0.05 and seen.max() > seen.min()
+            touches = 0
+            for patch in series[:end].reshape(-1, PATCH_STEPS):
+                here = sign * patch[~np.isnan(patch)]
+                touches += len(here) > 0 and here.min() == (sign * seen).min() and here.max() > here.min()
+            holds = at >= 8 and share >= 0.05 and seen.max() > seen.min() and touches >= 3
             found[number].append(sign * (sign * seen).min() if holds else -sign * math.inf)
             found[2 + number].append(share if holds else 0.0)
     return found  # type: ignore[return-value]
@@ -252,6 +256,16 @@ def test_any_chunks_give_the_same_bounds_and_later_values_none(seed: int) -> Non
     changed = values.clone()
     changed[:, :, 17:] *= -3
     assert torch.equal(read(rule, changed, observed)[0].bounds[:, :, :17], whole.bounds[:, :, :17])
+
+
+def test_a_staircase_has_no_bound_at_its_present_step() -> None:
+    rule = bounded_rule()
+    patches = 60
+    steps = torch.arange(patches * PATCH_STEPS).view(patches, PATCH_STEPS)
+    climbing = (steps // (10 * PATCH_STEPS + 1)).double()  # a record that holds for ten patches, then the next
+    values = torch.stack([climbing, -climbing])[:, None].expand(2, 2, -1, -1)
+    stats, _ = read(rule, values, torch.ones_like(values, dtype=torch.bool))
+    assert not stats.bounds.isfinite().any()
 
 
 def test_a_gap_wears_no_bound_away() -> None:

@@ -20,6 +20,8 @@ __all__ = ["CausalScale", "ScaleState", "ScaleStats", "find_bounds"]
 
 # an extreme is a bound if so large a share of the values lies exactly there, and so many of them
 ATOM_SHARE, ATOM_STEPS = 0.05, 8.0
+# and if it was touched in so many patches that held other values too; single-step patches therefore show no bounds
+ATOM_TOUCHES = 3.0
 
 LEAST_MASS = 1e-100
 
@@ -32,7 +34,9 @@ class ScaleState:
     reference: torch.Tensor  # [B, C] float64: the first observed value
     known: torch.Tensor  # [B, C] bool: whether there was one
     extreme: torch.Tensor  # [B, G, 2] float64: least and negated greatest value so far, inf before any
-    atoms: torch.Tensor  # [B, G, 2, 2] float64: mass at that value, and all mass, over the slowest half-life
+    atoms: (
+        torch.Tensor
+    )  # [B, G, 2, 3] float64: mass there, all mass (over the slowest half-life), patches that touched it
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class CausalScale:
             reference=torch.zeros(items, C, dtype=torch.float64, device=device),
             known=torch.zeros(items, C, dtype=torch.bool, device=device),
             extreme=torch.full((items, len(self.targets), 2), torch.inf, dtype=torch.float64, device=device),
-            atoms=torch.zeros(items, len(self.targets), 2, 2, dtype=torch.float64, device=device),
+            atoms=torch.zeros(items, len(self.targets), 2, 3, dtype=torch.float64, device=device),
         )
 
     def advance(self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState) -> tuple[ScaleStats, ScaleState]:
@@ -108,7 +112,9 @@ class CausalScale:
     def running_atoms(
         self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Extremes of the targets at every token's end, [B, G, N, 2], and the mass at them, [B, G, N, 2, 2].
+        """Extremes of the targets at every token's end, [B, G, N, 2], and what lies at them, [B, G, N, 2, 3].
+
+        The last axis: mass at the extreme, all mass, and patches that touched it and held other values as well.
 
         Masses age by observed steps: a gap, or a long horizon, must not wear a bound away.
         """
@@ -127,14 +133,18 @@ class CausalScale:
         pair = torch.einsum("bgnpet,bgnp->bgnet", pair, within)  # [B, G, N, 2, 2]
         lag = count[:, :, :, None] - count[:, :, None]  # [B, G, N, N]
         powers = (decay ** lag.clamp_min(0)).tril()  # [B, G, N, N]
+        earlier = torch.ones_like(lag[:1, :1]).tril()[..., None]  # [1, 1, N, N, 1]
         # what was counted at an extreme that has since been passed counts no more
         same = (extreme[:, :, :, None] == extreme[:, :, None]).double()  # [B, G, N, N, 2]
         at = torch.einsum("bgnm,bgnme,bgme->bgne", powers, same, pair[..., 0])  # [B, G, N, 2]
         mass = torch.einsum("bgnm,bgme->bgne", powers, pair[..., 1])  # [B, G, N, 2]
         aged = (decay**count)[..., None]  # [B, G, N, 1]
         still = (extreme == state.extreme[:, :, None]).double()  # [B, G, N, 2]
-        carried = state.atoms[:, :, None]  # [B, G, 1, 2, 2]
-        return extreme, torch.stack([at + aged * still * carried[..., 0], mass + aged * carried[..., 1]], -1)
+        carried = state.atoms[:, :, None]  # [B, G, 1, 2, 3]
+        touched = (hit.any(3) & (seen & ~hit).any(3)).double()  # [B, G, N, 2]
+        touches = torch.einsum("bgnme,bgme->bgne", same * earlier, touched)  # [B, G, N, 2]
+        parts = [at + aged * still * carried[..., 0], mass + aged * carried[..., 1], touches + still * carried[..., 2]]
+        return extreme, torch.stack(parts, -1)
 
     def running_sums(
         self, values: torch.Tensor, observed: torch.Tensor, state: ScaleState
@@ -179,12 +189,14 @@ class CausalScale:
 def find_bounds(extreme: torch.Tensor, atoms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds of a stream from its extremes and the mass at them, and that mass as a share.
 
-    extreme [..., 2] (least, negated greatest), atoms [..., 2, 2] -> bounds [..., 2], share [..., 2].
+    extreme [..., 2] (least, negated greatest), atoms [..., 2, 3] -> bounds [..., 2], share [..., 2].
     """
     share = atoms[..., 0] / atoms[..., 1].clamp_min(1e-300)  # [..., 2]
     # a stream that never moved shows no bound
     moved = (extreme.sum(-1, keepdim=True) < 0) & torch.isfinite(extreme)  # [..., 2]
-    bounded = moved & (share >= ATOM_SHARE) & (atoms[..., 0] >= ATOM_STEPS)  # [..., 2]
+    # a staircase lies at its record until the next step: only what was left and touched again is a bound
+    again = atoms[..., 2] >= ATOM_TOUCHES  # [..., 2]
+    bounded = moved & again & (share >= ATOM_SHARE) & (atoms[..., 0] >= ATOM_STEPS)  # [..., 2]
     lower = torch.where(bounded[..., 0], extreme[..., 0], -torch.inf)  # [...]
     upper = torch.where(bounded[..., 1], -extreme[..., 1], torch.inf)  # [...]
     return torch.stack([lower, upper], -1), torch.where(bounded, share, 0.0)

@@ -56,9 +56,8 @@ class LayerTrace:
     must_keep: torch.Tensor  # [B, C, N] bool: asked for by a tag
     routed: torch.Tensor  # [B, C, N] bool: goes to the scratchpad on leaving the window
     entries_bias: torch.Tensor  # [B, M'] with gradient
-    entries_mass: torch.Tensor  # [B, M'] attention received, summed over queries and heads
+    entries_mass: torch.Tensor  # [B, M'] attention received in a step, summed over channels and heads
     entries_judged: torch.Tensor  # [B, M'] bool: kept by score, so that mass teaches their bias
-    queries: int  # C N H, what the mass is summed over
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,10 @@ class HAMLayer(nn.Module):
         after = memory
         if advance:
             after = self._after(recurrent.state, tail, scores.error_mean, local, entries, until, origin, N)
-        judged = entries.alive & ~entries.must_keep  # [B, M']
+        # how many steps of this chunk could see each entry: those still in the window are not judged yet
+        sights = until.clamp_max(N) - origin.clamp_min(0)  # [B, M']
+        judged = entries.alive & ~entries.must_keep & (sights > 0)  # [B, M']
+        mass = read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias)  # [B, M']
         trace = LayerTrace(
             scores=scores.scores,
             threshold=self.thresholds(policy.share),
@@ -194,9 +196,8 @@ class HAMLayer(nn.Module):
             must_keep=tokens.must_keep & policy.use_tags & (policy.share > 0)[:, None, None],
             routed=routed[:, self.window :].transpose(1, 2),
             entries_bias=entries.bias,
-            entries_mass=read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias),
+            entries_mass=mass / sights.clamp_min(1),
             entries_judged=judged,
-            queries=C * N * H,
         )
         return LayerOutput(output, after, trace)
 

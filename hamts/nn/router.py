@@ -102,7 +102,7 @@ class Router(nn.Module):
     """Scores of the routers named in the configuration, reduced over heads.
 
     The learned score sees the token and, detached, the state's error, write gate, gap and tag. It is trained through
-    the log-bias log sigmoid(score) on the logits of the tokens it keeps, and by an auxiliary loss in ``backbone``.
+    the log-bias log sigmoid(score) on the logits of the tokens it keeps, and by an auxiliary loss of ``training``.
     """
 
     def __init__(self, config: ModelConfig) -> None:
