@@ -31,6 +31,8 @@ import hamts
 from hamts.metrics import climatology_quantiles, seasonal_naive
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
+README = Path(__file__).parent.parent / "README.md"
+OPENED, CLOSED = "<!-- accuracy -->", "<!-- /accuracy -->"
 DECILES = tuple(round(0.1 * k, 1) for k in range(1, 10))
 MINUTE_S = 60.0
 
@@ -165,9 +167,9 @@ def cell_path(name: str, variant: str, seed: int) -> Path:
     return RESULTS / f"{name}--{variant.replace(' ', '-')}--seed{seed}.json"
 
 
-def run(names: list[str], seeds: list[int], *, again: bool) -> None:
+def run(names: list[str], seeds: list[int], variants: list[str], *, again: bool) -> None:
     """Measure what is missing, the mandatory variant of every set first."""
-    order = [(s, n, v) for v in VARIANTS for n in names if v in TASKS[n].variants for s in seeds]
+    order = [(s, n, v) for v in variants for s in seeds for n in names if v in TASKS[n].variants]
     for seed, name, variant in order:
         path = cell_path(name, variant, seed)
         if path.exists() and not again:
@@ -198,6 +200,13 @@ def table(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def with_table(text: str, rows: str) -> str:
+    """The README with its table replaced."""
+    before, rest = text.split(OPENED)
+    _, after = rest.split(CLOSED)
+    return f"{before}{OPENED}\n{rows}\n{CLOSED}{after}"
+
+
 def errors(cells: list[dict[str, Any]], row: str) -> str:
     keys = [key for key in cells[0]["rows"][row] if key != "s"]
     return ", ".join(f"{key} {statistics.median(c['rows'][row][key] for c in cells):.3f}" for key in keys)
@@ -207,13 +216,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if not options.table:
-        run(options.sets, options.seeds, again=options.again)
+    if not (options.table or options.readme):
+        run(options.sets, options.seeds, options.variants, again=options.again)
     print(table(options.sets))
+    if options.readme:
+        README.write_text(with_table(README.read_text(), table(list(TASKS))))
 
 
 if __name__ == "__main__":

@@ -137,13 +137,13 @@ def _load_checked(folder: Path, *, format_name: str, format_major: int) -> Store
     return StoredFolder(tensors, documents, manifest)
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Which folder a path leads to just now."""
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """Which folder a path leads to just now; its number alone may be that of one deleted a moment ago."""
     try:
         status = os.stat(folder)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 # --- writing
