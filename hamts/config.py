@@ -125,7 +125,7 @@ class TrainConfig:
     batch_windows: int = 96
     context_patches: int = 14
     origins: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_steps: int = 40
     gradient_clip: float = 1.0

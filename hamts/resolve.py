@@ -29,8 +29,8 @@ HALF_LIFE_SEASONS = 2.0
 SLOWER_HALF_LIVES = (1.0, 4.0, 16.0)
 FEWEST_CONTEXT_PATCHES, MOST_CONTEXT_PATCHES = 14, 48
 BATCH_TOKENS = 4000
-# with fewer patches to learn from, steps are half as long
-MANY_PATCHES = 1000
+# with fewer patches to learn from, steps are shorter
+MANY_PATCHES, FEW_DATA_RATE = 1000, 1 / 3
 FEWEST_WINDOWS, MOST_WINDOWS = 8, 128
 ANSWER_LEVELS = (0.1, 0.5, 0.9)
 
@@ -118,7 +118,7 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
     train = TrainConfig(
         context_patches=context,
         batch_windows=windows,
-        learning_rate=TrainConfig.learning_rate * (1.0 if patches >= MANY_PATCHES else 0.5),
+        learning_rate=TrainConfig.learning_rate * (1.0 if patches >= MANY_PATCHES else FEW_DATA_RATE),
         max_time_s=options.max_time,
         seed=options.seed,
     )
