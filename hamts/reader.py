@@ -53,7 +53,6 @@ class Reading:
     quantiles: torch.Tensor  # [B, G, N, P, Q] scaled
     mean: torch.Tensor  # [B, G, N] float64: what unscales them
     scale: torch.Tensor  # [B, G, N] float64
-    slow_scale: torch.Tensor  # [B, G, N] float64: the same over the slowest half-life
     bounds: torch.Tensor  # [B, G, N, 2] float64: what quantiles are kept within
     memory: StreamMemory
     traces: list[LayerTrace]
@@ -168,7 +167,6 @@ class HAMNetwork(nn.Module):
             quantiles=bounded(self.head(hidden), bounds, mean, scale),
             mean=mean,
             scale=scale,
-            slow_scale=stats.scale[:, targets, first, -1],
             bounds=bounds,
             memory=StreamMemory(result.memory, scale_after) if advance else memory,
             traces=result.traces,

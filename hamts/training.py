@@ -39,7 +39,6 @@ from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 __all__ = ["FitReport", "fit_network"]
 
 PREFIX_CHUNK_PATCHES = 128
-LIVELINESS = (0.1, 4.0)
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
@@ -153,9 +152,7 @@ class HAMTrainer(L.LightningModule):
         asked = chunk.horizon[:, None] & ~chunk.observed[:, targets] & ~torch.isnan(truth)  # [B, G, N, P]
         scaled = torch.where(asked, scaled.clamp(-30, 30), 0.0).to(reading.quantiles.dtype)  # [B, G, N, P]
         levels = torch.tensor(self.network.config.quantiles, dtype=scaled.dtype, device=scaled.device)  # [Q]
-        # in units of the stream's long-run scale: an error counts the same in calm and in lively times
-        weight = (reading.scale / reading.slow_scale).clamp(*LIVELINESS).to(scaled.dtype)[..., None]  # [B, G, N, 1]
-        losses = weight * pinball(reading.quantiles, scaled, levels)  # [B, G, N, P]
+        losses = pinball(reading.quantiles, scaled, levels)  # [B, G, N, P]
         return torch.where(asked, losses, 0.0).sum(), asked.sum()
 
     def _auxiliary(self, traces: list[Any]) -> torch.Tensor:
