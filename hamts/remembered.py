@@ -18,7 +18,7 @@ from hamts.data.calendar import calendar_features
 from hamts.data.clock import as_numbers, future_times, step_times
 from hamts.data.cutoffs import first_observed
 from hamts.data.panel import Panel, Schema
-from hamts.data.patches import PatchStore, build_store, find_tags
+from hamts.data.patches import PatchStore, build_store, future_tags, last_actions
 from hamts.errors import DataError
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork, StreamMemory
@@ -103,7 +103,7 @@ def read_panel(
         tail_values=store.values[row].numpy(),
         tail_tags=store.tags[row].numpy(),
         tail_offset=None if store.event_offset is None else store.event_offset[row].numpy(),
-        last_action=_last_action(panel),
+        last_action=last_actions(panel),
         seen=first_observed(panel) < lengths[:, None],
         static_values=panel.static_values,
         last_times=_last_times(panel),
@@ -112,17 +112,6 @@ def read_panel(
         usage_share=result.usage_share,
     )
     return remembered, result
-
-
-def _last_action(panel: Panel) -> np.ndarray:
-    """Last observed value of every action channel, NaN in all others: [I, C]."""
-    last = np.full((panel.n_items, panel.values.shape[1]), np.nan)  # [I, C]
-    for channel in panel.schema.indices("action"):
-        column = panel.values[:, channel]  # [S]
-        known = np.where(np.isnan(column), -1, np.arange(len(column)))  # [S]
-        newest = np.maximum.reduceat(known, panel.offsets[:-1])  # [I]
-        last[:, channel] = np.where(newest >= 0, column[newest], np.nan)
-    return last
 
 
 def _last_times(panel: Panel) -> np.ndarray | None:
@@ -186,7 +175,7 @@ def horizon_store(
     values[:, :P], tags[:, :P] = remembered.tail_values, remembered.tail_tags
     item, ahead = np.arange(items)[:, None], begun[:, None] + np.arange(F)  # [I, 1], [I, F]
     values[item, ahead] = future
-    tags[item, ahead] = _future_tags(remembered, schema, future)
+    tags[item, ahead] = future_tags(remembered.last_action, future, schema)
     offset = None
     if remembered.tail_offset is not None:
         offset = np.zeros(values.shape, dtype=np.float32)  # [I, N P, C]
@@ -211,14 +200,6 @@ def horizon_store(
         static_codes=tensor(np.nan_to_num(static[:, kinds]).astype(np.int64)),
         roles=tuple(channel.role for channel in schema.channels),
     )
-
-
-def _future_tags(remembered: Remembered, schema: Schema, future: np.ndarray) -> np.ndarray:
-    """Tags of the planned steps, the first one judged against the last observed action: [I, F, C] bool."""
-    items, F, C = future.shape
-    joined = np.concatenate([remembered.last_action[:, None], future], axis=1)  # [I, 1 + F, C]
-    tags = find_tags(joined.reshape(-1, C), np.arange(items + 1) * (F + 1), schema)
-    return tags.reshape(items, F + 1, C)[:, 1:]
 
 
 def _clock_ahead(

@@ -15,7 +15,7 @@ from hamts.data.calendar import calendar_features
 from hamts.data.clock import as_numbers, future_times, lead_steps, step_times
 from hamts.data.panel import KNOWN_AHEAD, Panel, Schema
 
-__all__ = ["Chunk", "PatchStore", "build_store", "find_tags", "irregular_unit"]
+__all__ = ["Chunk", "PatchStore", "build_store", "find_tags", "future_tags", "irregular_unit", "last_actions"]
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def build_store(
     if future is not None:
         ahead = (ends[:, None] + np.arange(future.shape[1])).ravel()  # [I F]
         values[ahead] = future.reshape(-1, C)
-        tags[ahead] = _future_tags(panel, future)
+        tags[ahead] = future_tags(last_actions(panel), future, panel.schema).reshape(-1, C)
     position, elapsed, calendar = _clock(panel, rows, lead, P, time_unit)
     codes, numeric = _static(panel)
     return PatchStore(
@@ -234,18 +234,26 @@ def build_store(
     )
 
 
-def _future_tags(panel: Panel, future: np.ndarray) -> np.ndarray:
-    """Tags of the planned steps, judged against each item's last observed value: [I F, C] bool."""
-    items, steps, C = future.shape
-    last = np.full((items, 1, C), np.nan)  # [I, 1, C]
+def last_actions(panel: Panel) -> np.ndarray:
+    """Last observed value of every action channel, NaN in all others: [I, C]."""
+    last = np.full((panel.n_items, panel.values.shape[1]), np.nan)  # [I, C]
     for channel in panel.schema.indices("action"):
         column = panel.values[:, channel]  # [S]
-        index = np.where(~np.isnan(column), np.arange(len(column)), -1)  # [S]
-        newest = np.maximum.reduceat(index, panel.offsets[:-1])  # [I]
-        last[:, 0, channel] = np.where(newest >= 0, column[newest], np.nan)
-    joined = np.concatenate([last, future], axis=1).reshape(-1, C)  # [I (1 + F), C]
-    offsets = np.arange(items + 1) * (steps + 1)  # [I + 1]
-    return find_tags(joined, offsets, panel.schema).reshape(items, steps + 1, C)[:, 1:].reshape(-1, C)
+        known = np.where(np.isnan(column), -1, np.arange(len(column)))  # [S]
+        newest = np.maximum.reduceat(known, panel.offsets[:-1])  # [I]
+        last[:, channel] = np.where(newest >= 0, column[newest], np.nan)
+    return last
+
+
+def future_tags(last: np.ndarray, future: np.ndarray, schema: Schema) -> np.ndarray:
+    """Tags of planned steps, the first one judged against the last observed action.
+
+    last [I, C] of ``last_actions``, future [I, F, C] -> [I, F, C] bool.
+    """
+    items, F, C = future.shape
+    joined = np.concatenate([last[:, None], future], axis=1)  # [I, 1 + F, C]
+    tags = find_tags(joined.reshape(-1, C), np.arange(items + 1) * (F + 1), schema)  # [I (1 + F), C]
+    return tags.reshape(items, F + 1, C)[:, 1:]
 
 
 def _clock(

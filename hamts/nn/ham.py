@@ -244,7 +244,7 @@ class HAMLayer(nn.Module):
         noise = torch.rand(
             scores.scores.shape, generator=policy.random_generator, dtype=scores.scores.dtype
         )  # [B, C, N, S]
-        return Scores(noise.to(scores.scores.device), scores.logit, scores.bias, scores.error_mean)
+        return Scores(noise.to(scores.scores.device), scores.bias, scores.error_mean)
 
     def _local(
         self, raw_keys: torch.Tensor, raw_values: torch.Tensor, scores: Scores, tokens: Tokens, pending: Pending

@@ -40,8 +40,7 @@ class Scores:
     """What the routers of one layer say about a chunk."""
 
     scores: torch.Tensor  # [B, C, N, S] detached
-    logit: torch.Tensor | None  # [B, C, N] of the learned router, with gradient
-    bias: torch.Tensor  # [B, C, N] log-bias that a kept token's key receives
+    bias: torch.Tensor  # [B, C, N] log-bias that a kept token's key receives; the learned score's gradient
     error_mean: torch.Tensor  # [B, C, H, 2]
 
 
@@ -155,7 +154,7 @@ class Router(nn.Module):
         bias = torch.zeros_like(fresh) if logit is None else log_bias(logit)  # [B, C, N]
         if self.uses_tags:
             bias = torch.where(tokens.must_keep, 0.0, bias)  # [B, C, N]
-        return Scores(scores, logit, bias, after)
+        return Scores(scores, bias, after)
 
     def _learned_logit(
         self, x: torch.Tensor, fresh: torch.Tensor, angle: torch.Tensor, beta: torch.Tensor, tokens: Tokens
