@@ -58,6 +58,9 @@ class LayerTrace:
     entries_bias: torch.Tensor  # [B, M'] with gradient
     entries_mass: torch.Tensor  # [B, M'] attention received in a step, summed over channels and heads
     entries_judged: torch.Tensor  # [B, M'] bool: kept by score, so that mass teaches their bias
+    entries_sights: torch.Tensor  # [B, M'] int64: steps of this chunk that could see the entry; 0 for padding
+    entries_position: torch.Tensor  # [B, M'] float64, and
+    entries_channel: torch.Tensor  # [B, M'] int64: which token it is
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,9 @@ class HAMLayer(nn.Module):
             entries_bias=entries.bias,
             entries_mass=mass / sights.clamp_min(1),
             entries_judged=judged,
+            entries_sights=torch.where(entries.alive, sights.clamp_min(0), 0),
+            entries_position=entries.position,
+            entries_channel=entries.channel,
         )
         return LayerOutput(output, after, trace)
 
