@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hamts.data.clock import as_numbers, as_times, step_times
 from hamts.data.cutoffs import cutoff_steps
 from hamts.data.library import plain_frame
 from hamts.data.panel import Panel
@@ -27,13 +26,19 @@ from hamts.nn.ham import HAMLayer
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
 from hamts.rollout import Rollout, roll
-from hamts.routes_summary import Overlap, check_group, overlap, summarise
+from hamts.routes_columns import Times, layer_names, observed_values
+from hamts.routes_reads import add_reads
+from hamts.routes_sets import SetWorth, worth_together
+from hamts.routes_summary import Overlap, check_group, judge_worth, overlap, summarise, tagged_not_kept, worth_nothing
 from hamts.routes_worth import add_worth
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
 
-__all__ = ["By", "Overlap", "add_worth", "forecaster_routes", "overlap", "routes_table"]
+__all__ = [
+    "By", "Overlap", "SetWorth", "add_reads", "add_worth", "forecaster_routes", "judge_worth", "overlap",
+    "routes_table", "tagged_not_kept", "worth_nothing", "worth_together",
+]  # fmt: skip
 
 By = Literal["entry", "channel", "hour", "weekday", "tag", "layer", "reason"]
 
@@ -132,7 +137,7 @@ def forecaster_routes(
     events: Any = None,
     seed: int = 0,
 ) -> Any:
-    """Which steps the memory kept or refused, when and why: the table of ``routes_table``, in the caller's library.
+    """Which steps the memory kept or refused, when and why: ``routes_table`` and ``add_reads``, as the caller's frame.
 
     Args:
         df: rows to read; None: those of the fit, where this process still has them.
@@ -140,7 +145,7 @@ def forecaster_routes(
         worth: add what entries are worth to the forecast of ``model.h`` steps from ``at``, see ``add_worth``: so many
             of each item; True: 50.
 
-    Raises DataError: E-REPLAY, E-OPTION, and what reading the frame raises.
+    Raises DataError: E-REPLAY, E-OPTION, E-SHORT (no complete patch), and what reading the frame raises.
     """
     check_group(by)
     if df is not None:
@@ -158,9 +163,13 @@ def forecaster_routes(
     policy = network.policy(torch.tensor([model._share(budget_share)]))
     cutoffs, ends = [np.zeros(0, dtype=np.int64)] * panel.n_items, steps_at(panel, at)
     rollout = roll(network, store, cutoffs=cutoffs, steps=1, policies=policy, ends=ends, keep_traces=True)
+    if not rollout.traces:
+        raise DataError("E-SHORT", f"No item has a complete patch of {store.patch_steps} steps.", fix="Longer items.")
     table = routes_table(
         network, store, panel, rollout=rollout, at=at, by=by, refused=refused, policies=policy
     )  # fmt: skip
+    if by == "entry":
+        table = add_reads(table, network, store, panel, rollout=rollout)
     if worth:
         cutoffs = [np.array([end]) if end else cutoffs[0] for end in ends]
         table = add_worth(
@@ -288,14 +297,16 @@ def _entry_rows(
     status = np.select(
         [held, fate.pending, dropped & ledger.must_keep, dropped], ["kept", "pending", "quota_full", "evicted"], "below"
     ).astype(object)
-    n_steps, value = _observed_values(store, ledger, np.array([c.kind == "categorical" for c in channels]))
+    n_steps, value = observed_values(
+        store, ledger.row, ledger.channel, np.array([c.kind == "categorical" for c in channels])
+    )
     tag, is_event = _tags(store, panel, ledger.row)
     best = _best(network, ledger)
     reason = np.where(ledger.must_keep, np.where(is_event, "event", "action"), best["reason"]).astype(object)
     own = np.where(held[:, None], fate.held, np.where(dropped[:, None], fate.gone, False))  # [T, L]
     own = np.where(fate.pending[:, None], ledger.routed, own)  # [T, L]
     entry_bytes = network.entry_bytes()
-    step = _Times(panel, ledger.item)
+    step = Times(panel, ledger.item)
     return pd.DataFrame(
         {
             "unique_id": pd.Series(panel.item_ids).iloc[ledger.item].reset_index(drop=True),
@@ -312,43 +323,10 @@ def _entry_rows(
             "written_at": step(last + (fate.written_patch - ledger.patch) * P, known=held | dropped),
             "evicted_at": step(last + (fate.evicted_patch - ledger.patch) * P, known=dropped),
             "age": observed[ledger.item] - 1 - last,
-            "layers": _layer_names(own),
+            "layers": layer_names(own),
             "bytes": fate.held.sum(1) * entry_bytes,
         }
     )
-
-
-@dataclass(frozen=True)
-class _Times:
-    """Times of steps of the tokens' items, as the user's frame has them."""
-
-    panel: Panel
-    item: np.ndarray  # [T]
-
-    def __call__(self, steps: np.ndarray, known: np.ndarray | None = None) -> pd.Series:
-        """Steps [T] -> times [T], missing where not ``known``."""
-        panel = self.panel
-        if panel.times is None:
-            times = step_times(panel, panel.starts[self.item], steps)  # [T]
-        else:
-            times = panel.times[panel.offsets[self.item] + np.minimum(steps, panel.lengths[self.item] - 1)]
-        integer = times.dtype.kind != "M"
-        series = pd.Series(as_times(as_numbers(times), integer=integer))
-        zone = panel.schema.dialect.time_zone
-        if not integer and zone is not None:
-            series = series.dt.tz_localize("UTC").dt.tz_convert(zone)
-        if known is None:
-            return series
-        return (series.astype("Int64") if integer else series).where(known)
-
-
-def _observed_values(store: PatchStore, ledger: Ledger, categorical: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Observed steps of each token, and the mean of their values: 2 x [T]."""
-    values = store.values.numpy()[ledger.row, :, ledger.channel]  # [T, P]
-    known = ~np.isnan(values)  # [T, P]
-    count = known.sum(1)  # [T]
-    mean = np.where(known, values, 0.0).sum(1) / np.maximum(count, 1)  # [T]
-    return count, np.where(categorical[ledger.channel] | (count == 0), np.nan, mean)
 
 
 def _tags(store: PatchStore, panel: Panel, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -382,10 +360,3 @@ def _best(network: HAMNetwork, ledger: Ledger) -> dict[str, np.ndarray]:
         "threshold": ledger.threshold.reshape(T, -1)[flat],
         "reason": np.where(ledger.asked.reshape(T, -1)[flat], names[place % routers], ""),
     }
-
-
-def _layer_names(own: np.ndarray) -> np.ndarray:
-    """[T, L] bool -> text such as ``0,1``, [T]."""
-    sets, code = np.unique(own, axis=0, return_inverse=True)  # [U, L], [T]
-    text = np.array([",".join(str(layer) for layer in np.flatnonzero(line)) for line in sets], dtype=object)
-    return text[code.reshape(-1)]

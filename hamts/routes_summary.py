@@ -10,7 +10,16 @@ import pandas as pd
 
 from hamts.errors import DataError
 
-__all__ = ["Overlap", "check_group", "overlap", "summarise", "time_numbers"]
+__all__ = [
+    "Overlap",
+    "check_group",
+    "judge_worth",
+    "overlap",
+    "summarise",
+    "tagged_not_kept",
+    "time_numbers",
+    "worth_nothing",
+]
 
 STATUSES = ("kept", "pending", "below", "quota_full", "evicted")
 GROUPS = ("channel", "hour", "weekday", "tag", "layer", "reason")
@@ -20,7 +29,8 @@ def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """Counts of a table of entries, refused ones included.
 
     Columns: the group, ``tokens`` observed, one count for each status, ``kept_share`` (kept / decided tokens),
-    ``steps`` kept, mean ``score``, ``bytes``. A token with several tags, or several layers, counts in each of them.
+    ``steps`` kept, mean ``score``, ``bytes``; where the table has them, the means of ``worth`` and ``read_mass``. A
+    token with several tags, or several layers, counts in each of them.
     """
     check_group(by)
     rows = _with_group(table, by)
@@ -38,6 +48,9 @@ def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:
     counts["steps"] = kept.groupby(by)["n_steps"].sum().reindex(counts.index, fill_value=0)
     counts["score"] = rows.groupby(by)["score"].mean()
     counts["bytes"] = rows.groupby(by)["bytes"].sum()
+    for name in ("worth", "read_mass"):
+        if name in rows:
+            counts[name] = kept.groupby(by)[name].mean()
     return counts.reset_index()
 
 
@@ -45,6 +58,60 @@ def check_group(by: str) -> None:
     """Raises DataError E-OPTION."""
     if by not in ("entry", *GROUPS):
         raise DataError("E-OPTION", f"Unknown by={by!r}. Available: {['entry', *GROUPS]}.", fix="by='channel', say.")
+
+
+def tagged_not_kept(table: pd.DataFrame) -> pd.DataFrame:
+    """Tagged patches of which something is in no scratchpad, one row each, in order of item and time.
+
+    Columns: ``unique_id, ds_start, ds_end, tag``; ``status``: ``quota_full``, ``evicted`` or ``below``, the first of
+    them that happened; ``channels`` that are gone, joined by ","; ``kept``: how many channels are still kept.
+
+    What counts are the tokens that the tag asked for (reason ``event`` or ``action``); all tokens of the patch where it
+    asked for none, as under a router without tags.
+    """
+    tagged = table[table["tag"].ne("") & table["status"].ne("pending")]
+    keys = ["unique_id", "ds_start", "ds_end", "tag"]
+    asked = tagged["reason"].isin(["event", "action"])
+    any_asked = asked.groupby([tagged[key] for key in keys], observed=True).transform("any")
+    rows = tagged[asked | ~any_asked]
+    rows = rows.assign(
+        gone=np.where(rows["status"].eq("kept"), "", rows["channel"]),
+        rank=rows["status"].map({"quota_full": 0, "evicted": 1, "below": 2, "kept": 3}).astype(int),
+    )
+    patches = rows.groupby(keys, sort=False, observed=True).agg(
+        rank=("rank", "min"),
+        channels=("gone", lambda names: ",".join(name for name in names if name)),
+        kept=("status", lambda states: int((states == "kept").sum())),
+    )
+    patches = patches[patches["channels"].ne("")].reset_index()
+    patches.insert(4, "status", patches.pop("rank").map({0: "quota_full", 1: "evicted", 2: "below"}).astype(object))
+    return patches
+
+
+def judge_worth(table: pd.DataFrame) -> pd.Series:
+    """``helps``, ``nothing`` or ``hurts`` for every row whose worth was measured, else empty.
+
+    ``helps``: dropping it costs more than dropping 19 of 20 random others, and costs at all; where the change of the
+    forecast was measured, without an outcome, it is ``moves``. ``hurts``: the reverse. ``nothing``: as any other.
+    """
+    if "worth" not in table:
+        raise DataError("E-OPTION", "The table has no worth.", fix="model.routes(df, worth=True)")
+    worth = table["worth"].astype(float)
+    high = table["worth_random_high"].astype(float).fillna(0.0)
+    low = table["worth_random_low"].astype(float).fillna(0.0)
+    change = table["worth_of"].eq("median change")
+    words = np.select(
+        [worth.isna(), change & (worth > high), change, worth > high.clip(lower=0), worth < low.clip(upper=0)],
+        ["", "moves", "nothing", "helps", "hurts"],
+        "nothing",
+    )
+    return pd.Series(words, index=table.index, name="judgement")
+
+
+def worth_nothing(table: pd.DataFrame) -> pd.DataFrame:
+    """Kept rows whose loss changed nothing that dropping a random other entry would not change."""
+    idle = table["status"].eq("kept") & judge_worth(table).eq("nothing")
+    return table[idle].reset_index(drop=True)
 
 
 def _with_group(table: pd.DataFrame, by: str) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import forecast_from, roll
 from hamts.routes_summary import time_numbers
 
-__all__ = ["WORTH_COLUMNS", "add_worth"]
+__all__ = ["WORTH_COLUMNS", "add_worth", "locate_rows"]
 
 WORTH_COLUMNS = ("worth", "worth_random", "worth_random_low", "worth_random_high", "worth_of")
 ENTRIES_SIDE_BY_SIDE = 2**16
@@ -84,24 +84,24 @@ def add_worth(
             all kept rows.
         reveal_events: whether event columns beyond the cutoffs are known.
     """
-    where = _locate_rows(table, store, panel)  # index, item, channel, patch
+    where = locate_rows(table, store, panel)  # index, item, channel, patch
     asked = _asked(table, where, rows)
     found: dict[int, list[Effects]] = {}
     rng = np.random.default_rng(seed)
     policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
-    for item, cutoff, memory in _memories(network, store, cutoffs, policies):
+    for item, cutoff, memory in memories_at(network, store, cutoffs, policies):
         own = asked[asked["item"] == item]
         if own.empty:
             continue
-        held = _held(store, item, memory)
-        forecast = _Dropper(network, store, item, cutoff, memory, steps, policies, reveal_events)
+        held = held_entries(store, item, memory)
+        forecast = Dropper(network, store, item, cutoff, memory, steps, policies, reveal_events)
         for label, effects in _compare(forecast, held, own, rng, random_draws):
             found.setdefault(label, []).append(effects)
     return _with_columns(table, found)
 
 
-def _locate_rows(table: pd.DataFrame, store: PatchStore, panel: Panel) -> pd.DataFrame:
-    """Item, channel and patch of every row, by number; index as the table's."""
+def locate_rows(table: pd.DataFrame, store: PatchStore, panel: Panel) -> pd.DataFrame:
+    """``item``, ``channel`` and ``patch`` of every row, by number; index as the table's."""
     item = pd.Index(panel.item_ids).get_indexer(table["unique_id"])  # [rows]
     channel = pd.Index([c.name for c in panel.schema.channels]).get_indexer(table["channel"])  # [rows]
     start = time_numbers(table["ds_start"], panel.schema.dialect.time_zone)  # [rows]
@@ -127,7 +127,7 @@ def _asked(table: pd.DataFrame, where: pd.DataFrame, rows: int | Sequence[int] |
     return where.loc[first.index]
 
 
-def _memories(
+def memories_at(
     network: HAMNetwork, store: PatchStore, cutoffs: Sequence[np.ndarray], policies: list[Policy]
 ) -> Iterator[tuple[int, int, StreamMemory]]:
     """(item, cutoff, memory of one row before the cutoff), reading every item once."""
@@ -146,7 +146,7 @@ def _memories(
             yield item, int(ends[item]), memory.select(torch.tensor([item]))
 
 
-def _held(store: PatchStore, item: int, memory: StreamMemory) -> Held:
+def held_entries(store: PatchStore, item: int, memory: StreamMemory) -> Held:
     """List what a memory of one row holds."""
     first, count = int(store.first_row[item]), int(store.row_count[item])
     position = store.position[first : first + count]  # [rows of the item], rising
@@ -167,7 +167,7 @@ def _held(store: PatchStore, item: int, memory: StreamMemory) -> Held:
 
 
 @dataclass(frozen=True)
-class _Dropper:
+class Dropper:
     """Forecasts of one item at one cutoff, with a token of its memory missing."""
 
     network: HAMNetwork
@@ -180,7 +180,11 @@ class _Dropper:
     reveal_events: bool
 
     def __call__(self, held: Held, tokens: np.ndarray) -> tuple[np.ndarray, str]:
-        """Effect of dropping each of some tokens (numbers in ``held``), [n], and what it is the effect on."""
+        """Effect of dropping each of some tokens, [n], or sets of them, [n, k], and what it is the effect on.
+
+        Args:
+            tokens: numbers in ``held``.
+        """
         widest = max((layer.scratchpad.alive.shape[1] for layer in self.memory.layers), default=0)
         size = int(np.clip(ENTRIES_SIDE_BY_SIDE // max(widest, 1), 1, ROWS_SIDE_BY_SIDE))
         parts, of = [np.zeros(0)], CHANGE
@@ -197,7 +201,7 @@ class _Dropper:
         layers = []
         for layer, places in zip(memory.layers, held.places, strict=True):
             alive = layer.scratchpad.alive.clone()  # [1 + n, M]
-            alive[1:] &= ~places[tokens]
+            alive[1:] &= ~places[tokens].reshape(len(tokens), -1, places.shape[1]).any(1)
             layers.append(replace(layer, scratchpad=replace(layer.scratchpad, alive=alive)))
         policies = [map_tensors(p, lambda t: t[rows if len(t) == 1 else rows + self.item]) for p in self.policies]
         return forecast_from(
@@ -229,7 +233,7 @@ class _Dropper:
 
 
 def _compare(
-    forecast: _Dropper, held: Held, asked: pd.DataFrame, rng: np.random.Generator, draws: int
+    forecast: Dropper, held: Held, asked: pd.DataFrame, rng: np.random.Generator, draws: int
 ) -> Iterator[tuple[int, Effects]]:
     """(label, effects) of every asked row that is held."""
     number = pd.Series(np.arange(len(held.patch)), index=pd.MultiIndex.from_arrays([held.channel, held.patch]))
