@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["DataError", "DataWarning", "ModelFolderError"]
+__all__ = ["DataError", "DataWarning", "ModelFolderError", "StateFolderError"]
 
 
 class DataError(ValueError):
@@ -53,6 +53,10 @@ class DataError(ValueError):
 
 class ModelFolderError(DataError):
     """A model folder that is missing, foreign, damaged, or from another format version."""
+
+
+class StateFolderError(DataError):
+    """A folder of a stream's state that is locked, foreign, damaged, not writable, or from another format version."""
 
 
 class DataWarning(UserWarning):

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from hamts.errors import ModelFolderError
 from hamts.storage_checks import (
-    BLANK_CHECKSUM,
     MANIFEST,
     check_format,
     check_names,
@@ -35,12 +34,13 @@ from hamts.storage_checks import (
     parse_tensors,
     read_file,
     read_manifest,
+    seal,
 )
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODEL_FORMAT", "StoredFolder", "load_folder", "save_folder"]
+__all__ = ["MODEL_FORMAT", "StoredFolder", "load_folder", "save_folder", "sync_folder"]
 
 MODEL_FORMAT = "hamts-model"
 
@@ -181,7 +181,6 @@ def _manifest_bytes(payload: Mapping[str, bytes], *, format_name: str, format_ve
         name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)} for name, content in payload.items()
     }
     manifest = {
-        "checksum": BLANK_CHECKSUM,
         "format": format_name,
         "format_version": list(format_version),
         # features that a reader must know or refuse the folder, whatever its minor version
@@ -190,10 +189,7 @@ def _manifest_bytes(payload: Mapping[str, bytes], *, format_name: str, format_ve
         "torch_version": str(torch.__version__),
         "files": files,
     }
-    text = json.dumps(manifest, indent=1)
-    # of the text with a blank in its own place, so that every byte of the file is covered
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    return text.replace(BLANK_CHECKSUM, checksum, 1).encode()
+    return seal(manifest)
 
 
 def _write_and_swap(target: Path, payload: Mapping[str, bytes]) -> None:
@@ -205,12 +201,12 @@ def _write_and_swap(target: Path, payload: Mapping[str, bytes]) -> None:
         os.mkdir(building)
         for name, content in payload.items():
             _write_durably(building / name, content)
-        _sync_folder(building)
+        sync_folder(building)
         if target.exists():
             os.rename(target, replaced)
         os.rename(building, target)
         committed = True
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         if committed:
             os.rename(target, building)
@@ -228,7 +224,7 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush the names in a folder, where the system can."""
     if os.name != "posix":
         return

@@ -11,11 +11,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hamts.errors import ModelFolderError
+from hamts.errors import DataError, ModelFolderError
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,12 @@ __all__ = [
     "check_format",
     "check_names",
     "damaged",
+    "open_sealed",
     "parse_document",
     "parse_tensors",
     "read_file",
     "read_manifest",
+    "seal",
 ]
 
 MANIFEST = "manifest.json"
@@ -41,6 +43,9 @@ _MANIFEST_LIMIT_BYTES = 1 << 20
 _DOCUMENT_LIMIT_BYTES = 1 << 28
 _HEADER_LIMIT_BYTES = 1 << 25
 
+# makes the error of a file that cannot be used, from its folder, its name and what is wrong
+Refusal = Callable[[Path, str, str], DataError]
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after its own checksum and the shape of its entries were checked."""
@@ -50,16 +55,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"'{folder}' is not a model folder: it has no {MANIFEST}.",
             fix="Give the folder that was passed to save.",
         )
-    content = read_file(folder, MANIFEST, limit=_MANIFEST_LIMIT_BYTES)
-    manifest = parse_document(folder, MANIFEST, content)
-    checksum = manifest.get("checksum")
-    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
-        raise damaged(folder, MANIFEST, "it has no checksum of its own")
-    if hashlib.sha256(content.replace(checksum.encode(), BLANK_CHECKSUM.encode(), 1)).hexdigest() != checksum:
-        raise damaged(folder, MANIFEST, "its content does not match its own checksum")
+    manifest = open_sealed(folder, MANIFEST, read_file(folder, MANIFEST, limit=_MANIFEST_LIMIT_BYTES))
     if not isinstance(manifest.get("files"), dict):
         raise damaged(folder, MANIFEST, "it lists no files")
     return manifest
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON document that begins with a checksum of itself. NaN and infinities are refused."""
+    text = json.dumps({"checksum": BLANK_CHECKSUM, **document}, indent=1, allow_nan=False)
+    # of the text with a blank in its own place, so that every byte of the file is covered
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    return text.replace(BLANK_CHECKSUM, checksum, 1).encode()
+
+
+def open_sealed(folder: Path, name: str, content: bytes, refuse: Refusal | None = None) -> dict[str, Any]:
+    """The document that ``seal`` made, after its checksum was checked."""
+    refuse = refuse or damaged
+    document = parse_document(folder, name, content, refuse)
+    checksum = document.get("checksum")
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise refuse(folder, name, "it has no checksum of its own")
+    if hashlib.sha256(content.replace(checksum.encode(), BLANK_CHECKSUM.encode(), 1)).hexdigest() != checksum:
+        raise refuse(folder, name, "its content does not match its own checksum")
+    return document
 
 
 def check_format(folder: Path, manifest: Mapping[str, Any], *, format_name: str, format_major: int) -> None:
@@ -105,36 +124,41 @@ def check_names(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str
     return files
 
 
-def read_file(folder: Path, name: str, *, size: int | None = None, limit: int | None = None) -> bytes:
+def read_file(
+    folder: Path, name: str, *, size: int | None = None, limit: int | None = None, refuse: Refusal | None = None
+) -> bytes:
     """All bytes of a plain file; links are refused, since they lead out of the folder."""
+    refuse = refuse or damaged
     try:
         status = os.lstat(folder / name)
     except FileNotFoundError:
-        raise damaged(folder, name, "it is missing") from None
+        raise refuse(folder, name, "it is missing") from None
     except OSError as error:
-        raise damaged(folder, name, f"it cannot be read ({error})") from error
+        raise refuse(folder, name, f"it cannot be read ({error})") from error
     if not stat.S_ISREG(status.st_mode):
-        raise damaged(folder, name, "it is not a plain file (links and folders are refused)")
+        raise refuse(folder, name, "it is not a plain file (links and folders are refused)")
     if size is not None and status.st_size != size:
-        raise damaged(folder, name, f"it has {status.st_size:,} bytes where manifest.json says {size:,}")
+        raise refuse(folder, name, f"it has {status.st_size:,} bytes where {size:,} were written")
     if limit is not None and status.st_size > limit:
-        raise damaged(folder, name, f"it has {status.st_size:,} bytes where at most {limit:,} are expected")
+        raise refuse(folder, name, f"it has {status.st_size:,} bytes where at most {limit:,} are expected")
     try:
         return (folder / name).read_bytes()
     except OSError as error:
-        raise damaged(folder, name, f"it cannot be read ({error})") from error
+        raise refuse(folder, name, f"it cannot be read ({error})") from error
 
 
-def parse_document(folder: Path, name: str, content: bytes) -> dict[str, Any]:
-    def refuse(text: str) -> None:
+def parse_document(folder: Path, name: str, content: bytes, refuse: Refusal | None = None) -> dict[str, Any]:
+    refuse = refuse or damaged
+
+    def refuse_constant(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        document = json.loads(content.decode("utf-8"), parse_constant=refuse)
+        document = json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise damaged(folder, name, f"it is not JSON ({error})") from error
+        raise refuse(folder, name, f"it is not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise damaged(folder, name, f"it must hold a JSON object, got {type(document).__name__}")
+        raise refuse(folder, name, f"it must hold a JSON object, got {type(document).__name__}")
     return document
 
 
