@@ -167,7 +167,7 @@ class StateStore:
         current = seal({**envelope(), "commit": commit.to_dict(), "previous": previous})
         self._write_commit({arrays_file.name: content, document_file.name: document}, current)
         old, self._last = self._last, commit
-        self._keep({commit} if old is None else {commit, old})
+        self._keep([commit] if old is None else [commit, old])
         reached("removed")
         return commit
 
