@@ -30,9 +30,7 @@ from hamts.nn.scratchpad import (
     merge_candidates,
 )
 from hamts.nn.tokens import Policy, Tokens
-from hamts.ops import naive
-from hamts.ops.attend import attend
-from hamts.ops.gated_delta import gated_delta
+from hamts.ops.kernels import TORCH, Kernels
 from hamts.ops.types import Attended, GatedDelta, ScratchKeys
 
 __all__ = ["HAMLayer", "LayerOutput", "LayerTrace"]
@@ -121,6 +119,8 @@ class HAMLayer(nn.Module):
         self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
         # hundreds of entries share one softmax with a handful of fresh keys, which they must not drown
         self.scratch_bias = nn.Parameter(torch.full((H,), SCRATCH_BIAS))  # [H]
+        # what runs the recurrence and the read; decided for the whole network by ``HAMNetwork.use_kernels``
+        self.kernels: Kernels = TORCH
         self.router = Router(config)
         self.thresholds = ThresholdTable(len(self.router.names))
         self.reset_parameters()
@@ -172,7 +172,9 @@ class HAMLayer(nn.Module):
         # an absent token is as if it had never been: no trace in the convolution either
         present = tokens.present[:, None, :, None].to(x.dtype)  # [B, 1, N, 1]
         mixed = self.to_memory(x) * present  # [B, C, N, 3 D]
-        gates = self.to_gates(x).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
+        # also under mixed precision: a decay of 0.999 has no bfloat16
+        with torch.autocast(x.device.type, enabled=False):
+            gates = self.to_gates(x.to(self.to_gates.weight.dtype)).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
         recurrent, written, beta, tail = self._recurrent(mixed, gates, tokens, memory, stepwise=stepwise)
         scores = self.router(
             x, recurrent=recurrent, values=written, beta=beta, tokens=tokens, carried=memory.error_mean
@@ -218,22 +220,15 @@ class HAMLayer(nn.Module):
         B, C, N, _ = mixed.shape
         H, K = self.heads, self.head_width
         padded = torch.cat([memory.conv_tail.to(mixed.dtype), mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
-        convolved = padded[:, :, :N] * self.conv[:, 0]  # [B, C, N, 3 D]
-        for tap in range(1, CONV_WIDTH):
-            convolved = convolved + padded[:, :, tap : tap + N] * self.conv[:, tap]  # [B, C, N, 3 D]
-        q, k, v = F.silu(convolved).reshape(B * C, N, 3, H, K).unbind(2)  # 3 x [B C, N, H, K]
+        q, k, v = self._convolved(padded)  # 3 x [B C, N, H, K]
         beta = gates[..., 1, :].sigmoid() * tokens.heard[..., None]  # [B, C, N, H]
         elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]
         log_decay = -F.softplus(gates[..., 0, :] + self.decay_rate) * elapsed  # [B, C, N, H]
-        rule = naive.gated_delta if stepwise else gated_delta
+        rule = self.kernels.gated_delta_step if stepwise else self.kernels.gated_delta
         result = rule(
-            F.normalize(q, dim=-1),
-            F.normalize(k, dim=-1),
-            v,
-            log_decay=log_decay.reshape(B * C, N, H),
-            beta=beta.reshape(B * C, N, H),
+            q, k, v, log_decay=log_decay.reshape(B * C, N, H), beta=beta.reshape(B * C, N, H),
             initial_state=memory.state.reshape(B * C, H, K, K),
-        )
+        )  # fmt: skip
         grid = (B, C, N, H, K)
         result = GatedDelta(
             output=result.output.reshape(grid),
@@ -242,6 +237,16 @@ class HAMLayer(nn.Module):
             state=result.state.reshape(B, C, H, K, K),
         )
         return result, v.reshape(grid), beta, padded[:, :, N:]
+
+    def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Short convolution: [B, C, taps - 1 + N, 3 D] -> queries and keys of length 1, values, 3 x [B C, N, H, K]."""
+        B, C, N = padded.shape[0], padded.shape[1], padded.shape[2] - (CONV_WIDTH - 1)
+        taps = self.conv.to(padded.dtype)  # [3 D, taps]
+        convolved = padded[:, :, :N] * taps[:, 0]  # [B, C, N, 3 D]
+        for tap in range(1, CONV_WIDTH):
+            convolved = convolved + padded[:, :, tap : tap + N] * taps[:, tap]  # [B, C, N, 3 D]
+        q, k, v = F.silu(convolved).reshape(B * C, N, 3, self.heads, self.head_width).unbind(2)  # 3 x [B C, N, H, K]
+        return F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v
 
     def _controlled(self, scores: Scores, policy: Policy) -> Scores:
         """Replace scores by noise where a control asks for random routing."""
@@ -313,7 +318,7 @@ class HAMLayer(nn.Module):
             visible_until=until,
             marks=entries.marks,
         )
-        read = attend(
+        read = self.kernels.attend(
             queries,
             local_keys=local.keys,
             local_values=local.values,
