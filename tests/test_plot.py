@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from hamts.errors import DataError
-from hamts.plot import _thin, plot_forecast, plot_routes
+from hamts.plot import plot_forecast, plot_routes
+from hamts.plot_base import thin
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -52,7 +53,7 @@ def test_thinning_keeps_every_extreme_and_every_gap(n: int, rng: np.random.Gener
     values[n // 2 : n // 2 + n // 4] = np.nan
     if n > 10:
         values[n // 8] = 50.0
-    clock, thinned = _thin(pd.Series(np.arange(n)), pd.Series(values), 4000)
+    clock, thinned = thin(pd.Series(np.arange(n)), pd.Series(values), 4000)
     assert len(thinned) <= max(4002, min(n, 8000))
     assert np.nanmax(thinned) == np.nanmax(values)
     assert np.nanmin(thinned) == np.nanmin(values)
