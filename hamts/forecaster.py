@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from hamts.ages import forecaster_ages
 from hamts.backtests import cross_validate, evaluate_methods
 from hamts.config import ModelConfig
 from hamts.data.clock import future_times
@@ -312,8 +313,8 @@ class HAMForecaster:
             step_size=step_size, cutoffs=cutoffs, against=against, by=by, share=self._share(budget_share), seed=seed,
         )  # fmt: skip
 
-    # which steps were kept, when and why
-    routes = forecaster_routes
+    # which steps were kept, when and why; what a long history is worth
+    routes, errors_by_age = forecaster_routes, forecaster_ages
 
     def memory_bytes(self) -> Any:
         """Bytes that are kept of each fitted item: a frame of ids and parts (scratchpad, state, window, ...)."""
