@@ -1,0 +1,1 @@
+"""The nine suites, one file each."""

@@ -1,0 +1,223 @@
+"""topo: topology-dependent lookup. Edges and readings came as events; asked is the reading of a node's parent.
+
+B sequences · T context rows · V nodes · E edges · Q queries · h hops · K types · G numbers in a code
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from probes.canvas import Canvas, code_names, query_rows, take
+from probes.contract import ProbeBatch, ProbeConfig
+from probes.draws import TYPES, choose_rows, codes, fill, payloads, permutations
+from probes.registry import Probe, register_probe
+
+MARGIN = 5
+PAYLOAD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopoConfig(ProbeConfig):
+    """Axes of topo; ``items`` is the number of nodes.
+
+    Attributes:
+        hops: parents to climb; ``hop0_share`` of the queries ask a node's own reading (training only helps by it).
+        form: ``stream`` (edges are rows) or ``graph`` (a static graph; each query row carries the code of the node
+            that a graph encoder would name, so one lookup is left).
+        rewires, updates: edges that change, readings that are repeated; the latest counts.
+        distractors: rows of edges of another relation.
+        control: ``none``; ``no_graph`` (the named parent is hidden) or ``shuffled_graph`` (another node's).
+    """
+
+    items: int = 8
+    hops: int = 1
+    hop0_share: float = 0.3
+    form: str = "stream"
+    rewires: int = 0
+    updates: int = 0
+    distractors: int = 0
+    control: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in ("stream", "graph"):
+            raise ValueError(f"Unknown form {self.form!r}. Available: ['graph', 'stream'].")
+        if self.control not in ("none", "no_graph", "shuffled_graph"):
+            raise ValueError(f"Unknown control {self.control!r}. Available: ['no_graph', 'none', 'shuffled_graph'].")
+        if not 2 <= self.items <= 256 or self.hops < 1:
+            raise ValueError(f"Nodes must be 2..256 and hops at least 1. Got {self.items} and {self.hops}.")
+        self.need_rows(self.rows + MARGIN, "Edges and readings")
+
+    @property
+    def edges(self) -> int:
+        return 0 if self.form == "graph" else self.items + self.rewires
+
+    @property
+    def rows(self) -> int:
+        return self.edges + self.items + self.updates + self.distractors
+
+
+@register_probe("topo", version=1, slot="multivariate encoding")
+class TopologyLookup(Probe):
+    Config = TopoConfig
+    rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "topoG": {"form": "graph"},
+        "topo": {},
+        "topo2": {"hops": 2},
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"items": 8, "queries": 8},
+        "small": {"items": 16},
+        "standard": {"items": 32},
+        "long": {"items": 64},
+    }
+    axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "items": (8, 16, 64),
+        "hops": (1, 2, 3),
+        "form": ("graph", "stream"),
+        "rewires": (0, 4, 16),
+        "updates": (0, 16, 64),
+        "distractors": (0, 8, 16),
+        "control": ("none", "no_graph", "shuffled_graph"),
+    }
+    layers = 3
+    curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.2, {"form": "graph"}), (0.8, {}))
+
+    def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
+        assert isinstance(config, TopoConfig)
+        draws = config.draws(gen)
+        V, E = config.items, config.edges
+        table = codes(config.code, max(V, TYPES))  # [K, G]
+        names = permutations(draws("keys"), n, len(table))[:, :V]  # [B, V]
+        child = torch.cat([torch.arange(V).expand(n, V), permutations(draws("rewired"), n, V)[:, : config.rewires]], 1)
+        shift = torch.randint(1, V, child.shape, generator=draws("parents"))  # [B, V + rewires]
+        parents = (child + shift) % V  # [B, V + rewires]; never itself
+        node = torch.cat(
+            [torch.arange(V).expand(n, V), torch.randint(V, (n, config.updates), generator=draws("updated"))], 1
+        )  # [B, V + updates]
+        reading = payloads(draws("payloads"), (n, node.shape[1], PAYLOAD))  # [B, V + updates, 2]
+        allowed = torch.ones(n, config.context_rows, dtype=torch.bool)
+        allowed[:, config.context_rows - MARGIN :] = False
+        rows = choose_rows(draws("positions"), allowed, config.rows)  # [B, E + readings + D]
+        edge_rows, reading_rows = rows[:, :E], rows[:, E : E + node.shape[1]]
+        canvas = Canvas(
+            config, draws, n, channels=PAYLOAD, key_width=table.shape[1], value_width=PAYLOAD,
+            event_names=("edge", "reading", "other", "q_flag", "hops", *code_names(table.shape[1], "code"),
+                         *code_names(table.shape[1], "to")),
+            query_rows=min(V, config.queries),
+        )  # fmt: skip
+        if config.form == "graph":
+            edge_rows = torch.full((n, V), -1)
+            parent_now, edge_row = parents[:, :V], edge_rows
+        else:
+            parent_now, edge_row = _latest(edge_rows, child, parents, V)
+        place, reading_row = _latest(reading_rows, node, torch.arange(node.shape[1]).expand_as(node), V)
+        value = take(reading, place)  # [B, V, 2]
+        self._render(canvas, table, names, edge_rows=edge_rows, child=child, parents=parents, reading_rows=reading_rows,
+                     node=node, reading=reading, other_rows=rows[:, E + node.shape[1] :], draws=draws)  # fmt: skip
+        return self._ask(canvas, config, table, names, parent=parent_now, edge_row=edge_row, value=value,
+                         reading_row=reading_row, reading_rows=reading_rows, reading=reading)  # fmt: skip
+
+    @staticmethod
+    def _render(
+        canvas: Canvas,
+        table: torch.Tensor,
+        names: torch.Tensor,
+        *,
+        edge_rows: torch.Tensor,
+        child: torch.Tensor,
+        parents: torch.Tensor,
+        reading_rows: torch.Tensor,
+        node: torch.Tensor,
+        reading: torch.Tensor,
+        other_rows: torch.Tensor,
+        draws: Any,
+    ) -> None:
+        n, V = names.shape
+        code = table[take(names, node)]  # [B, readings, G]
+        canvas.flag(reading_rows, "reading")
+        canvas.code(reading_rows, code)
+        fill(canvas.x, reading_rows, reading)
+        canvas.bind(reading_rows, code, reading)
+        if int(edge_rows.max()) >= 0:
+            canvas.flag(edge_rows, "edge")
+            canvas.code(edge_rows, table[take(names, child)])
+            canvas.code(edge_rows, table[take(names, parents)], "to_0")
+            fill(canvas.event_id, edge_rows, child)
+        for rows in (edge_rows, reading_rows):
+            canvas.tagged = fill(canvas.tagged, rows, torch.ones_like(rows, dtype=torch.bool))
+        if other_rows.shape[1]:
+            pair = torch.randint(V, (n, 2, other_rows.shape[1]), generator=draws("distractors"))  # [B, 2, D]
+            canvas.flag(other_rows, "other")
+            canvas.code(other_rows, table[take(names, pair[:, 0])])
+            canvas.code(other_rows, table[take(names, pair[:, 1])], "to_0")
+            fill(canvas.distract, other_rows, torch.ones_like(other_rows, dtype=torch.bool))
+            canvas.tagged = fill(canvas.tagged, other_rows, torch.ones_like(other_rows, dtype=torch.bool))
+
+    @staticmethod
+    def _ask(
+        canvas: Canvas,
+        config: TopoConfig,
+        table: torch.Tensor,
+        names: torch.Tensor,
+        *,
+        parent: torch.Tensor,
+        edge_row: torch.Tensor,
+        value: torch.Tensor,
+        reading_row: torch.Tensor,
+        reading_rows: torch.Tensor,
+        reading: torch.Tensor,
+    ) -> ProbeBatch:
+        n, V = names.shape
+        draws, T = canvas.draws, canvas.T
+        asked = permutations(draws("queries"), n, V)[:, : min(V, config.queries)]  # [B, Q]
+        Q = asked.shape[1]
+        plain = torch.rand(n, Q, generator=draws("hops")) < config.hop0_share  # [B, Q] a node's own reading
+        node, needs = asked, []
+        for _ in range(config.hops):
+            needs.append(torch.where(plain, -1, take(edge_row, node)))
+            node = torch.where(plain, node, take(parent, node))  # [B, Q]
+        needs.append(take(reading_row, node))
+        need = torch.stack(needs, -1)  # [B, Q, hops + 1]
+        q_index = query_rows(n, T, Q)  # [B, Q]
+        canvas.flag(q_index, "q_flag")
+        canvas.flag(q_index, "hops", torch.where(plain, 0.0, float(config.hops) / 2))
+        canvas.code(q_index, table[take(names, asked)])
+        if config.form == "graph" and config.control != "no_graph":
+            named = node
+            if config.control == "shuffled_graph":
+                named = (node + torch.randint(1, V, node.shape, generator=draws("control"))) % V
+            canvas.code(q_index, table[take(names, named)], "to_0")
+        direct = config.form == "graph"
+        key = table[take(names, node if direct else asked)]  # [B, Q, G]
+        canvas.bind(q_index, key, torch.zeros(n, Q, PAYLOAD))
+        for number in range(need.shape[-1]):
+            canvas.mark_critical(need[..., number], asked)
+        fill(canvas.crit_chan, need[..., -1], torch.ones(n, Q, PAYLOAD, dtype=torch.bool))
+        y = take(value, node)  # [B, Q, 2]
+        latest = reading_rows.argmax(1, keepdim=True)  # [B, 1]
+        children = torch.arange(V).expand(n, V)
+        return canvas.batch(
+            q_index=q_index, q_item=asked, y=y, need=need, x_names=("ch_0", "ch_1"), items=V,
+            need_role=(*(f"edge {number + 1}" for number in range(config.hops)), "reading"), key_direct=direct,
+            aux=table[take(names, node)], edge_index=torch.stack([children, parent], -1),
+            edge_time=edge_row.clamp_min(0).double(),
+            floor={
+                "set_mean": value.mean(1, keepdim=True).expand_as(y),
+                "last_event": take(reading, latest).expand_as(y),
+            },
+            slices={"hop": torch.where(plain, 0, config.hops)},
+        )  # fmt: skip
+
+
+def _latest(
+    rows: torch.Tensor, owner: torch.Tensor, content: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The content and row of each owner's latest event: rows, owner, content [B, W] -> 2 x [B, count]."""
+    mine = owner[:, None] == torch.arange(count)[None, :, None]  # [B, count, W]
+    choice = torch.where(mine, rows[:, None], -1).argmax(-1)  # [B, count]
+    return take(content, choice), take(rows, choice)
