@@ -183,10 +183,10 @@ class HAMLayer(nn.Module):
         raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
         local = self._local(raw_keys, raw_values, scores, tokens, memory.pending)
         by_score, routed = self._decide(local, policy)
-        queries = self.query_norm(self.to_query(x).reshape(B, C, N, H, K)).transpose(1, 2)  # [B, N, C, H, K]
-        queries = rotate(queries, tokens.position) * K**-0.5  # [B, N, C, H, K]
+        queries = self._turned_queries(self.to_query(x), tokens.position)  # [B, N, C, H, K]
         read, entries, until, origin = self._read(queries, local, routed, memory.scratchpad, policy)
-        output = self._mix(x, recurrent.output.reshape(B, C, N, H, K), read, gates, tokens)  # [B, C, N, D]
+        both = self._mix(recurrent.output, read.output, read.marks, tokens.marks, gates, self.to_output_gate(x))
+        output = self.to_output(both)  # [B, C, N, D]
         after = memory
         if advance:
             after = self._after(recurrent.state, tail, scores.error_mean, local, entries, until, origin, N)
@@ -261,7 +261,7 @@ class HAMLayer(nn.Module):
         self, raw_keys: torch.Tensor, raw_values: torch.Tensor, scores: Scores, tokens: Tokens, pending: Pending
     ) -> Pending:
         """The window's carried tokens followed by the chunk's own, time first: every field [B, W + N, C, ...]."""
-        keys = rotate(self.key_norm(raw_keys).transpose(1, 2), tokens.position)  # [B, N, C, H, K]
+        keys = self._turned_keys(raw_keys, tokens.position)  # [B, N, C, H, K]
         C = raw_keys.shape[1]
         chunk = Pending(
             keys=keys,
@@ -332,17 +332,31 @@ class HAMLayer(nn.Module):
         )
         return read, entries, until, visible_from
 
+    def _turned_queries(self, raw: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Queries of the read: [B, C, N, D] -> [B, N, C, H, K], scaled."""
+        heads = self.query_norm(raw.unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, N, C, H, K]
+        return (rotate(heads, position) * self.head_width**-0.5).to(raw.dtype)
+
+    def _turned_keys(self, raw: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Keys of the read: [B, C, N, H, K] -> [B, N, C, H, K]."""
+        return rotate(self.key_norm(raw).transpose(1, 2), position).to(raw.dtype)
+
     def _mix(
-        self, x: torch.Tensor, recurrent: torch.Tensor, read: Attended, gates: torch.Tensor, tokens: Tokens
+        self,
+        recurrent: torch.Tensor,
+        exact: torch.Tensor,
+        marks: torch.Tensor | None,
+        now: torch.Tensor,
+        gates: torch.Tensor,
+        opened: torch.Tensor,
     ) -> torch.Tensor:
-        """Two independent head-wise gates over both branches, an output gate, a projection: [B, C, N, D]."""
-        exact = read.output.transpose(1, 2)  # [B, C, N, H, V]
-        if read.marks is not None:
-            exact = exact + self._relative_level(read.marks.transpose(1, 2), tokens.marks)  # [B, C, N, H, V]
+        """Two independent head-wise gates over both branches, and an output gate: [B, C, N, D]."""
+        exact = exact.transpose(1, 2)  # [B, C, N, H, V]
+        if marks is not None:
+            exact = exact + self._relative_level(marks.transpose(1, 2), now)  # [B, C, N, H, V]
         gate_recurrent, gate_exact = gates[..., 2, :, None].sigmoid(), gates[..., 3, :, None].sigmoid()
         both = gate_recurrent * self.recurrent_norm(recurrent) + gate_exact * self.exact_norm(exact)
-        flat = both.flatten(-2) * self.to_output_gate(x).sigmoid()  # [B, C, N, D]
-        return self.to_output(flat)
+        return (both.flatten(-2) * opened.sigmoid()).to(opened.dtype)
 
     def _relative_level(self, read: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
         """Level and scale of what was read, against now: read [B, C, N, H, R], now [B, C, N, R] -> [B, C, N, H, V].
