@@ -44,7 +44,7 @@ from hamts.data.patches import Chunk, PatchStore, build_store
 from hamts.nn import ham
 from hamts.nn.scratchpad import LayerMemory
 from hamts.nn.tokens import Policy, map_tensors
-from hamts.ops import naive
+from hamts.ops import kernels, naive
 from hamts.reader import HAMNetwork, Reading, StreamMemory
 from hamts.rollout import ChunkTrace, Rollout, forecast_from, roll
 
@@ -478,8 +478,8 @@ def test_budget_zero_is_state_and_window_alone(router: str, monkeypatch: pytest.
     full = read_all(network, store, policy_for(network, 3, share=1.0))
     assert all(not trace.routed.any() and not trace.must_keep.any() for trace in reading.traces)
     assert all(layer.scratchpad.alive.shape[1] == 0 for layer in reading.memory.layers)
-    attend = ham.attend
-    monkeypatch.setattr(ham, "attend", lambda queries, **given: attend(queries, **{**given, "scratch": None}))
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda queries, **given: attend(queries, **{**given, "scratch": None}))
     alone = read_all(network, store, policy_for(network, 3, share=1.0))
     assert_close(reading.quantiles, alone.quantiles, 1e-12, "quantiles")
     assert not torch.allclose(full.quantiles, alone.quantiles, atol=1e-3)
@@ -802,8 +802,8 @@ def test_network_on_fast_ops_equals_the_one_on_naive_ops(router: str, monkeypatc
         return reading, list(torch.autograd.grad(loss, list(network.parameters()), allow_unused=True))
 
     fast, fast_grads = results()
-    monkeypatch.setattr(ham, "attend", naive.attend)
-    monkeypatch.setattr(ham, "gated_delta", naive.gated_delta)
+    monkeypatch.setattr(kernels, "attend", naive.attend)
+    monkeypatch.setattr(kernels, "gated_delta", naive.gated_delta)
     slow, slow_grads = results()
     assert_close(fast.quantiles, slow.quantiles, 1e-10, "quantiles")
     assert_same_memory(fast.memory, slow.memory, 1e-10)

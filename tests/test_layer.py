@@ -14,7 +14,6 @@ import torch
 from networks import dense_read, leaves, make_config, open_scratchpad, perturb, random_tokens
 
 from hamts.config import ModelConfig
-from hamts.nn import ham
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, SHARES, ThresholdTable, entry_caps
 from hamts.nn.ham import HAMLayer, HeadNorm, LayerOutput, rotate
 from hamts.nn.head import QuantileHead, interpolate_quantiles, pinball, quantile_mean
@@ -29,7 +28,7 @@ from hamts.nn.router import (
 )
 from hamts.nn.scratchpad import NEVER, Entries, LayerMemory, Pending, append_candidates, lifetimes, merge_candidates
 from hamts.nn.tokens import Policy, Tokens, map_tensors
-from hamts.ops import naive
+from hamts.ops import kernels, naive
 
 SEEDS = range(20)
 
@@ -607,8 +606,8 @@ def test_a_layer_on_fast_ops_equals_the_one_on_naive_ops(
         return result, grads
 
     fast, fast_grads = results()
-    monkeypatch.setattr(ham, "attend", naive.attend)
-    monkeypatch.setattr(ham, "gated_delta", naive.gated_delta)
+    monkeypatch.setattr(kernels, "attend", naive.attend)
+    monkeypatch.setattr(kernels, "gated_delta", naive.gated_delta)
     slow, slow_grads = results()
     assert torch.allclose(fast.output, slow.output, rtol=0, atol=1e-10)
     assert torch.equal(fast.trace.routed, slow.trace.routed)

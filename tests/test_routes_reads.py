@@ -15,7 +15,7 @@ import hamts.nn.ham as ham
 from hamts.data.frame import to_panel
 from hamts.errors import DataError
 from hamts.nn.head import pinball
-from hamts.ops import naive
+from hamts.ops import kernels, naive
 from hamts.ops.types import Attended
 from hamts.rollout import forecast_from
 from hamts.routes import add_reads, judge_worth, routes_table, tagged_not_kept, worth_nothing, worth_together
@@ -72,7 +72,7 @@ def test_read_mass_is_the_mean_attention_of_all_later_reads(here: World, monkeyp
 
     alone = here.panel.item_ids[0]
     monkeypatch.setattr(ham, "append_candidates", keep)
-    monkeypatch.setattr(ham, "attend", attend)
+    monkeypatch.setattr(kernels, "attend", attend)
     rollout = replace(here).read(np.array([here.panel.lengths[0], 0]))
     monkeypatch.undo()
     table = routes_table(here.network, here.store, here.panel, rollout=rollout, policies=here.policy)

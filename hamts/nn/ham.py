@@ -170,8 +170,8 @@ class HAMLayer(nn.Module):
         H, K = self.heads, self.head_width
         policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
         # an absent token is as if it had never been: no trace in the convolution either
-        present = tokens.present[:, None, :, None].to(x.dtype)  # [B, 1, N, 1]
-        mixed = self.to_memory(x) * present  # [B, C, N, 3 D]
+        mixed = self.to_memory(x)  # [B, C, N, 3 D]
+        mixed = mixed * tokens.present[:, None, :, None].to(mixed.dtype)  # [B, C, N, 3 D]
         # also under mixed precision: a decay of 0.999 has no bfloat16
         with torch.autocast(x.device.type, enabled=False):
             gates = self.to_gates(x.to(self.to_gates.weight.dtype)).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
