@@ -1,0 +1,108 @@
+"""Fitting in several processes: each takes its streams of the same batch, and together they take the same step.
+
+Lightning's strategies ``ddp`` (every process holds the weights) and ``fsdp`` (each holds a part of them). Losses are
+normalised by what all processes count and thresholds follow the scores of all, so that the number of processes changes
+nothing beyond rounding.
+
+B streams side by side · n scores · S score routers
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from hamts.nn.tokens import map_tensors
+from hamts.windows import Windows
+
+__all__ = ["STRATEGIES", "everyone", "everyones", "follow_average", "make_strategy", "own_streams", "shard", "total"]
+
+STRATEGIES = ("auto", "ddp", "fsdp")
+
+
+def make_strategy(name: str, devices: int) -> Any:
+    """What lightning is given. Raises ValueError for an unknown name."""
+    if name not in STRATEGIES:
+        raise ValueError(f"Unknown strategy {name!r}. Available: {list(STRATEGIES)}.")
+    if name == "ddp" or (name == "auto" and devices > 1):
+        # an empty scratchpad uses no router: which weights get a gradient depends on the batch
+        return DDPStrategy(find_unused_parameters=True)
+    if name == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
+    return "auto"
+
+
+def shard(network: nn.Module, mesh: Any) -> None:
+    """Spread the weights of every block, and of what lies around the blocks, over the processes of a mesh."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in network.backbone.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(network, mesh=mesh)
+
+
+def everyone() -> int:
+    """How many processes fit together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def own_streams(batch: Windows) -> Windows:
+    """Every n-th stream of a batch, for the n-th part of the processes."""
+    world = everyone()
+    if world == 1:
+        return batch
+    if len(batch.reset) % world:
+        raise ValueError(
+            f"batch_windows must divide by the number of processes. Got {len(batch.reset)} for {world}."
+            " Choose a multiple."
+        )
+    return map_tensors(batch, lambda tensor: tensor[dist.get_rank() :: world])
+
+
+def total(counts: torch.Tensor) -> torch.Tensor:
+    """Sums over all processes, over their number: dividing a local sum by it gives parts whose mean is the whole's."""
+    world = everyone()
+    if world == 1:
+        return counts
+    summed = counts.detach().to(torch.float64)
+    dist.all_reduce(summed)
+    return summed / world
+
+
+def everyones(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of all processes, [n, S] of each -> [n of all, S]."""
+    world = everyone()
+    if world == 1:
+        return scores
+    sizes = [torch.zeros(1, dtype=torch.int64, device=scores.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(scores)], device=scores.device))
+    most = max(int(size) for size in sizes)
+    padded = torch.zeros(most, scores.shape[1], dtype=scores.dtype, device=scores.device)  # [n, S]
+    padded[: len(scores)] = scores.detach()
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(gathered, sizes, strict=True)])
+
+
+@torch.no_grad()
+def follow_average(averaged: AveragedModel, network: nn.Module) -> None:
+    """Move the averaged weights towards the network's, which may be spread over processes."""
+    parts = [p for p in network.parameters() if hasattr(p, "full_tensor")]
+    if not parts:
+        averaged.update_parameters(network)
+        return
+    current = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in network.parameters()]
+    mine = list(averaged.module.parameters())
+    if int(averaged.n_averaged) == 0:
+        torch._foreach_copy_(mine, current)
+    else:
+        assert averaged.multi_avg_fn is not None
+        averaged.multi_avg_fn(mine, current, averaged.n_averaged)
+    for buffer, value in zip(averaged.module.buffers(), network.buffers(), strict=True):
+        buffer.copy_(value)
+    averaged.n_averaged += 1
