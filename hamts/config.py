@@ -8,6 +8,11 @@ from typing import Any
 __all__ = ["PRESETS", "ROUTERS", "MemoryConfig", "ModelConfig", "Preset", "TrainConfig"]
 
 ROUTERS = ("surprise", "innovation", "learned", "tags")
+MACHINE_CHOICES = {
+    "kernel": ("auto", "torch", "fla", "triton", "fla+triton"),
+    "strategy": ("auto", "ddp", "fsdp"),
+    "compile_mode": ("none", "default", "reduce-overhead"),
+}
 QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
 
 
@@ -137,6 +142,41 @@ class TrainConfig:
     checks: int = 16
     patience: int = 5
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """On what a fit runs, and how; it changes speed and memory, and results by rounding alone.
+
+    Attributes:
+        accelerator: of lightning; ``auto`` takes a GPU where there is one.
+        precision: of lightning; ``bf16-mixed`` keeps scores, gates and states in float32.
+        kernel: what runs the recurrence and the read: ``auto``, ``torch``, ``fla``, ``triton`` or ``fla+triton``.
+        strategy: how several processes share a fit: ``auto``, ``ddp``, or ``fsdp``, which also spreads the weights.
+        devices: processes, one a device; ``batch_windows`` divides by it.
+        accumulate: batches whose gradients make one optimiser step.
+        checkpointing: whether blocks compute their inner tensors again for the gradient instead of keeping them.
+        compile_mode: ``none``; ``default`` fuses the arithmetic between kernels; ``reduce-overhead`` also replays CUDA
+            graphs, for short contexts. The first steps then wait for the compiler.
+    """
+
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    kernel: str = "auto"
+    strategy: str = "auto"
+    devices: int = 1
+    accumulate: int = 1
+    checkpointing: bool = False
+    compile_mode: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "accumulate"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+        for name, allowed in MACHINE_CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Available: {list(allowed)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from hamts.nn.ham import LayerTrace
 from hamts.nn.head import QuantileHead
 from hamts.nn.scratchpad import LayerMemory
 from hamts.nn.tokens import Policy, Tokens, map_tensors
+from hamts.ops.kernels import TORCH, Kernels
 
 __all__ = ["HAMNetwork", "Reading", "StreamMemory"]
 
@@ -81,6 +82,7 @@ class HAMNetwork(nn.Module):
     def __init__(self, config: ModelConfig, memory: MemoryConfig, spec: ChannelSpec) -> None:
         super().__init__()
         self.config, self.memory_config, self.spec = config, memory, spec
+        self.kernels: Kernels = TORCH
         self.backbone = Backbone(config, spec)
         self.head = QuantileHead(config.width, config.patch_steps, config.quantiles)
         C = len(spec.roles)
@@ -93,6 +95,12 @@ class HAMNetwork(nn.Module):
         self.register_buffer("calendar_used", torch.ones(spec.calendar_features))  # [F]
         # whether targets read one another: decided on validation data
         self.register_buffer("cross_targets", torch.tensor(True))  # []
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Run every layer on these; they were decided once, by ``resolve_kernels``, for the device the network is on."""
+        self.kernels = kernels
+        for layer in self.backbone.layers():
+            layer.kernels = kernels
 
     @property
     def scaler(self) -> CausalScale:

@@ -7,12 +7,14 @@ F calendar features · G level features
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hamts.config import ModelConfig
+from hamts.nn.checkpointing import run_checkpointed
 from hamts.nn.ham import HAMLayer, LayerTrace
 from hamts.nn.scratchpad import LayerMemory
 from hamts.nn.tokens import Policy, Tokens
@@ -127,9 +129,12 @@ class Block(nn.Module):
             self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise, advance=advance
         )
         x = x + self.dropout(result.output)  # [B, C, N, D]
+        return x + self.dropout(self._fed_forward(x)), result.memory, result.trace
+
+    def _fed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Gated MLP, [B, C, N, D] -> [B, C, N, D]."""
         gate, content = self.grow(self.before_mlp(x)).chunk(2, -1)  # 2 x [B, C, N, inner]
-        x = x + self.dropout(self.shrink(F.silu(gate) * content))  # [B, C, N, D]
-        return x, result.memory, result.trace
+        return self.shrink(F.silu(gate) * content)
 
 
 class Backbone(nn.Module):
@@ -140,6 +145,8 @@ class Backbone(nn.Module):
         self.embedding = Embedding(config, spec)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.RMSNorm(config.width)
+        # whether blocks compute their inner tensors again for the gradient instead of keeping them
+        self.checkpointing = False
 
     def empty_memory(self, items: int, channels: int, like: torch.Tensor) -> list[LayerMemory]:
         return [layer.empty_memory(items, channels, like) for layer in self.layers()]
@@ -161,7 +168,9 @@ class Backbone(nn.Module):
         x = self.embedding(tokens)  # [B, C, N, D]
         after, traces = [], []
         for block, layer_memory, policy in zip(self.blocks, memory, policies, strict=True):
-            x, layer_after, trace = block(x, tokens, layer_memory, policy, stepwise=stepwise, advance=advance)
+            kept = self.checkpointing and torch.is_grad_enabled()
+            run = partial(run_checkpointed, block) if kept else block
+            x, layer_after, trace = run(x, tokens, layer_memory, policy, stepwise=stepwise, advance=advance)
             after.append(layer_after)
             traces.append(trace)
         return Hidden(self.final_norm(x), after, traces)

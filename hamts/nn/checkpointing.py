@@ -19,8 +19,10 @@ from hamts.nn.tokens import Policy
 __all__ = ["run_checkpointed"]
 
 
-def run_checkpointed(block: nn.Module, *inputs: Any, policy: Policy, **options: Any) -> Any:
-    """``block(*inputs, policy, **options)``, keeping the inputs alone until the gradient is asked for."""
+def run_checkpointed(
+    block: nn.Module, x: torch.Tensor, tokens: Any, memory: Any, policy: Policy, **options: Any
+) -> Any:
+    """``block(x, tokens, memory, policy, **options)``, keeping these alone until the gradient is asked for."""
     generators = [g for g in (policy.explore_generator, policy.random_generator) if g is not None]
 
     def contexts() -> tuple[Any, Any]:
@@ -28,7 +30,7 @@ def run_checkpointed(block: nn.Module, *inputs: Any, policy: Policy, **options: 
         return contextlib.nullcontext(), first.again()
 
     return checkpoint(
-        block, *inputs, policy, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **options
+        block, x, tokens, memory, policy, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **options
     )
 
 
