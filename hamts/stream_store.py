@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["CRASH_AT", "STEPS", "StateStore", "reached"]
+__all__ = ["CRASH_AT", "MOMENTS", "STEPS", "StateStore", "reached"]
 
 MODEL = "model"
 _TEMPORARY = re.compile(r"\.(CURRENT|state-.*)\.writing-\d+-[0-9a-f]{8}")
@@ -58,6 +58,8 @@ STEPS = (
     "committed",
     "removed",
 )
+# the moments around it, where a stream brings out what it has to say
+MOMENTS = ("updated", "staged", *STEPS, "published")
 # environment variable of the crash tests: "<step>" or "<step>@<how many times it must be reached>"
 CRASH_AT = "HAMTS_CRASH_AT"
 _times_reached: dict[str, int] = {}
@@ -175,6 +177,11 @@ class StateStore:
     def next_generation(self) -> int:
         """Number of the generation that the next commit makes."""
         return 0 if self._last is None else self._last.generation + 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._lock is None
 
     def close(self) -> None:
         """Give the lock back."""
