@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hamts.errors import DataError, DataWarning, ModelFolderError
     from hamts.forecast import Forecast
     from hamts.forecaster import HAMForecaster, fit, load
+    from hamts.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "HAMForecaster",
     "ModelConfig",
     "ModelFolderError",
+    "Stream",
     "fit",
     "list_datasets",
     "load",
@@ -39,6 +41,7 @@ _HOME = {
     "HAMForecaster": "hamts.forecaster",
     "ModelConfig": "hamts.config",
     "ModelFolderError": "hamts.errors",
+    "Stream": "hamts.stream",
     "fit": "hamts.forecaster",
     "list_datasets": "hamts.data.catalog",
     "load": "hamts.forecaster",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["PRESETS", "ROUTERS", "MemoryConfig", "ModelConfig", "Preset", "TrainConfig"]
+__all__ = ["PRESETS", "ROUTERS", "MemoryConfig", "ModelConfig", "Preset", "StreamConfig", "TrainConfig"]
 
 ROUTERS = ("surprise", "innovation", "learned", "tags")
 MACHINE_CHOICES = {
@@ -177,6 +177,54 @@ class MachineConfig:
         for name, allowed in MACHINE_CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Available: {list(allowed)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """What a stream does with rows that are not simply the next ones, and how it learns from its own errors.
+
+    Attributes:
+        late: of a row before the last one that never came: ``reopen`` takes it while its patch is unfinished and drops
+            it later, ``drop`` drops it, ``error`` refuses the frame.
+        correction: of other values for a row that was taken: ``error``, ``ignore``, or ``apply`` while its patch is
+            unfinished. What the state has read cannot be unlearned.
+        jump: of a row more than ``max_jump_steps`` ahead: ``quarantine`` leaves it out, ``error``, or ``accept``.
+        recent_rows: last steps of each item whose values are known by a hash, to tell replayed rows from corrected.
+        surprise: whether new rows are scored against the forecast made when their patch began.
+        score_rows: past scores of an item that a new one is ranked among.
+        calibrate: whether forecasts are shifted by what the stream learned from its own errors.
+        calibration_rate: step of that learning, in scales of the stream.
+        drift_scales: deviation from the stream's level, in its scales, from which a row counts as drifted.
+        items_side_by_side: items read in one pass of the network.
+    """
+
+    late: str = "reopen"
+    correction: str = "error"
+    jump: str = "quarantine"
+    max_jump_steps: int = 20_000
+    recent_rows: int = 512
+    surprise: bool = True
+    score_rows: int = 512
+    calibrate: bool = False
+    calibration_rate: float = 0.02
+    drift_scales: float = 50.0
+    items_side_by_side: int = 64
+
+    def __post_init__(self) -> None:
+        choices = {
+            "late": ("reopen", "drop", "error"),
+            "correction": ("error", "ignore", "apply"),
+            "jump": ("quarantine", "error", "accept"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {sorted(allowed)}. Got {getattr(self, name)!r}.")
+        for name in ("max_jump_steps", "recent_rows", "score_rows", "items_side_by_side"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+        for name in ("calibration_rate", "drift_scales"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0. Got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

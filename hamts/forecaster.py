@@ -29,6 +29,7 @@ from hamts.refusals import refuse_non_finite, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
 from hamts.resolve import FitOptions, Plan, describe, make_plan, with_alias
 from hamts.routes import forecaster_routes
+from hamts.stream import forecaster_stream
 from hamts.training import FitReport
 
 __all__ = ["HAMForecaster", "fit", "load"]
@@ -315,6 +316,8 @@ class HAMForecaster:
 
     # which steps were kept, when and why; what a long history is worth
     routes, errors_by_age = forecaster_routes, forecaster_ages
+    # rows as they come, for months, without reading the history again
+    stream = forecaster_stream
 
     def memory_bytes(self) -> Any:
         """Bytes that are kept of each fitted item: a frame of ids and parts (scratchpad, state, window, ...)."""

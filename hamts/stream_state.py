@@ -1,0 +1,282 @@
+"""All that a stream keeps of its items, batched: one row per item in tensors that grow by doubling, never per update.
+
+Memories are trees of tensors: whatever a layer keeps, its leaves are stored here under their dotted names. Leaves of a
+scratchpad, told by their mask ``alive``, have room for entries, which doubles too, up to the cap.
+
+I items · R rows of room · C channels · G targets · P steps in a patch · Q quantiles · M entries · E static columns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hamts.reader import HAMNetwork, StreamMemory
+from hamts.remembered import flatten_tensors, unflatten_tensors
+
+__all__ = ["COUNTERS", "ItemTable", "MemoryStore", "StreamItems", "item_columns"]
+
+# what is counted of each item's rows
+COUNTERS = (
+    "rows",
+    "replayed",
+    "late",
+    "reopened",
+    "corrected",
+    "applied",
+    "quarantined",
+    "gap_steps",
+    "patches",
+    "drifted",
+)
+LEAST_ROOM = 4
+LEAST_ENTRIES = 16
+
+Column = tuple[Any, tuple[int, ...], Any]
+
+
+def item_columns(
+    network: HAMNetwork, *, recent_rows: int, score_rows: int, static: int, with_log: bool
+) -> dict[str, Column]:
+    """Name -> (dtype, shape of an item's row, value before anything came) of everything kept beside the memory."""
+    P, C, G = network.config.patch_steps, len(network.spec.roles), len(network.spec.targets)
+    Q = len(network.config.quantiles)
+    columns: dict[str, Column] = {
+        "starts": (np.int64, (), 0),
+        "lead": (np.int64, (), 0),
+        "lengths": (np.int64, (), 0),
+        "tail_values": (np.float64, (P, C), np.nan),
+        "action_before": (np.float64, (C,), np.nan),
+        "seen": (np.bool_, (G,), False),
+        "static": (np.float64, (static,), np.nan),
+        "recent_steps": (np.int64, (recent_rows,), -1),
+        "recent_hashes": (np.int64, (recent_rows,), 0),
+        "ahead_quantiles": (np.float64, (G, P, Q), np.nan),
+        "ahead_mean": (np.float64, (G,), np.nan),
+        "ahead_scale": (np.float64, (G,), np.nan),
+        "shift": (np.float64, (G, Q), 0.0),
+        "shift_steps": (np.int64, (G,), 0),
+        "scores": (np.float64, (score_rows,), np.nan),
+        "score_count": (np.int64, (), 0),
+        "kept": (np.int64, (network.config.layers,), 0),
+        "heard": (np.int64, (), 0),
+        "counts": (np.int64, (len(COUNTERS),), 0),
+    }
+    if with_log:
+        columns["tail_offset"] = (np.float32, (P, C), 0.0)
+    return columns
+
+
+class ItemTable:
+    """Columns of numbers, a row per item, with room for more."""
+
+    def __init__(self, columns: dict[str, Column]) -> None:
+        self.columns = columns
+        self.count = 0
+        self.arrays = {name: np.empty((0, *shape), kind) for name, (kind, shape, _) in columns.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """All rows in use, a view: [I, ...]."""
+        return self.arrays[name][: self.count]
+
+    def reserve(self, rows: int) -> None:
+        room = len(self.arrays["lengths"])
+        if rows <= room:
+            return
+        wanted = max(LEAST_ROOM, rows, 2 * room if room else rows)
+        for name, (kind, shape, first) in self.columns.items():
+            larger = np.full((wanted, *shape), first, dtype=kind)
+            larger[: self.count] = self.arrays[name][: self.count]
+            self.arrays[name] = larger
+
+    def append(self, rows: dict[str, np.ndarray], count: int) -> None:
+        """Add items; columns that are not given start as nothing was seen."""
+        self.reserve(self.count + count)
+        place = slice(self.count, self.count + count)
+        for name, (_, _, first) in self.columns.items():
+            self.arrays[name][place] = rows.get(name, first)
+        self.count += count
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Only these rows, in this order."""
+        for name, array in self.arrays.items():
+            self.arrays[name] = array[rows].copy()
+        self.count = len(rows)
+
+
+class MemoryStore:
+    """Memories of all items: one tensor per leaf, [R, ...]; the scratchpad's have room for entries, [R, M, ...]."""
+
+    def __init__(self, network: HAMNetwork, most_entries: int | None) -> None:
+        self.template = network.empty_memory(1)
+        empty = flatten_tensors(self.template)
+        self.alive_leaves = {name for name in empty if name.endswith(".alive")}
+        pads = {_pad(name) for name in self.alive_leaves}
+        self.entry_leaves = {name for name in empty if _pad(name) in pads}
+        self.most_entries = most_entries
+        self.count = 0
+        self.leaves = {name: leaf[:0].clone() for name, leaf in empty.items()}
+        # entries in use of each item, by the scratchpad's prefix
+        self.used: dict[str, np.ndarray] = {_pad(name): np.zeros(0, dtype=np.int64) for name in self.alive_leaves}
+
+    def like(self) -> MemoryStore:
+        """An empty store of the same kind."""
+        other = object.__new__(MemoryStore)
+        other.template, other.entry_leaves, other.alive_leaves = self.template, self.entry_leaves, self.alive_leaves
+        other.most_entries, other.count = self.most_entries, 0
+        other.leaves = {
+            name: leaf[:0, :0].clone() if name in self.entry_leaves else leaf[:0].clone()
+            for name, leaf in self.leaves.items()
+        }
+        other.used = {pad: np.zeros(0, dtype=np.int64) for pad in self.used}
+        return other
+
+    @property
+    def room(self) -> int:
+        return len(next(iter(self.leaves.values())))
+
+    def reserve(self, rows: int, entries: dict[str, int] | None = None) -> None:
+        """Room for so many items, and for so many entries in each scratchpad; doubles what is too small."""
+        room = self.room
+        wanted = room if rows <= room else max(LEAST_ROOM, rows, 2 * room if room else rows)
+        for name, leaf in self.leaves.items():
+            shape = [wanted, *leaf.shape[1:]]
+            if name in self.entry_leaves and entries is not None:
+                shape[1] = self._entry_room(leaf.shape[1], entries[_pad(name)])
+            if shape != list(leaf.shape):
+                larger = leaf.new_zeros(shape)
+                corner = (slice(0, leaf.shape[0]), slice(0, leaf.shape[1])) if leaf.dim() > 1 else slice(0, len(leaf))
+                larger[corner] = leaf
+                self.leaves[name] = larger
+        if wanted > room:
+            self.used = {pad: np.concatenate([n, np.zeros(wanted - len(n), np.int64)]) for pad, n in self.used.items()}
+
+    def _entry_room(self, have: int, needed: int) -> int:
+        if needed <= have:
+            return have
+        doubled = max(LEAST_ENTRIES, needed, 2 * have)
+        return doubled if self.most_entries is None else max(needed, min(doubled, self.most_entries))
+
+    def select(self, rows: np.ndarray) -> StreamMemory:
+        """Memories of some items. Neighbours come as views: what reads them must not write into them."""
+        place = _place(rows)
+        found: dict[str, torch.Tensor] = {}
+        width = {pad: int(used[rows].max()) if len(rows) else 0 for pad, used in self.used.items()}
+        for name, leaf in self.leaves.items():
+            if name in self.entry_leaves:
+                leaf = leaf[:, : width[_pad(name)]]
+            found[name] = leaf[place]
+        return unflatten_tensors(self.template, found)
+
+    def put(self, rows: np.ndarray, memory: StreamMemory) -> None:
+        """Store the memories of some items; entries beyond theirs are no longer alive."""
+        found = flatten_tensors(memory)
+        widths = {_pad(name): found[name].shape[1] for name in self.alive_leaves}
+        self.reserve(0, widths)
+        place = _place(rows)
+        for name, leaf in self.leaves.items():
+            if name not in self.entry_leaves:
+                leaf[place] = found[name]
+                continue
+            width = found[name].shape[1]
+            leaf[place, :width] = found[name]
+            if name in self.alive_leaves:
+                leaf[place, width:] = False
+        for name in self.alive_leaves:
+            alive = found[name]
+            last = torch.arange(1, alive.shape[1] + 1)
+            self.used[_pad(name)][rows] = (alive.cpu() * last).amax(1).numpy() if alive.shape[1] else 0
+
+    def append(self, memory: StreamMemory) -> None:
+        items = len(next(iter(flatten_tensors(memory).values())))
+        self.reserve(self.count + items)
+        self.count += items
+        self.put(np.arange(self.count - items, self.count), memory)
+
+    def keep(self, rows: np.ndarray) -> None:
+        index = torch.from_numpy(rows)
+        self.leaves = {name: leaf[index] for name, leaf in self.leaves.items()}
+        self.used = {pad: used[rows] for pad, used in self.used.items()}
+        self.count = len(rows)
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Every leaf without the room, padding blank: what is written to disk."""
+        found = flatten_tensors(self.select(np.arange(self.count)))
+        for name in self.entry_leaves:
+            alive = found[f"{_pad(name)}.alive"]
+            shown = alive.reshape(*alive.shape, *(1,) * (found[name].dim() - 2))
+            found[name] = torch.where(shown, found[name], torch.zeros_like(found[name]))
+        return {name: leaf.clone() for name, leaf in found.items()}
+
+
+class StreamItems:
+    """Ids, rows and memories of all items, in one order."""
+
+    def __init__(self, table: ItemTable, memory: MemoryStore) -> None:
+        self.table, self.memory = table, memory
+        self.ids: list[Any] = []
+        self.slot: dict[Any, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def slots(self, ids: Iterable[Any]) -> np.ndarray:
+        """Row of each id, -1 where there is none."""
+        return np.fromiter((self.slot.get(each, -1) for each in ids), dtype=np.int64)
+
+    def append(self, ids: Sequence[Any], rows: dict[str, np.ndarray], memory: StreamMemory) -> None:
+        self.table.append(rows, len(ids))
+        self.memory.append(memory)
+        for each in ids:
+            self.slot[each] = len(self.ids)
+            self.ids.append(each)
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.table.keep(rows)
+        self.memory.keep(rows)
+        self.ids = [self.ids[row] for row in rows]
+        self.slot = {each: row for row, each in enumerate(self.ids)}
+
+    def arrays(self) -> dict[str, torch.Tensor | np.ndarray]:
+        """Everything of all items under flat names."""
+        found: dict[str, torch.Tensor | np.ndarray] = {f"memory.{n}": leaf for n, leaf in self.memory.arrays().items()}
+        return found | {f"items.{name}": self.table[name].copy() for name in self.table.columns}
+
+    def load(self, ids: Sequence[Any], arrays: dict[str, torch.Tensor | np.ndarray]) -> None:
+        """Add items from what ``arrays`` gave. Raises KeyError and ValueError where names or shapes differ."""
+        leaves = {name: as_tensor(arrays[f"memory.{name}"]) for name in self.memory.leaves}
+        rows = {name: as_numpy(arrays[f"items.{name}"]) for name in self.table.columns}
+        for name, (kind, shape, _) in self.table.columns.items():
+            if rows[name].dtype != kind or rows[name].shape != (len(ids), *shape):
+                raise ValueError(
+                    f"items.{name} must be {np.dtype(kind).name} {(len(ids), *shape)}."
+                    f" Got {rows[name].dtype.name} {rows[name].shape}."
+                )
+        for name, leaf in leaves.items():
+            like, skip = self.memory.leaves[name], 2 if name in self.memory.entry_leaves else 1
+            if leaf.dtype != like.dtype or leaf.shape[skip:] != like.shape[skip:] or len(leaf) != len(ids):
+                raise ValueError(f"memory.{name} must be like {tuple(like.shape)}. Got {tuple(leaf.shape)}.")
+        self.append(list(ids), rows, unflatten_tensors(self.memory.template, leaves))
+
+
+def as_tensor(array: torch.Tensor | np.ndarray) -> torch.Tensor:
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+
+
+def as_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:
+    return array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+
+
+def _pad(name: str) -> str:
+    """The scratchpad that a leaf belongs to: ``layers.0.scratchpad`` of ``layers.0.scratchpad.keys``."""
+    return name.rsplit(".", 1)[0]
+
+
+def _place(rows: np.ndarray) -> Any:
+    """A slice where the rows are neighbours, so that nothing is copied; else their index."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) == 1 or bool((np.diff(rows) == 1).all())):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)

@@ -1,0 +1,166 @@
+"""One patch of many items at once: raw rows to a chunk, the chunk through the network, the next patch forecast.
+
+The same pass that reads a history, with one patch at a time: law 2 rests on it.
+
+B items · C channels · G targets · P steps in a patch · Q quantiles · E static columns · L layers · F calendar features
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hamts.data.calendar import calendar_features
+from hamts.data.clock import advance, as_numbers, as_times, effective_clock
+from hamts.data.panel import Schema
+from hamts.data.patches import Chunk, future_tags
+from hamts.errors import DataError
+from hamts.nn.tokens import Policy
+from hamts.reader import HAMNetwork, StreamMemory
+from hamts.remembered import flatten_tensors
+
+__all__ = ["Ahead", "PatchRows", "Stepped", "Stepper"]
+
+MOST_STAMPS = 4096
+
+
+@dataclass(frozen=True)
+class PatchRows:
+    """Rows of one patch of each item, and what is needed to place them."""
+
+    values: np.ndarray  # [B, P, C] float64; NaN missing
+    offset: np.ndarray | None  # [B, P, C] float32
+    action_before: np.ndarray  # [B, C] last observed actions before the patch
+    patch: np.ndarray  # [B] int64 on each item's grid
+    starts: np.ndarray  # [B] int64
+    lead: np.ndarray  # [B] int64
+    static: np.ndarray  # [B, E] float64
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one patch left behind."""
+
+    memory: StreamMemory
+    kept: np.ndarray  # [B, L] int64 tokens routed
+    heard: np.ndarray  # [B] int64 tokens observed
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Forecast of the patch that begins now."""
+
+    quantiles: np.ndarray  # [B, G, P, Q] float64, in the user's units
+    mean: np.ndarray  # [B, G] float64, level of the stream
+    scale: np.ndarray  # [B, G] float64
+
+
+class Stepper:
+    """The network as a stream runs it."""
+
+    def __init__(self, network: HAMNetwork, schema: Schema, share: float) -> None:
+        self.network, self.schema, self.share = network, schema, share
+        self.zone = schema.dialect.time_zone
+        self.clock = effective_clock(schema.frequency, self.zone)
+        self.integer = schema.frequency.kind == "integer"
+        kinds = np.array([column.kind == "categorical" for column in schema.static], dtype=bool)  # [E]
+        self.coded = kinds
+        self.with_tags = any(channel.role in ("event", "action") for channel in schema.channels)
+        self._policies: dict[int, tuple[Policy, Policy]] = {}
+        self._calendar: dict[int, np.ndarray] = {}
+
+    @torch.inference_mode()
+    def step(self, rows: PatchRows, memory: StreamMemory, ids: list[object]) -> Stepped:
+        """Read one complete patch of each item. Raises DataError E-NUMERIC: the memory would hold no numbers."""
+        chunk = self.chunk(rows, complete=True)
+        policy, _ = self.policies(len(rows.patch))
+        reading = self.network(chunk, memory, policy, stepwise=True, decode=False)
+        self._refuse_non_finite(reading.memory, rows, ids)
+        heard = reading.heard > 0  # [B, C, 1]
+        kept = torch.stack([(trace.routed & heard).sum((1, 2)) for trace in reading.traces], 1)  # [B, L]
+        return Stepped(reading.memory, kept.cpu().numpy(), heard.sum((1, 2)).cpu().numpy())
+
+    @torch.inference_mode()
+    def ahead(self, rows: PatchRows, memory: StreamMemory) -> Ahead:
+        """Forecast the patch that begins now from what came before it, nothing of it known."""
+        chunk = self.chunk(rows, complete=False)
+        _, policy = self.policies(len(rows.patch))
+        reading = self.network(chunk, memory, policy, advance=False)
+        return Ahead(
+            quantiles=reading.unscaled()[:, :, 0].cpu().numpy(),
+            mean=reading.mean[:, :, 0].cpu().numpy(),
+            scale=reading.scale[:, :, 0].cpu().numpy(),
+        )
+
+    def policies(self, items: int) -> tuple[Policy, Policy]:
+        """What scratchpads may do for so many items: in reading; in a forecast, whose tokens live outside the cap."""
+        if items not in self._policies:
+            policy = self.network.policy(torch.full((items,), self.share))
+            self._policies[items] = (policy, replace(policy, cap_kept=None, cap_must=None))
+        return self._policies[items]
+
+    def chunk(self, rows: PatchRows, *, complete: bool) -> Chunk:
+        """One patch of each item; nothing in it is routed unless it is complete."""
+        B, P, C = rows.values.shape
+        values = torch.from_numpy(rows.values).permute(0, 2, 1)[:, :, None]  # [B, C, 1, P]
+        observed = ~torch.isnan(values)  # [B, C, 1, P]
+        tags = torch.zeros(B, C, 1, P, dtype=torch.bool)  # [B, C, 1, P]
+        if self.with_tags:
+            found = future_tags(rows.action_before, rows.values, self.schema)  # [B, P, C]
+            tags = torch.from_numpy(found).permute(0, 2, 1)[:, :, None] & observed  # [B, C, 1, P]
+        offset = torch.zeros(B, C, 1, P)  # [B, C, 1, P]
+        if rows.offset is not None:
+            offset = torch.where(observed, torch.from_numpy(rows.offset).permute(0, 2, 1)[:, :, None], offset)
+        return Chunk(
+            values=torch.where(observed, values, 0.0),
+            observed=observed,
+            tags=tags,
+            event_offset=offset,
+            calendar=torch.from_numpy(self.calendar(rows))[:, None],
+            present=torch.ones(B, 1, dtype=torch.bool),
+            complete=torch.full((B, C, 1), complete),
+            position=torch.from_numpy(rows.patch.astype(np.float64))[:, None],
+            elapsed=torch.ones(B, 1),
+            static_values=torch.from_numpy(np.nan_to_num(rows.static[:, ~self.coded]).astype(np.float32)),
+            static_codes=torch.from_numpy(np.nan_to_num(rows.static[:, self.coded]).astype(np.int64)),
+            truth=values,
+        )
+
+    def patch_times(self, starts: np.ndarray, lead: np.ndarray, patch: np.ndarray) -> np.ndarray:
+        """Time of the first step of a patch, int64 [B]."""
+        P = self.network.config.patch_steps
+        return advance(self.clock, starts, patch * P - lead, self.zone)
+
+    def step_times(self, starts: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Time so many steps after each start, int64 [B]."""
+        return advance(self.clock, starts, steps, self.zone)
+
+    def calendar(self, rows: PatchRows) -> np.ndarray:
+        """Calendar features of each patch, float32 [B, F]; items in step share them."""
+        stamps = self.patch_times(rows.starts, rows.lead, rows.patch).tolist()
+        missing = [stamp for stamp in dict.fromkeys(stamps) if stamp not in self._calendar]
+        if missing:
+            if len(self._calendar) + len(missing) > MOST_STAMPS:
+                self._calendar.clear()
+                missing = list(dict.fromkeys(stamps))
+            times = as_times(as_numbers(np.array(missing)), integer=self.integer)
+            found = calendar_features(times, self.schema.frequency, self.zone)
+            self._calendar |= dict(zip(missing, found, strict=True))
+        return np.stack([self._calendar[stamp] for stamp in stamps])
+
+    def _refuse_non_finite(self, memory: StreamMemory, rows: PatchRows, ids: list[object]) -> None:
+        for name, leaf in flatten_tensors(memory.layers, "layers").items():
+            if not leaf.is_floating_point() or not leaf.numel() or torch.isfinite(leaf.sum()):
+                continue
+            bad = ~torch.isfinite(leaf.flatten(1)).all(1)  # [B]
+            if not bool(bad.any()):
+                continue
+            item = int(bad.nonzero()[0])
+            raise DataError(
+                "E-NUMERIC",
+                f"Reading patch {int(rows.patch[item])} would leave values in {name} that are not numbers.",
+                series=ids[item],
+                fix="Look for values of extreme size in these rows. The state is as it was before them.",
+            )
