@@ -1,4 +1,4 @@
-"""The command line: ``hamts demo | fit | predict | routes | datasets | doctor``.
+"""The command line: ``hamts demo | fit | predict | stream | routes | datasets | doctor``.
 
 Heavy libraries are imported inside the commands, so that ``hamts --help`` answers at once. A DataError is shown as a
 panel and ends with exit code 2; nothing is written over without --force.
@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from hamts.cli_show import console, show_dataset, show_error, show_list, show_sections, show_warning
+from hamts.cli_stream import stream
 from hamts.errors import DataError, DataWarning
 from hamts.files import STDOUT, check_output, kind_of, read_frame, write_frame
 
@@ -207,6 +208,9 @@ def predict(
         events=optional_frame(events, **read), static_df=optional_frame(static, **read),
     )  # fmt: skip
     answer(forecast.df, out)
+
+
+app.command()(stream)
 
 
 @app.command()
