@@ -87,7 +87,12 @@ class PatchStore:
         return self._chunk(items, rows, inside, values, observed, complete)
 
     def horizon(
-        self, items: torch.Tensor, cutoffs: torch.Tensor, steps: int, reveal: torch.Tensor | None = None
+        self,
+        items: torch.Tensor,
+        cutoffs: torch.Tensor,
+        steps: int,
+        reveal: torch.Tensor | None = None,
+        patches: int | None = None,
     ) -> Chunk:
         """The unfinished patch at each cutoff, and the patches to forecast.
 
@@ -99,19 +104,20 @@ class PatchStore:
             cutoffs: observed steps of each item, [B] int64: the forecast begins with step ``cutoffs`` (0-based).
             steps: F, steps to forecast.
             reveal: whether events of the horizon are known, [B] bool.
+            patches: N, where the caller knows it and the device need not be asked.
         """
         P = self.patch_steps
         origin = self.grid_steps(items, cutoffs)  # [B]
         first, begun = origin // P, origin % P  # [B], [B]
-        patches = int((int(begun.max()) + steps + P - 1) // P)
+        patches = horizon_patches(begun, steps, P) if patches is None else patches
         rows, inside = self._rows(items, first, patches)
         values = self.values[rows].permute(0, 3, 1, 2)  # [B, C, N, P]
         values = torch.where(inside[:, None, :, None], values, torch.nan)  # [B, C, N, P]
-        step = torch.arange(patches * P).view(patches, P) - begun[:, None, None]  # [B, N, P] counted from the cutoff
+        step = torch.arange(patches * P, device=items.device).view(patches, P) - begun[:, None, None]  # [B, N, P] counted from the cutoff
         past, ahead = step < 0, (step >= 0) & (step < steps)  # 2 x [B, N, P]
-        known_roles = torch.tensor([role in KNOWN_AHEAD for role in self.roles])[:, None, None]  # [C, 1, 1]
-        event_roles = torch.tensor([role == "event" for role in self.roles])[:, None, None]  # [C, 1, 1]
-        open_ahead = known_roles.expand(len(items), -1, -1, -1)  # [B, C, 1, 1]
+        known_roles = torch.tensor([role in KNOWN_AHEAD for role in self.roles], device=items.device)
+        event_roles = torch.tensor([role == "event" for role in self.roles], device=items.device)[:, None, None]
+        open_ahead = known_roles[:, None, None].expand(len(items), -1, -1, -1)  # [B, C, 1, 1]
         if reveal is not None:
             open_ahead = open_ahead | (event_roles & reveal[:, None, None, None])  # [B, C, 1, 1]
         seen = past[:, None] | (ahead[:, None] & open_ahead)  # [B, C, N, P]
@@ -123,7 +129,7 @@ class PatchStore:
 
     def _rows(self, items: torch.Tensor, first: torch.Tensor, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Row numbers, clamped into each item, [B, N], and which were inside, [B, N]."""
-        local = (first - self.first_patch[items])[:, None] + torch.arange(patches)  # [B, N]
+        local = (first - self.first_patch[items])[:, None] + torch.arange(patches, device=items.device)  # [B, N]
         count = self.row_count[items][:, None]  # [B, 1]
         inside = (local >= 0) & (local < count)  # [B, N]
         return self.first_row[items][:, None] + local.clamp_min(0).minimum(count - 1), inside
@@ -137,7 +143,7 @@ class PatchStore:
         observed: torch.Tensor,
         complete: torch.Tensor,
     ) -> Chunk:
-        offset = torch.zeros(values.shape, dtype=torch.float32)  # [B, C, N, P]
+        offset = torch.zeros(values.shape, dtype=torch.float32, device=values.device)  # [B, C, N, P]
         if self.event_offset is not None:
             offset = torch.where(observed, self.event_offset[rows].permute(0, 3, 1, 2), 0.0)  # [B, C, N, P]
         return Chunk(
@@ -154,6 +160,11 @@ class PatchStore:
             static_codes=self.static_codes[items],
             truth=values,
         )
+
+
+def horizon_patches(begun: torch.Tensor, steps: int, patch_steps: int) -> int:
+    """Patches that hold the steps begun of an unfinished patch, [B], and so many more."""
+    return (int(begun.max()) + steps + patch_steps - 1) // patch_steps
 
 
 def find_tags(values: np.ndarray, offsets: np.ndarray, schema: Schema) -> np.ndarray:
