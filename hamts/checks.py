@@ -40,6 +40,9 @@ class FitReport:
     best_score: float
     history: tuple[dict[str, float], ...]
     stopped_by: str
+    kernel: str = "torch"  # what ran the recurrence and the read
+    kernel_why: str = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Run:
         self.next_check = 1.0 / task.config.checks
         self.stopped_by = "max_steps"
         self.bad_checks = 0
+        # where several processes fit together they go by one clock
+        self.agreed_seconds: float | None = None
 
     @property
     def checked(self) -> HAMNetwork:
@@ -107,6 +112,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
+        if self.agreed_seconds is not None:
+            return self.agreed_seconds
         return self.earlier + time.monotonic() - self.began
 
     def progress(self, step: int) -> float:

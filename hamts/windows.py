@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hamts.config import TrainConfig
-from hamts.data.patches import Chunk, PatchStore
+from hamts.data.patches import Chunk, PatchStore, horizon_patches
 from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork
@@ -82,9 +82,13 @@ class StreamWindows(IterableDataset[Windows]):
         horizon: int,
         config: TrainConfig,
         cross_chance: float,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """Where streams are is kept on the CPU; rows and statistics on ``device``, where windows are cut."""
         self.cross_chance = cross_chance
-        self.store, self.history, self.horizon, self.config = store, history, horizon, config
+        self.horizon, self.config, self.device = horizon, config, torch.device(device)
+        self.host = store
+        self.store, self.history = map_tensors((store, history), lambda tensor: tensor.to(device))
         self.ends = torch.from_numpy(np.asarray(ends, dtype=np.int64))  # [I] observed steps that may be used
         usable = (self.ends + store.lead) // store.patch_steps  # [I] patches
         self.patches = usable.clamp_min(1)
@@ -144,13 +148,16 @@ class StreamWindows(IterableDataset[Windows]):
     def _part(self, first: torch.Tensor, patches: int) -> tuple[Chunk, Chunk]:
         """Some patches of every stream, and a forecast after them."""
         store, B = self.store, len(self.items)
-        context = self._hide_spans(store.window(self.items, first, patches))
+        items = self.items.to(self.device)  # [B]
+        context = self._hide_spans(store.window(items, first.to(self.device), patches))
         # half of all forecasts start on a patch boundary: scheduled forecasts do
         inside = float(self._uniform(1)) < 0.5
         begun = (self._uniform(B) * store.patch_steps).long() if inside else torch.zeros(B, dtype=torch.int64)  # [B]
-        boundary = (first + patches) * store.patch_steps - store.lead[self.items]  # [B]
+        boundary = (first + patches) * store.patch_steps - self.host.lead[self.items]  # [B]
         cutoffs = torch.minimum(boundary + begun, self.ends[self.items] - 1).maximum(boundary)  # [B]
-        horizon = store.horizon(self.items, cutoffs, self.horizon, self._uniform(B) < 0.5)
+        reveal = (self._uniform(B) < 0.5).to(self.device)  # [B]
+        ahead = horizon_patches(cutoffs - boundary, self.horizon, store.patch_steps)
+        horizon = store.horizon(items, cutoffs.to(self.device), self.horizon, reveal, ahead)
         return context, self._hide_beyond(horizon, cutoffs)
 
     def _prefix(self) -> int:
@@ -160,8 +167,9 @@ class StreamWindows(IterableDataset[Windows]):
 
     def _warm(self, prefix: int) -> ScaleState:
         """Statistics of each stream before its prefix, [B, C, ...]."""
-        local = (self.at - prefix - self.store.first_patch[self.items]).clamp_min(0)
-        rows = self.store.first_row[self.items] + local.minimum(self.store.row_count[self.items] - 1)
+        local = (self.at - prefix - self.host.first_patch[self.items]).clamp_min(0)
+        rows = self.host.first_row[self.items] + local.minimum(self.host.row_count[self.items] - 1)
+        rows = rows.to(self.device)  # [B]
         return map_tensors(self.history, lambda tensor: tensor[rows])
 
     def _hide_spans(self, context: Chunk) -> Chunk:
@@ -172,6 +180,7 @@ class StreamWindows(IterableDataset[Windows]):
         start = (self._uniform(B) * (N * P - length)).long()  # [B]
         step = torch.arange(N * P)  # [N P]
         span = chosen[:, None] & (step >= start[:, None]) & (step < (start + length)[:, None])  # [B, N P]
+        span = span.to(self.device)
         hidden = span.view(B, 1, N, P) & self._hideable()  # [B, C, N, P]
         observed = context.observed & ~hidden  # [B, C, N, P]
         return replace(
@@ -184,16 +193,18 @@ class StreamWindows(IterableDataset[Windows]):
 
     def _hideable(self) -> torch.Tensor:
         """Targets and past channels, [C, 1, 1] bool."""
-        return torch.tensor([role in ("target", "past") for role in self.store.roles])[:, None, None]
+        roles = [role in ("target", "past") for role in self.store.roles]
+        return torch.tensor(roles, device=self.device)[:, None, None]
 
     def _hide_beyond(self, horizon: Chunk, cutoffs: torch.Tensor) -> Chunk:
         """No truth from beyond the training rows."""
         P = self.store.patch_steps
         assert horizon.horizon is not None
         N = horizon.horizon.shape[1]
-        origin = (cutoffs + self.store.lead[self.items]) // P * P - self.store.lead[self.items]  # [B]
+        lead = self.host.lead[self.items]  # [B]
+        origin = (cutoffs + lead) // P * P - lead  # [B]
         step = origin[:, None, None] + torch.arange(N * P).view(N, P)  # [B, N, P]
-        usable = step < self.ends[self.items][:, None, None]  # [B, N, P]
+        usable = (step < self.ends[self.items][:, None, None]).to(self.device)  # [B, N, P]
         return replace(
             horizon,
             truth=torch.where(usable[:, None], horizon.truth, torch.nan),

@@ -15,7 +15,16 @@ from hamts.data.calendar import calendar_features
 from hamts.data.clock import as_numbers, future_times, lead_steps, step_times
 from hamts.data.panel import KNOWN_AHEAD, Panel, Schema
 
-__all__ = ["Chunk", "PatchStore", "build_store", "find_tags", "future_tags", "irregular_unit", "last_actions"]
+__all__ = [
+    "Chunk",
+    "PatchStore",
+    "build_store",
+    "find_tags",
+    "future_tags",
+    "horizon_patches",
+    "irregular_unit",
+    "last_actions",
+]
 
 
 @dataclass(frozen=True)
