@@ -1,0 +1,381 @@
+"""Triton kernels of the read's gradient and masses. Words and letters as in ``attend_triton_kernels.py``.
+
+A tile of rows gathers the gradient of its queries; a tile of columns that of its keys, values, biases and marks, from
+all rows that see it, in one program or in parts that are added afterwards in a fixed order.
+
+Source: FlashAttention-2 (arXiv 2307.08691), with the two gradients in kernels of their own, hence no atomic additions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hamts.ops.attend_triton_kernels import LOG2E, VARYING, _entry_logits, _local_logits, _store, _tile
+
+__all__ = ["column_grad_kernel", "mass_kernel", "query_grad_kernel"]
+
+
+@triton.jit
+def _mark_products(products, grad_marks_ptr, raw_marks_ptr, rows, columns, n_rows, n_columns, own,
+                   C: tl.constexpr, R: tl.constexpr, ROWS_FIRST: tl.constexpr):  # fmt: skip
+    """Add marks times their gradient to the gradient of the probabilities; in float32, for levels may be large."""
+    for r in tl.static_range(R):
+        grad = tl.load(grad_marks_ptr + r * n_rows + rows, mask=rows < n_rows, other=0.0)
+        mark = tl.load(raw_marks_ptr + r * n_columns + columns, mask=columns < n_columns, other=0.0)
+        if ROWS_FIRST:
+            product = grad[:, None] * mark[None, :]
+        else:
+            product = mark[:, None] * grad[None, :]
+        if C > 1:
+            product = tl.where(own, product, 0.0)
+        products += product
+    return products
+
+
+@triton.jit
+def _query_grad_entries(
+    grad, own_sum, q, grad_output, lse, through, row, rows, begin, end, keys_ptr, values_ptr, marks_ptr, grad_marks_ptr,
+    bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    for tile in tl.range(begin, end):
+        entry = tile * BN + tl.arange(0, BN)
+        inside = entry < n_entries
+        k = _tile(keys_ptr, entry, n_entries, H * K, K, BK, MASKED)
+        v = _tile(values_ptr, entry, n_entries, H * V, V, BV, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        products = tl.dot(grad_output, tl.trans(v), input_precision=PRECISION)
+        bias = tl.load(bias_ptr + entry, mask=inside, other=float("-inf"))[None, :]
+        since, until, sources = entry[None, :], entry[None, :], entry[None, :]
+        if MASKED:
+            since = tl.load(from_ptr + entry, mask=inside, other=0)[None, :]
+            until = tl.load(until_ptr + entry, mask=inside, other=0)[None, :]
+        if C > 1:
+            sources = tl.load(source_ptr + entry, mask=inside, other=0)[None, :]
+        s, own = _entry_logits(
+            s, bias, row, (since, until), sources, bits_ptr, channel_bias, n_rows, words, C, MASKED
+        )  # fmt: skip
+        products = _mark_products(
+            products, grad_marks_ptr, marks_ptr, rows, entry, n_rows, n_entries, own, C, R, True
+        )  # fmt: skip
+        slope = tl.exp2(s - lse[:, None]) * (products - through[:, None])
+        if C > 1:
+            own_sum += tl.sum(tl.where(own, slope, 0.0), 1)
+        grad = tl.dot(slope.to(k.dtype), k, grad, input_precision=PRECISION)
+    return grad, own_sum
+
+
+@triton.jit(do_not_specialize=VARYING)
+def query_grad_kernel(
+    q_ptr, local_keys_ptr, local_values_ptr, local_marks_ptr, present_ptr, keys_ptr, values_ptr, marks_ptr, bias_ptr,
+    from_ptr, until_ptr, source_ptr, bounds_ptr, bits_ptr, channel_bias_ptr, output_ptr, marked_ptr, lse_ptr,
+    grad_output_ptr, grad_marks_ptr, through_ptr, grad_q_ptr, own_ptr, n_rows, n_local, n_entries, window, span, words,
+    H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries [B, NC, H, K]; also output x gradient [B, H, NC] and the channel bias's part [B, H, Q]."""
+    n_tiles = tl.cdiv(n_rows, BM)
+    tile = n_tiles - 1 - tl.program_id(0) % n_tiles
+    item = (tl.program_id(0) // n_tiles // H).to(tl.int64)
+    head = tl.program_id(0) // n_tiles % H
+    rows = tl.multiple_of(tile * BM, BM) + tl.arange(0, BM)
+    row = rows[:, None]
+    q = _tile(q_ptr + (item * n_rows * H + head) * K, rows, n_rows, H * K, K, BK, True)
+    of_values = (item * n_rows * H + head) * V
+    grad_output = _tile(grad_output_ptr + of_values, rows, n_rows, H * V, V, BV, True)
+    output = _tile(output_ptr + of_values, rows, n_rows, H * V, V, BV, True)
+    through = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
+    grad_marks_ptr += (item * H + head) * R * n_rows
+    for r in tl.static_range(R):
+        marked = tl.load(marked_ptr + ((item * n_rows + rows) * H + head) * R + r, mask=rows < n_rows, other=0.0)
+        through += marked * tl.load(grad_marks_ptr + r * n_rows + rows, mask=rows < n_rows, other=0.0)
+    of_head = (item * H + head) * n_rows
+    tl.store(through_ptr + of_head + rows, through, mask=rows < n_rows)
+    lse = tl.load(lse_ptr + of_head + rows, mask=rows < n_rows, other=1.0e30)
+    bits_ptr += item * C * words
+    channel_bias = tl.load(channel_bias_ptr + head).to(tl.float32) * LOG2E
+    grad = tl.zeros([BM, BK], tl.float32)
+    own_sum = tl.zeros([BM], tl.float32)
+    if ENTRIES:
+        keys_ptr += (item * n_entries * H + head) * K
+        values_ptr += (item * n_entries * H + head) * V
+        marks_ptr += item * n_entries * R
+        bias_ptr += (item * H + head) * n_entries
+        from_ptr += item * n_entries
+        until_ptr += item * n_entries
+        source_ptr += item * n_entries
+        bounds_ptr += (item * n_tiles + tile) * 4
+        begin, full_begin = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+        full_end, end = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+        grad, own_sum = _query_grad_entries(
+            grad, own_sum, q, grad_output, lse, through, row, rows, begin, full_begin, keys_ptr, values_ptr, marks_ptr,
+            grad_marks_ptr, bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words,
+            H, C, K, V, R, BK, BV, BN, PRECISION, True,
+        )  # fmt: skip
+        grad, own_sum = _query_grad_entries(
+            grad, own_sum, q, grad_output, lse, through, row, rows, full_begin, full_end, keys_ptr, values_ptr,
+            marks_ptr, grad_marks_ptr, bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias, n_rows,
+            n_entries, words, H, C, K, V, R, BK, BV, BN, PRECISION, False,
+        )  # fmt: skip
+        grad, own_sum = _query_grad_entries(
+            grad, own_sum, q, grad_output, lse, through, row, rows, full_end, end, keys_ptr, values_ptr, marks_ptr,
+            grad_marks_ptr, bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words,
+            H, C, K, V, R, BK, BV, BN, PRECISION, True,
+        )  # fmt: skip
+    local_keys_ptr += (item * n_local * H + head) * K
+    local_values_ptr += (item * n_local * H + head) * V
+    local_marks_ptr += item * n_local * R
+    present_ptr += item * n_local
+    last = tl.minimum(tile * BM + BM, n_rows) - 1
+    for start in tl.range((tile * BM // C + 1) * C, (last // C + window + 1) * C, BN):
+        place = start + tl.arange(0, BN)
+        k = _tile(local_keys_ptr, place, n_local, H * K, K, BK, True)
+        v = _tile(local_values_ptr, place, n_local, H * V, V, BV, True)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        products = tl.dot(grad_output, tl.trans(v), input_precision=PRECISION)
+        present = tl.load(present_ptr + place, mask=place < n_local, other=0)[None, :]
+        s, own = _local_logits(
+            s, row, place[None, :], present, bits_ptr, channel_bias, n_rows, n_local, window, span, words, C
+        )
+        products = _mark_products(
+            products, grad_marks_ptr, local_marks_ptr, rows, place, n_rows, n_local, own, C, R, True
+        )  # fmt: skip
+        slope = tl.exp2(s - lse[:, None]) * (products - through[:, None])
+        if C > 1:
+            own_sum += tl.sum(tl.where(own, slope, 0.0), 1)
+        grad = tl.dot(slope.to(k.dtype), k, grad, input_precision=PRECISION)
+    _store(grad_q_ptr + (item * n_rows * H + head) * K, rows, n_rows, H * K, K, BK, grad)
+    if C > 1:
+        tl.store(own_ptr + (item * H + head) * n_tiles + tile, tl.sum(own_sum))
+
+
+@triton.jit
+def _column_logits(
+    k, q, rows, columns, bias, since, until, sources, present, lse, bits_ptr, channel_bias, n_rows, n_columns, window,
+    span, words, C: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Probabilities, columns first [BN, BM], and which are of the row's own channel."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if ENTRIES:
+        s, own = _entry_logits(
+            s, bias[:, None], rows[None, :], (since[:, None], until[:, None]), sources[:, None], bits_ptr, channel_bias,
+            n_rows, words, C, MASKED,
+        )  # fmt: skip
+    else:
+        s, own = _local_logits(
+            s, rows[None, :], columns[:, None], present[:, None], bits_ptr, channel_bias, n_rows, n_columns, window,
+            span, words, C,
+        )  # fmt: skip
+    return tl.exp2(s - lse[None, :]), own
+
+
+@triton.jit
+def _column_grad_rows(
+    grad_k, grad_v, grad_bias, grad_mark, k, v, columns, bias, since, until, sources, present, begin, end, q_ptr,
+    grad_output_ptr, grad_marks_ptr, marks_ptr, lse_ptr, through_ptr, bits_ptr, channel_bias, n_rows, n_columns, window,
+    span, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, RM: tl.constexpr, ENTRIES: tl.constexpr, MARKS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(begin, end, BM):
+        rows = tl.multiple_of(start, BM) + tl.arange(0, BM)
+        q = _tile(q_ptr, rows, n_rows, H * K, K, BK, MASKED)
+        grad_output = _tile(grad_output_ptr, rows, n_rows, H * V, V, BV, MASKED)
+        lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=1.0e30)
+        through = tl.load(through_ptr + rows, mask=rows < n_rows, other=0.0)
+        p, own = _column_logits(
+            k, q, rows, columns, bias, since, until, sources, present, lse, bits_ptr, channel_bias, n_rows, n_columns,
+            window, span, words, C, ENTRIES, PRECISION, MASKED,
+        )  # fmt: skip
+        grad_v = tl.dot(p.to(q.dtype), grad_output, grad_v, input_precision=PRECISION)
+        products = tl.dot(v, tl.trans(grad_output), input_precision=PRECISION)
+        products = _mark_products(
+            products, grad_marks_ptr, marks_ptr, rows, columns, n_rows, n_columns, own, C, R, False
+        )  # fmt: skip
+        slope = p * (products - through[None, :])
+        if ENTRIES:
+            grad_bias += tl.sum(slope, 1)
+        grad_k = tl.dot(slope.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        if MARKS_GRAD:
+            r = tl.arange(0, RM)
+            keep = (rows < n_rows)[:, None] & (r < R)[None, :]
+            grad = tl.load(grad_marks_ptr + r[None, :] * n_rows + rows[:, None], mask=keep, other=0.0)
+            if C > 1:
+                p = tl.where(own, p, 0.0)
+            grad_mark = tl.dot(p.to(q.dtype), grad.to(q.dtype), grad_mark, input_precision=PRECISION)
+    return grad_k, grad_v, grad_bias, grad_mark
+
+
+@triton.jit
+def _row_range(since, until, columns, n_rows, n_columns, window, part, PARTS: tl.constexpr, C: tl.constexpr,
+               ENTRIES: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """Rows of this part that may see a tile of columns: first, first needing no mask, past those, past all."""
+    if ENTRIES:
+        living = (since < until) & (columns < n_columns)
+        first = tl.min(tl.where(living, since, n_rows // C)) * C
+        past = tl.max(tl.where(living, until, 0)) * C
+        # dead entries carry a bias of -inf and need no mask; columns beyond the last one do
+        full = tl.max(tl.where(living, since, 0)) * C
+        full_past = tl.min(tl.where(living, until, n_rows // C)) * C
+        full_past = tl.where(tl.max(columns) < n_columns, full_past, 0)
+    else:
+        first = tl.maximum(tl.min(columns) // C - window, 0) * C
+        past = (tl.max(columns) // C) * C
+        full = n_rows
+        full_past = 0
+    past = tl.minimum(past, n_rows)
+    begin = tl.minimum(first, past) // BM
+    end = tl.maximum(tl.cdiv(past, BM), begin)
+    share = tl.cdiv(end - begin, PARTS)
+    begin = tl.minimum(begin + part * share, end)
+    end = tl.minimum(begin + share, end)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full, BM), begin), end)
+    full_end = tl.maximum(tl.minimum(full_past // BM, end), full_begin)
+    return begin * BM, full_begin * BM, full_end * BM, end * BM
+
+
+@triton.jit(do_not_specialize=VARYING)
+def column_grad_kernel(
+    q_ptr, keys_ptr, values_ptr, marks_ptr, present_ptr, bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr,
+    channel_bias_ptr, lse_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, grad_keys_ptr, grad_values_ptr,
+    grad_bias_ptr, grad_mark_ptr, n_rows, n_columns, window, span, words, H: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RM: tl.constexpr,
+    ENTRIES: tl.constexpr, MARKS_GRAD: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of entries, or of the window's places: keys, values, biases [B, H, M] and marks [B, H, R, M].
+
+    A leading axis of PARTS holds what each part of the rows gives.
+    """
+    n_tiles = tl.cdiv(n_columns, BN)
+    tile, part = tl.program_id(0) % n_tiles, tl.program_id(1)
+    item = (tl.program_id(0) // n_tiles // H).to(tl.int64)
+    head = tl.program_id(0) // n_tiles % H
+    columns = tile * BN + tl.arange(0, BN)
+    inside = columns < n_columns
+    of_keys, of_values = (item * n_columns * H + head) * K, (item * n_columns * H + head) * V
+    k = _tile(keys_ptr + of_keys, columns, n_columns, H * K, K, BK, True)
+    v = _tile(values_ptr + of_values, columns, n_columns, H * V, V, BV, True)
+    bias = tl.zeros([BN], tl.float32)
+    since, until, sources, present = columns, columns, columns, columns
+    if ENTRIES:
+        bias = tl.load(bias_ptr + (item * H + head) * n_columns + columns, mask=inside, other=float("-inf"))
+        since = tl.load(from_ptr + item * n_columns + columns, mask=inside, other=0)
+        until = tl.load(until_ptr + item * n_columns + columns, mask=inside, other=0)
+        if C > 1:
+            sources = tl.load(source_ptr + item * n_columns + columns, mask=inside, other=0)
+    else:
+        present = tl.load(present_ptr + item * n_columns + columns, mask=inside, other=0)
+    q_ptr += (item * n_rows * H + head) * K
+    grad_output_ptr += (item * n_rows * H + head) * V
+    grad_marks_ptr += (item * H + head) * R * n_rows
+    marks_ptr += item * n_columns * R
+    lse_ptr += (item * H + head) * n_rows
+    through_ptr += (item * H + head) * n_rows
+    bits_ptr += item * C * words
+    channel_bias = tl.load(channel_bias_ptr + head).to(tl.float32) * LOG2E
+    grad_k = tl.zeros([BN, BK], tl.float32)
+    grad_v = tl.zeros([BN, BV], tl.float32)
+    grad_bias = tl.zeros([BN], tl.float32)
+    grad_mark = tl.zeros([BN, RM], tl.float32)
+    begin, full_begin, full_end, end = _row_range(
+        since, until, columns, n_rows, n_columns, window, part, PARTS, C, ENTRIES, BM
+    )
+    grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
+        grad_k, grad_v, grad_bias, grad_mark, k, v, columns, bias, since, until, sources, present, begin, full_begin,
+        q_ptr, grad_output_ptr, grad_marks_ptr, marks_ptr, lse_ptr, through_ptr, bits_ptr, channel_bias, n_rows,
+        n_columns, window, span, words, H, C, K, V, R, BK, BV, RM, ENTRIES, MARKS_GRAD, PRECISION, BM, True,
+    )  # fmt: skip
+    if ENTRIES:
+        grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
+            grad_k, grad_v, grad_bias, grad_mark, k, v, columns, bias, since, until, sources, present, full_begin,
+            full_end, q_ptr, grad_output_ptr, grad_marks_ptr, marks_ptr, lse_ptr, through_ptr, bits_ptr, channel_bias,
+            n_rows, n_columns, window, span, words, H, C, K, V, R, BK, BV, RM, ENTRIES, MARKS_GRAD, PRECISION, BM,
+            False,
+        )  # fmt: skip
+        grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
+            grad_k, grad_v, grad_bias, grad_mark, k, v, columns, bias, since, until, sources, present, full_end, end,
+            q_ptr, grad_output_ptr, grad_marks_ptr, marks_ptr, lse_ptr, through_ptr, bits_ptr, channel_bias, n_rows,
+            n_columns, window, span, words, H, C, K, V, R, BK, BV, RM, ENTRIES, MARKS_GRAD, PRECISION, BM, True,
+        )  # fmt: skip
+    n_items = tl.num_programs(0) // n_tiles // H
+    offset = (part * n_items).to(tl.int64) * n_columns * H
+    _store(grad_keys_ptr + offset * K + of_keys, columns, n_columns, H * K, K, BK, grad_k)
+    _store(grad_values_ptr + offset * V + of_values, columns, n_columns, H * V, V, BV, grad_v)
+    if ENTRIES:
+        tl.store(grad_bias_ptr + offset + (item * H + head) * n_columns + columns, grad_bias, mask=inside)
+    if MARKS_GRAD:
+        r = tl.arange(0, RM)
+        place = grad_mark_ptr + offset * R + (item * H + head) * R * n_columns + r[None, :] * n_columns
+        tl.store(place + columns[:, None], grad_mark, mask=inside[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _mass_rows(
+    mass, k, columns, bias, since, until, sources, present, begin, end, q_ptr, lse_ptr, bits_ptr, channel_bias, n_rows,
+    n_columns, window, span, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    ENTRIES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(begin, end, BM):
+        rows = tl.multiple_of(start, BM) + tl.arange(0, BM)
+        q = _tile(q_ptr, rows, n_rows, H * K, K, BK, MASKED)
+        lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=1.0e30)
+        p, _ = _column_logits(
+            k, q, rows, columns, bias, since, until, sources, present, lse, bits_ptr, channel_bias, n_rows, n_columns,
+            window, span, words, C, ENTRIES, PRECISION, MASKED,
+        )  # fmt: skip
+        mass += tl.sum(p, 1)
+    return mass
+
+
+@triton.jit(do_not_specialize=VARYING)
+def mass_kernel(
+    q_ptr, keys_ptr, present_ptr, bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias_ptr, lse_ptr,
+    mass_ptr, n_rows, n_columns, window, span, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Probability that each column received, summed over rows, [parts, B, H, M]."""
+    n_tiles = tl.cdiv(n_columns, BN)
+    tile, part = tl.program_id(0) % n_tiles, tl.program_id(1)
+    item = (tl.program_id(0) // n_tiles // H).to(tl.int64)
+    head = tl.program_id(0) // n_tiles % H
+    columns = tile * BN + tl.arange(0, BN)
+    inside = columns < n_columns
+    k = _tile(keys_ptr + (item * n_columns * H + head) * K, columns, n_columns, H * K, K, BK, True)
+    bias = tl.zeros([BN], tl.float32)
+    since, until, sources, present = columns, columns, columns, columns
+    if ENTRIES:
+        bias = tl.load(bias_ptr + (item * H + head) * n_columns + columns, mask=inside, other=float("-inf"))
+        since = tl.load(from_ptr + item * n_columns + columns, mask=inside, other=0)
+        until = tl.load(until_ptr + item * n_columns + columns, mask=inside, other=0)
+        if C > 1:
+            sources = tl.load(source_ptr + item * n_columns + columns, mask=inside, other=0)
+    else:
+        present = tl.load(present_ptr + item * n_columns + columns, mask=inside, other=0)
+    q_ptr += (item * n_rows * H + head) * K
+    lse_ptr += (item * H + head) * n_rows
+    bits_ptr += item * C * words
+    channel_bias = tl.load(channel_bias_ptr + head).to(tl.float32) * LOG2E
+    mass = tl.zeros([BN], tl.float32)
+    begin, full_begin, full_end, end = _row_range(
+        since, until, columns, n_rows, n_columns, window, part, PARTS, C, ENTRIES, BM
+    )
+    mass = _mass_rows(
+        mass, k, columns, bias, since, until, sources, present, begin, full_begin, q_ptr, lse_ptr, bits_ptr,
+        channel_bias, n_rows, n_columns, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
+    )  # fmt: skip
+    if ENTRIES:
+        mass = _mass_rows(
+            mass, k, columns, bias, since, until, sources, present, full_begin, full_end, q_ptr, lse_ptr, bits_ptr,
+            channel_bias, n_rows, n_columns, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, False,
+        )  # fmt: skip
+        mass = _mass_rows(
+            mass, k, columns, bias, since, until, sources, present, full_end, end, q_ptr, lse_ptr, bits_ptr,
+            channel_bias, n_rows, n_columns, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
+        )  # fmt: skip
+    n_items = tl.num_programs(0) // n_tiles // H
+    place = mass_ptr + ((part * n_items + item) * H + head).to(tl.int64) * n_columns + columns
+    tl.store(place, mass, mask=inside)
