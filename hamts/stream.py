@@ -36,6 +36,7 @@ from hamts.stream_update import Advance, Scored, store_ahead
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
+    from hamts.stream_open import DurableStream
 
 __all__ = ["Stream", "UpdateReport", "forecaster_stream"]
 
@@ -325,6 +326,13 @@ class Stream:
             ) from error
         stream._pins = [Pin(**pin) for pin in meta["pins"]]
         return stream
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], model: Any = None, **options: Any) -> DurableStream:
+        """Go on with the stream of a folder, or start one there; see ``hamts.stream_open.open_stream``."""
+        from hamts.stream_open import open_stream
+
+        return open_stream(folder, model, **options)
 
     def state_hash(self) -> str:
         """SHA-256 of the state; the same for items added in another order. Counters of refused rows do not count."""
