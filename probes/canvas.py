@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from probes.contract import NO_ROW, Draws, ProbeBatch, ProbeConfig
+from probes.contract import NO_ROW, Draws, ProbeBatch, ProbeConfig, generator
 from probes.draws import carrier, clock, fill, hide_rows, noisy_tags
 
-__all__ = ["Canvas"]
+__all__ = ["Canvas", "code_names", "query_rows", "take"]
+
+BACKGROUND_SEED = 912
+KEY_NOISE = 0.1
 
 
 class Canvas:
@@ -57,9 +60,12 @@ class Canvas:
         self.tagged = torch.zeros(n, L, dtype=torch.bool)  # [B, L]
         self.query = torch.zeros(n, L, dtype=torch.bool)  # [B, L]
         self.query[:, T:] = True
-        # the key of a row without one of its own: something fixed and random, a little different at each row
-        self.key = torch.randn(n, L, key_width, generator=draws("background keys")) / math.sqrt(key_width)
+        # rows without a key of their own nearly share one: nothing tells them apart but a little noise
+        shared = torch.randn(key_width, generator=generator(BACKGROUND_SEED))  # [G]
+        drift = KEY_NOISE * torch.randn(n, L, key_width, generator=draws("background keys"))  # [B, L, G]
+        self.key = shared / shared.norm() + drift / math.sqrt(key_width)  # [B, L, G]
         self.value = torch.zeros(n, L, value_width)  # [B, L, V]
+        self.bound = torch.zeros(n, L, dtype=torch.bool)  # [B, L] rows with a key and value of their own
 
     def column(self, name: str) -> int:
         return self.event_names.index(name)
@@ -79,6 +85,7 @@ class Canvas:
         unit = keys / keys.norm(dim=-1, keepdim=True).clamp_min(1e-9)  # [B, N, G]
         fill(self.key, rows, unit)
         fill(self.value, rows, values)
+        fill(self.bound, rows, torch.ones_like(rows, dtype=torch.bool))
 
     def mark_critical(self, rows: torch.Tensor, items: torch.Tensor, channels: Any = None) -> None:
         """Rows [B, N] that items [B, N] need; ``channels`` are those that carry it."""
@@ -118,13 +125,16 @@ class Canvas:
         x = self.x
         if config.missing > 0:
             x = hide_rows(self.draws("missing"), x, config.missing, self.crit | self.query | self.distract)
+        # every other row writes what it shows: that is what crowds a state
+        plain = torch.nan_to_num(self.x[..., : self.value.shape[-1]])  # [B, L, V]
+        value = torch.where(self.bound[..., None] | self.query[..., None], self.value, plain)  # [B, L, V]
         if y_mask is None:
             y_mask = torch.ones_like(y, dtype=torch.bool)
         y_mask = y_mask & (need.amax(-1) > NO_ROW)[..., None]  # [B, Q, Y]
         return ProbeBatch(
             x=x, events=self.events, actions=self.actions, time=time, event_id=self.event_id, query=self.query,
             q_index=q_index, q_item=q_item, y=y, y_mask=y_mask, need=need, crit=self.crit, crit_item=self.crit_item,
-            crit_chan=self.crit_chan, distract=self.distract, tags=tags, key=self.key, value=self.value,
+            crit_chan=self.crit_chan, distract=self.distract, tags=tags, key=self.key, value=value,
             context_rows=self.T, x_names=x_names, event_names=self.event_names, action_names=self.action_names,
             **rest,
         )  # fmt: skip

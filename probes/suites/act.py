@@ -210,5 +210,3 @@ class ActionEffectRecall(Probe):
             canvas.x[batch, place, 0] += weight * seen
         zero = torch.zeros(*seen.shape, 1)
         canvas.bind(rows, code, zero)
-        # the effect row itself has no key of its own: only the pair says what the action did
-        fill(canvas.value, rows + lag, seen[..., None])

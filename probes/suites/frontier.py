@@ -84,7 +84,6 @@ class BudgetFrontier(Probe):
         )  # fmt: skip
         every = torch.arange(T).expand(n, T)
         canvas.code(every, torch.nn.functional.one_hot(reporter, S).float(), "service_0")
-        canvas.value[:, :T] = background
         fill(canvas.x, rows, payload)
         canvas.flag(rows, "ev")
         canvas.code(rows, table[types])

@@ -91,7 +91,6 @@ class OnlineConsistency(Probe):
         # a row of the everyday is keyed by its place in the season, which a state can learn
         season = code_of_season(config.season_rows, table.shape[1])  # [season, G]
         canvas.key = season[torch.arange(T) % config.season_rows].expand(n, T, -1).clone()  # [B, T, G]
-        canvas.value = canvas.x.clone()
         fill(canvas.x, stored, payload)
         canvas.flag(stored, "ev")
         canvas.code(stored, code)

@@ -1,0 +1,248 @@
+"""Tier 0 over suites: every router at every budget, the state alone, the state widened to equal bytes, full memory.
+
+B sequences · Q queries · L rows
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from probes import t0
+from probes.allocation import SCHEMES, allocate, recalls
+from probes.contract import EVALUATION_SEED, ProbeBatch, generator
+from probes.prequential import cache_turnover, fading_error, recovery_rows, windowed_mase
+from probes.registry import Probe, list_probes
+from probes.scores import best_floor, query_error, ranks_auroc, selection, skill, stages, survival
+
+__all__ = ["BUDGET_FRACTIONS", "run_t0", "run_t0_suite"]
+
+BUDGET_FRACTIONS = (0.5, 1.0, 2.0)
+SEQUENCES = 32
+STREAM_SEQUENCES = 4
+KEY_WIDTH = 8
+# a state that is to know a season needs a key for each of its places
+STREAM_KEY_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rung, drawn: sequences to fit the few numbers that are fitted, and sequences to score on."""
+
+    probe: Probe
+    rung: str
+    train: ProbeBatch
+    batch: ProbeBatch
+    floor_name: str
+    floor: torch.Tensor  # [B, Q, Y]
+    floor_error: float
+    trace: t0.Trace
+    blend: torch.Tensor | None
+    train_floor: torch.Tensor  # [B, Q, Y]
+    key_width: int
+
+    @property
+    def critical(self) -> int:
+        """Rows that must be kept: the most of any sequence."""
+        return int(self.batch.crit.sum(1).max())
+
+
+def draw_case(probe: Probe, rung: str, *, preset: str, seed: int, overrides: dict[str, Any] | None = None) -> Case:
+    """Draw a rung and fit what tier 0 fits."""
+    config = probe.config(preset, rung, **(overrides or {}))
+    n = SEQUENCES if probe.trained else STREAM_SEQUENCES
+    train = probe.sample(generator(seed), n, config)
+    batch = probe.sample(generator(EVALUATION_SEED + seed), n, config)
+    floors = probe.floors(train, batch)
+    name, error = best_floor(floors, batch)
+    width = KEY_WIDTH if probe.trained else STREAM_KEY_WIDTH
+    trace = t0.read_state(batch, key_width=width)
+    train_floor = probe.floors(train, train)[name]
+    blend = t0.fit_blend(train, t0.read_state(train, key_width=width), train_floor)
+    mse = float(error.nanmean())
+    return Case(probe, rung, train, batch, name, floors[name], mse, trace, blend, train_floor, width)
+
+
+def run_t0_suite(
+    probe: Probe, *, preset: str = "small", seed: int = 0, rungs: tuple[str, ...] | None = None
+) -> list[dict[str, Any]]:
+    """All rows of one suite: one dictionary per rung, model, router and budget."""
+    rows: list[dict[str, Any]] = []
+    for rung in rungs or tuple(probe.rungs):
+        case = draw_case(probe, rung, preset=preset, seed=seed)
+        for fraction in BUDGET_FRACTIONS:
+            budget = max(round(fraction * case.critical), 1)
+            rows += [_router_row(case, name, budget, fraction, seed) for name in t0.ROUTERS_T0]
+            rows.append(_wide_row(case, budget, fraction))
+        rows += _anchors(case)
+        if "drift_rows" in case.batch.extra:
+            rows += _prequential(case, case.critical, seed)
+        if "reporter" in case.batch.extra:
+            rows += _allocation(case)
+    return rows
+
+
+def run_t0(*, preset: str = "small", seed: int = 0) -> list[dict[str, Any]]:
+    """Every registered suite. Deterministic for a seed."""
+    return [row for probe in list_probes().values() for row in run_t0_suite(probe, preset=preset, seed=seed)]
+
+
+def _row(case: Case, model: str, router: str, **content: Any) -> dict[str, Any]:
+    return {
+        "suite": case.probe.name, "suite_version": case.probe.version, "rung": case.rung, "tier": "T0",
+        "model": model, "router": router, "floor_name": case.floor_name, **content,
+    }  # fmt: skip
+
+
+def _answered(case: Case, answer: torch.Tensor) -> dict[str, float]:
+    error = query_error(answer, case.batch)  # [B, Q]
+    mse = float(error.nanmean())
+    return {"mse": mse, "skill": skill(mse, floor=case.floor_error), "nerr": mse / case.floor_error}
+
+
+def _router_row(case: Case, name: str, budget: int, fraction: float, seed: int) -> dict[str, Any]:
+    batch = case.batch
+    kept = keep_by(case, name, budget, seed)
+    chosen = selection(kept, batch)
+    exact = selection(kept, batch, tolerance=0)
+    answer = t0.answer(batch, case.trace, exact.all_rows, case.floor, blend=case.blend)
+    right = (answer - batch.y).abs().mul(batch.y_mask).amax(-1) <= 0.25 * float(batch.y[batch.y_mask].std())
+    outcome = stages(exact.all_rows, torch.ones_like(batch.delay, dtype=torch.float32), right, batch.asked)
+    width, value = case.key_width, batch.value.shape[-1]
+    return _row(
+        case, "kv", name, budget_rows=budget, budget_frac=fraction,
+        bytes_kv=budget * t0.row_bytes(width, value), bytes_state=t0.state_bytes(width, value),
+        bytes_total=budget * t0.row_bytes(width, value) + t0.state_bytes(width, value),
+        **_answered(case, answer), recall_any=chosen.recall(batch.asked),
+        recall_exact=exact.recall(batch.asked), chance=float(chosen.chance[batch.asked].mean()),
+        recall_corrected=chosen.corrected_recall(batch.asked),
+        recall_all=float(chosen.all_rows[batch.asked].float().mean()),
+        precision=chosen.precision, decoy_share=chosen.decoy_share, fail_write=outcome.fail_write,
+        rescued_by_state=outcome.rescued_by_state, survival=survival(chosen.any_row, batch),
+        by_role={role: float(chosen.by_role[..., place][batch.asked].float().mean())
+                 for place, role in enumerate(batch.need_role)},
+    )  # fmt: skip
+
+
+def keep_by(case: Case, name: str, budget: int, seed: int) -> torch.Tensor:
+    """What a router keeps, [B, Q, L]; ``stride`` at its best phase."""
+    gen = generator(seed + 1)
+    if name != "stride":
+        return t0.keep(t0.scores(name, case.batch, case.trace, gen=gen), case.batch, budget)
+    best, found = -1.0, None
+    for phase in range(max(round(case.batch.context_rows / budget), 1)):
+        score = t0.scores(name, case.batch, case.trace, gen=gen, phase=phase, rows=budget)
+        kept = t0.keep(score, case.batch, budget)
+        recall = selection(kept, case.batch).recall(case.batch.asked)
+        if recall > best:
+            best, found = recall, kept
+        if phase >= 15:
+            break
+    assert found is not None
+    return found
+
+
+def _wide_row(case: Case, budget: int, fraction: float) -> dict[str, Any]:
+    """The state alone, widened until it takes the bytes of the small state and the kept rows."""
+    value = case.batch.value.shape[-1]
+    width = t0.widened_key(budget, key_width=case.key_width, value_width=value)
+    content: dict[str, Any] = {}
+    if case.batch.key_direct:
+        blend = t0.fit_blend(case.train, t0.read_state(case.train, key_width=width), case.train_floor)
+        trace = t0.read_state(case.batch, key_width=width)
+        nothing = torch.zeros_like(case.batch.asked)
+        content = _answered(case, t0.answer(case.batch, trace, nothing, case.floor, blend=blend))
+    total = t0.state_bytes(width, value)
+    return _row(case, "state_wide", "none", budget_rows=budget, budget_frac=fraction, key_width=width, bytes_kv=0,
+                bytes_state=total, bytes_total=total, **content)  # fmt: skip
+
+
+def _anchors(case: Case) -> list[dict[str, Any]]:
+    """The state alone, everything kept, and how surprising the critical rows are."""
+    batch = case.batch
+    nothing = torch.zeros_like(batch.asked)
+    width, value = case.key_width, batch.value.shape[-1]
+    state = t0.answer(batch, case.trace, nothing, case.floor, blend=case.blend)
+    full = t0.answer(batch, case.trace, batch.asked, case.floor, blend=case.blend)
+    size = case.trace.error.norm(dim=-1)  # [B, L]
+    context = ~batch.query
+    percentile = 100.0 * (1.0 - _share_above(size, batch.crit, context))
+    auroc = {
+        name: ranks_auroc(
+            t0.scores(name, batch, case.trace, gen=generator(0))[context], batch.crit[context]
+        )
+        for name in ("surprise", "innovation", "write", "mix")
+    }  # fmt: skip
+    anchors = [
+        _row(case, "state", "none", bytes_total=t0.state_bytes(width, value), **_answered(case, state)),
+        _row(case, "full", "all", bytes_total=batch.context_rows * t0.row_bytes(width, value),
+             budget_rows=batch.context_rows, **_answered(case, full)),
+        _row(case, "rows", "none", residual_percentile=percentile, utility_auroc=auroc),
+    ]  # fmt: skip
+    if int(batch.distract.sum()) and batch.key_direct:
+        for router in ("write", "mix"):
+            anchors.append(_clipped_row(case, router))
+    return anchors
+
+
+def _clipped_row(case: Case, router: str) -> dict[str, Any]:
+    """The same router over a state whose writes are clipped; it scores the unclipped error."""
+    batch = case.batch
+    trace = t0.read_state(batch, key_width=case.key_width, write_clip=True)
+    clipped = t0.read_state(case.train, key_width=case.key_width, write_clip=True)
+    blend = t0.fit_blend(case.train, clipped, case.train_floor)
+    budget = case.critical
+    kept = t0.keep(t0.scores(router, batch, trace, gen=generator(1)), batch, budget)
+    chosen = selection(kept, batch, tolerance=0)
+    answer = t0.answer(batch, trace, chosen.all_rows, case.floor, blend=blend)
+    return _row(case, "kv", router, budget_rows=budget, budget_frac=1.0, write_clip=True,
+                recall_exact=chosen.recall(batch.asked), **_answered(case, answer))  # fmt: skip
+
+
+def _share_above(size: torch.Tensor, crit: torch.Tensor, context: torch.Tensor) -> float:
+    """Mean share of context rows whose residual exceeds a critical row's."""
+    shares = []
+    for errors, critical, there in zip(size, crit, context, strict=True):
+        if bool(critical.any()):
+            others = errors[there]
+            shares.append((others[None] > errors[critical][:, None]).float().mean())
+    return float(torch.stack(shares).mean()) if shares else math.nan
+
+
+def _prequential(case: Case, budget: int, seed: int) -> list[dict[str, Any]]:
+    """Errors before each row is read, recovery after drifts, what the drift storm did to each router's cache."""
+    batch, config = case.batch, case.probe.config("small", case.rung)
+    season = getattr(config, "season_rows", 1)
+    drifts = batch.extra["drift_rows"]
+    error = case.trace.error.square().mean(-1)  # [B, L]
+    fading = fading_error(error)
+    mase = windowed_mase(case.trace.error.abs().mean(-1), batch.value, season=season, window=10 * season)
+    recovered = recovery_rows(error, drifts)
+    rows = [
+        _row(case, "state", "none", fading_error=float(fading[:, -1].mean()), windowed_mase=float(mase.mean()),
+             recovery_rows=float(recovered.nanmedian()), recovered_share=float((~recovered.isnan()).float().mean()))
+    ]  # fmt: skip
+    for name in ("surprise", "innovation", "write", "tags", "mix", "recency"):
+        score = t0.scores(name, batch, case.trace, gen=generator(seed + 1))
+        turnover = []
+        for number in range(drifts.shape[1]):
+            row = drifts[:, number : number + 1]
+            pair = torch.cat([row, (row + 4 * season).clamp_max(batch.x.shape[1])], 1)  # [B, 2]
+            before = torch.arange(batch.x.shape[1]) < pair[..., None]  # [B, 2, L]
+            kept = t0._best(torch.where(before, score[:, None], -math.inf), budget)  # [B, 2, L]
+            turnover.append(cache_turnover(kept[:, 0], kept[:, 1]))
+        rows.append(_row(case, "kv", name, budget_rows=budget, drift_turnover=float(torch.stack(turnover).mean())))
+    return rows
+
+
+def _allocation(case: Case) -> list[dict[str, Any]]:
+    total = int(case.batch.crit.sum(1)[0])
+    return [
+        _row(case, "kv", f"alloc:{scheme}", budget_rows=total,
+             **{f"recall_{name}": value
+                for name, value in recalls(allocate(scheme, case.batch, case.train, total), case.batch).items()})
+        for scheme in SCHEMES
+    ]  # fmt: skip
