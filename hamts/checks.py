@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from hamts.config import TrainConfig
+from hamts.config import MachineConfig, TrainConfig
 from hamts.data.patches import PatchStore
 from hamts.nn.head import pinball
 from hamts.nn.tokens import map_tensors
@@ -57,6 +57,7 @@ class FitTask:
     config: TrainConfig
     max_steps: int
     folder: Path | None
+    machine: MachineConfig
 
     @property
     def chooses_reading(self) -> bool:

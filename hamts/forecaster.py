@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from hamts.forecast import Forecast, resolve_levels
 from hamts.persistence import load_fitted, save_fitted
 from hamts.refusals import refuse_non_finite, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
-from hamts.resolve import FitOptions, Plan, describe, make_plan, with_alias
+from hamts.resolve import FitOptions, Plan, describe, machine_config, make_plan, with_alias
 from hamts.routes import forecaster_routes
 from hamts.stream import forecaster_stream
 from hamts.training import FitReport
@@ -65,6 +65,10 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
     learning_rate: float | None = None,
     accelerator: str = "auto",
     precision: str = "32-true",
+    kernel: str = "auto",
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    devices: int = 1,
+    machine: Mapping[str, Any] | None = None,
     seed: int = 0,
     run_dir: str | None = None,
     duplicates: Literal["error", "mean", "last"] = "error",
@@ -93,13 +97,15 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         half_life_steps: of the running mean and scale; one number, or the scaling one and slower ones.
         val_size: steps (int) or share (float) at the end of each item kept for validation; 0 for none.
         max_steps, max_time: limits of fitting, optimiser steps and seconds; whatever came last is usable.
-        accelerator, precision: of lightning; ``auto`` takes a GPU where there is one.
+        accelerator, precision, strategy, devices: of lightning; ``auto`` takes a GPU where there is one.
+        kernel: what runs the recurrence and the read: ``auto``, ``torch``, ``fla``, ``triton``, ``fla+triton``.
+        machine: what else ``MachineConfig`` holds: ``accumulate``, ``checkpointing``, ``compile_mode``.
         seed: of weights, windows and dropout. The same seed, data and machine give the same bytes.
         run_dir: folder in which an interrupted fit can be resumed by the same call.
         verbose, progress: print roles, defaults and checks; show a bar (None: on a terminal).
         prediction_length, quantile_levels: other words for h and quantiles.
 
-    Raises DataError: what ``to_panel`` raises, E-HORIZON, E-QUANTILE, E-OPTION, E-ALIAS.
+    Raises DataError: what ``to_panel`` raises, E-HORIZON, E-QUANTILE, E-OPTION, E-ALIAS, E-KERNEL.
     """
     options = FitOptions(
         h=with_alias("h", h, "prediction_length", prediction_length),
@@ -107,8 +113,11 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         budget_share=budget_share, budget_bytes=budget_bytes, preset=preset, router=router, patch_steps=patch_steps,
         window_patches=window_patches, cross_reading=cross_reading, half_life_steps=half_life_steps,
         val_size=val_size, max_steps=max_steps,
-        max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, accelerator=accelerator,
-        precision=precision, seed=seed,
+        max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, seed=seed,
+        machine=machine_config(
+            accelerator=accelerator, precision=precision, kernel=kernel, strategy=strategy, devices=devices,
+            **(machine or {}),
+        ),
     )  # fmt: skip
     panel = to_panel(
         df, target=target, futr_cols=futr_cols, past_cols=past_cols, event_cols=event_cols, action_cols=action_cols,

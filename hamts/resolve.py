@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from hamts.config import PRESETS, QUANTILES, MemoryConfig, ModelConfig, TrainConfig, with_preset
+from hamts.config import PRESETS, QUANTILES, MachineConfig, MemoryConfig, ModelConfig, TrainConfig, with_preset
 from hamts.data.future import check_horizon
 from hamts.data.panel import Frequency, Panel, Schema
 from hamts.data.patches import irregular_unit
 from hamts.errors import DataError
+from hamts.ops.kernels import KernelError, Kernels
+from hamts.training import planned_kernels
 
-__all__ = ["FitOptions", "Plan", "describe", "make_plan", "rising_levels", "with_alias"]
+__all__ = ["FitOptions", "Plan", "describe", "machine_config", "make_plan", "rising_levels", "with_alias"]
 
 HORIZON_WITHOUT_SEASON = 12
 PATCH_WITHOUT_SEASON = 8
@@ -54,8 +56,7 @@ class FitOptions:
     max_time: float | None = None
     batch_windows: int | None = None
     learning_rate: float | None = None
-    accelerator: str = "auto"
-    precision: str = "32-true"
+    machine: MachineConfig = MachineConfig()
     seed: int = 0
 
 
@@ -77,8 +78,7 @@ class Plan:
     quantiles: tuple[float, ...]
     val_size: int | float | None
     time_unit: float
-    accelerator: str
-    precision: str
+    machine: MachineConfig = MachineConfig()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +92,10 @@ class Plan:
             "train": TrainConfig(**content["train"]),
             "quantiles": tuple(content["quantiles"]),
         }
-        return cls(**{**content, **parts})
+        # plans of earlier versions say no more of the machine than these two
+        earlier = {name: content[name] for name in ("accelerator", "precision") if name in content}
+        parts["machine"] = MachineConfig(**content.get("machine", earlier))
+        return cls(**{**{name: value for name, value in content.items() if name not in earlier}, **parts})
 
 
 def make_plan(panel: Panel, options: FitOptions) -> Plan:
@@ -135,6 +138,7 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
         memory = MemoryConfig(**_given(budget_share=options.budget_share, budget_bytes=options.budget_bytes))
     except ValueError as error:
         raise DataError("E-OPTION", str(error), fix="Change that argument of fit, or leave it out.") from error
+    check_kernel(model, options.machine)
     return Plan(
         h=h,
         model=model,
@@ -143,9 +147,24 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
         quantiles=answer,
         val_size=options.val_size,
         time_unit=irregular_unit(panel) if frequency.kind == "irregular" else 1.0,
-        accelerator=options.accelerator,
-        precision=options.precision,
+        machine=options.machine,
     )
+
+
+def machine_config(**options: Any) -> MachineConfig:
+    """On what to fit. Raises DataError E-OPTION."""
+    try:
+        return MachineConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise DataError("E-OPTION", str(error), fix="Change that argument of fit, or leave it out.") from error
+
+
+def check_kernel(model: ModelConfig, machine: MachineConfig) -> Kernels:
+    """What will run the layers. Raises DataError E-KERNEL: what was asked for cannot run here."""
+    try:
+        return planned_kernels(model, machine)
+    except KernelError as error:
+        raise DataError("E-KERNEL", str(error), fix="kernel='auto' takes what can run.") from error
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -256,6 +275,7 @@ def describe(schema: Schema, plan: Plan, options: FitOptions, *, validation: str
     why_patch = "rows one by one" if frequency.kind == "irregular" else "steps read as one token"
     sizes = f"{plan.model.layers} layers of width {plan.model.width}; {', '.join(PRESETS)}"
     lives = ", ".join(f"{life:g}" for life in plan.model.half_life_steps)
+    kernels = check_kernel(plan.model, plan.machine)
     named = {
         "freq": (clock, note, None),
         "h": (plan.h, why_h, options.h),
@@ -264,6 +284,7 @@ def describe(schema: Schema, plan: Plan, options: FitOptions, *, validation: str
         "val_size": (validation, "rows kept from training", options.val_size),
         "budget_share": (f"{plan.memory.budget_share:g}", "of the tokens kept exactly", None),
         "preset": (repr(options.preset), sizes, None),
+        "kernel": (repr(kernels.name), kernels.why, None),
     }
     for name, (value, why, given) in named.items():
         reason = why if given is None else "as asked"

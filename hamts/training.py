@@ -8,9 +8,11 @@ B streams side by side · C channels · G targets · N context patches · P step
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import logging
 import math
+import os
 import sys
 import tempfile
 import warnings
@@ -27,16 +29,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
-from hamts.config import TrainConfig
+from hamts.config import MachineConfig, ModelConfig, TrainConfig
 from hamts.data.patches import Chunk, PatchStore
+from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
 from hamts.nn.router import kept_probability
 from hamts.nn.tokens import Policy, map_tensors
+from hamts.ops.kernels import Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
+from hamts.training_parallel import everyones, follow_average, make_strategy, own_streams, shard, total
 from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 
-__all__ = ["FitReport", "fit_network"]
+__all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
 
 PREFIX_CHUNK_PATCHES = 128
 # of glibc's malloc.h
@@ -53,7 +58,13 @@ class HAMTrainer(L.LightningModule):
     def __init__(self, task: FitTask, run: Run, state: FitState) -> None:
         super().__init__()
         self.network, self.config, self.task, self.run, self.state = task.network, task.config, task, run, state
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
+        self.sharded = False
+
+    def configure_model(self) -> None:
+        if self.task.machine.strategy == "fsdp" and not self.sharded:
+            shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
+            self.sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         named = list(self.network.named_parameters())
@@ -69,7 +80,7 @@ class HAMTrainer(L.LightningModule):
         return optimizer
 
     def transfer_batch_to_device(self, batch: Windows, device: torch.device, dataloader_idx: int) -> Windows:
-        return map_tensors(batch, lambda tensor: tensor.to(device))
+        return map_tensors(own_streams(batch), lambda tensor: tensor.to(device))
 
     def on_train_batch_start(self, batch: Windows, batch_idx: int) -> None:
         done = self.run.progress(self.state.steps)
@@ -87,7 +98,7 @@ class HAMTrainer(L.LightningModule):
         for context, horizon in batch.parts:
             past = network(context, memory, policy)
             for layer, trace in zip(network.backbone.layers(), past.traces, strict=True):
-                layer.thresholds.follow(trace.scores[past.heard >= 0.5])
+                layer.thresholds.follow(everyones(trace.scores[past.heard >= 0.5]))
             memory = past.memory
             ahead = network(horizon, memory, ahead_policy, advance=False)
             for reading, chunk in ((past, context), (ahead, horizon)):
@@ -96,14 +107,15 @@ class HAMTrainer(L.LightningModule):
                 counts.append(count)
             traces += [*past.traces, *ahead.traces]
         self.state.carried = memory.detach()
-        task = torch.stack(losses).sum() / torch.stack(counts).sum().clamp_min(1)  # []
-        self.loss_sum, self.loss_count = self.loss_sum + float(task.detach()), self.loss_count + 1
+        task = torch.stack(losses).sum() / total(torch.stack(counts).sum()).clamp_min(1)  # []
+        # added up where it is: asking for the number would wait for the device at every step
+        self.loss_sum, self.loss_count = self.loss_sum.to(task.device) + task.detach(), self.loss_count + 1
         return task + self.config.auxiliary_weight * self._auxiliary(traces)
 
     def mean_loss(self) -> float:
         """Mean task loss since the last call."""
-        mean = self.loss_sum / max(self.loss_count, 1)
-        self.loss_sum, self.loss_count = 0.0, 0
+        mean = float(self.loss_sum) / max(self.loss_count, 1)
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
         return mean
 
     def _memory(self, batch: Windows) -> StreamMemory:
@@ -111,6 +123,9 @@ class HAMTrainer(L.LightningModule):
         rows = torch.nonzero(batch.reset).squeeze(1)  # [b]
         carried = self.state.carried
         if carried is not None and len(rows) == 0:
+            if self.sharded:
+                # weights are gathered from all processes, so all of them read a prefix or none does
+                self._fresh(batch, rows.new_zeros(1))
             return carried
         fresh = self._fresh(batch, rows)
         if carried is None or len(rows) == len(batch.reset):
@@ -122,15 +137,15 @@ class HAMTrainer(L.LightningModule):
     @torch.no_grad()
     def _fresh(self, batch: Windows, rows: torch.Tensor) -> StreamMemory:
         """Memory of streams that restart: warm statistics, and everything kept of the prefix by the present weights."""
-        network, store = self.network, self.task.store
+        network, windows = self.network, self.state.windows
         scale = map_tensors(batch.scale, lambda tensor: tensor[rows])
         memory = replace(network.empty_memory(len(rows)), scale=scale)
         policy = self._policy(map_tensors(batch.share, lambda t: t[rows]), batch.cross[rows])
         network.eval()
         for low in range(0, batch.prefix, PREFIX_CHUNK_PATCHES):
             size = min(PREFIX_CHUNK_PATCHES, batch.prefix - low)
-            first = batch.first[rows].cpu() - batch.prefix + low
-            chunk = store.window(batch.items[rows].cpu(), first, size)
+            first = batch.first[rows].to(windows.device) - batch.prefix + low
+            chunk = windows.store.window(batch.items[rows].to(windows.device), first, size)
             memory = network(chunk, memory, policy, decode=False).memory
         network.train()
         return memory
@@ -157,25 +172,37 @@ class HAMTrainer(L.LightningModule):
 
     def _auxiliary(self, traces: list[Any]) -> torch.Tensor:
         """Teach each learned score the attention its token then received, against an even spread."""
-        total = torch.zeros(())
-        for trace in traces:
+        judgements = torch.stack([trace.entries_judged.sum() for trace in traces])  # [traces]
+        # of the mean over all processes, what the mean over this one's counts for: 1 where there is one
+        parts = judgements / total(judgements).clamp_min(1e-12)  # [traces]
+        loss = torch.zeros((), device=parts.device)
+        for trace, part in zip(traces, parts, strict=True):
             judged, mass = trace.entries_judged, trace.entries_mass
             if mass is None or not bool(judged.any()) or not trace.entries_bias.requires_grad:
                 continue
             even = (mass * judged).sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
             wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M']; a half where it is the mean
             given = kept_probability(trace.entries_bias)  # [B, M']
-            total = total + F.binary_cross_entropy(given[judged], wanted[judged].to(given.dtype))
-        return total / max(len(traces), 1)
+            with torch.autocast(given.device.type, enabled=False):
+                loss = loss + part * F.binary_cross_entropy(given[judged].float(), wanted[judged].float())
+        return loss / max(len(traces), 1)
 
 
 class Checks(Callback):
     """Validates now and then, keeps the best weights, stops when nothing improves or the time is up."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Windows, batch_idx: int
+    ) -> None:
         task, run, state = pl_module.task, pl_module.run, pl_module.state
+        if (batch_idx + 1) % task.machine.accumulate:
+            return
         state.steps += 1
-        run.averaged.update_parameters(task.network)
+        follow_average(run.averaged, pl_module.network)
+        if trainer.world_size > 1:
+            run.agreed_seconds = None
+            run.agreed_seconds = trainer.strategy.broadcast(run.seconds)
+            run.quiet = run.quiet or not trainer.is_global_zero
         done = run.progress(state.steps)
         if done >= run.next_check or done >= 1.0:
             run.next_check = (math.floor(done * task.config.checks + 1e-9) + 1) / task.config.checks
@@ -215,8 +242,7 @@ def fit_network(
     horizon: int,
     config: TrainConfig,
     share: float,
-    accelerator: str = "auto",
-    precision: str = "32-true",
+    machine: MachineConfig,
     run_dir: str | None = None,
     progress: bool | None = None,
     verbose: bool = True,
@@ -228,49 +254,85 @@ def fit_network(
         cutoffs: validation cutoffs of each item, in observed steps; may be empty, and then the last weights stay.
         horizon: F, steps to forecast.
         share: budget share at which checks are made.
+        machine: on what to fit. With several processes each returns the same model.
         run_dir: folder in which an interrupted fit can be resumed by the same call; None: none is written.
         progress: a bar; None: on a terminal only.
 
     Raises:
-        ValueError: ``run_dir`` holds another fit.
+        ValueError: ``run_dir`` holds another fit, or is given to several processes.
+        KernelError: a kernel was asked for that cannot run.
     """
-    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    network.to("cuda" if gpu else "cpu")
+    folder = None if run_dir is None else Path(run_dir)
+    if folder is not None and machine.devices > 1:
+        raise ValueError("run_dir resumes fits of one process. Got devices > 1. Leave run_dir out, or use devices=1.")
+    device = fit_device(machine)
+    gpu = device.type == "cuda"
+    history = scale_history(network, store)
+    network.to(device)
+    kernels = planned_kernels(network.config, machine)
+    network.use_kernels(kernels)
     steps = config.max_steps or step_budget(network, store, ends, config, gpu=gpu)
-    task = FitTask(network, store, cutoffs, horizon, share, config, steps, None if run_dir is None else Path(run_dir))
+    # what is compiled or spread over processes is a copy: the network itself stays plain
+    plain = machine.compile_mode == "none" and machine.strategy != "fsdp"
+    fitted = network if plain else copy.deepcopy(network)
+    task = FitTask(fitted, store, cutoffs, horizon, share, config, steps, folder, machine)
     bar = sys.stderr.isatty() if progress is None else progress
     run = Run(task, quiet=bar or not verbose)
     windows = StreamWindows(
-        store, scale_history(network, store), ends=ends, horizon=horizon, config=config,
-        cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0,
+        store, history, ends=ends, horizon=horizon, config=config,
+        cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0, device=device,
     )  # fmt: skip
     if not gpu:
         keep_freed_memory()
     state = FitState(windows, torch.Generator().manual_seed(config.seed + 1))
+    fitted.backbone.checkpointing = machine.checkpointing
+    compile_parts(fitted, machine.compile_mode)
     module = HAMTrainer(task, run, state)
-    network.train()
+    fitted.train()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         if task.folder is not None:
             resume_fit(task, run, state)
         if state.steps < steps:
-            _run_lightning(module, windows, accelerator=accelerator, precision=precision, bar=bar)
+            _run_lightning(module, windows, bar=bar)
     network.cpu()
+    network.use_kernels(Kernels("torch", "the model is on the CPU"))
+    network.backbone.checkpointing = False
     if not run.history or run.history[-1]["step"] != state.steps:
         run.check(state.steps, module.mean_loss())
     assert run.best is not None
     network.load_state_dict({name: value.cpu() for name, value in run.best.items()})
     network.eval()
     calibrate_thresholds(network, store, ends, share=share)
-    return FitReport(state.steps, run.seconds, run.best_step, run.best_score, tuple(run.history), run.stopped_by)
+    return FitReport(
+        state.steps, run.seconds, run.best_step, run.best_score, tuple(run.history), run.stopped_by,
+        kernel=kernels.name, kernel_why=kernels.why, device=torch.cuda.get_device_name(device) if gpu else "cpu",
+    )  # fmt: skip
 
 
-def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, accelerator: str, precision: str, bar: bool) -> None:
+def fit_device(machine: MachineConfig) -> torch.device:
+    """Where this process fits."""
+    gpu = machine.accelerator in ("gpu", "cuda") or (machine.accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+
+
+def planned_kernels(model: ModelConfig, machine: MachineConfig) -> Kernels:
+    """What will run the layers of a fit. Raises KernelError where that cannot run."""
+    dtype = torch.float64 if machine.precision.startswith("64") else torch.float32
+    return resolve_kernels(
+        machine.kernel, device=fit_device(machine), head_width=model.width // model.heads, dtype=dtype
+    )
+
+
+def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, bar: bool) -> None:
     """The loop itself. Nothing is written outside a temporary folder."""
+    machine = module.task.machine
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), quiet_lightning():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
-            max_epochs=1, min_epochs=0, accelerator=accelerator, devices=1, precision=precision,  # type: ignore[arg-type]
+            max_epochs=1, min_epochs=0, accelerator=machine.accelerator, devices=machine.devices,
+            strategy=make_strategy(machine.strategy, machine.devices), accumulate_grad_batches=machine.accumulate,
+            precision=machine.precision, use_distributed_sampler=False,  # type: ignore[arg-type]
             logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=bar,
             callbacks=[Checks()], default_root_dir=scratch, gradient_clip_val=module.config.gradient_clip,
         )  # fmt: skip
