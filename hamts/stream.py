@@ -32,7 +32,7 @@ from hamts.stream_spill import Spill
 from hamts.stream_state import ItemTable, MemoryStore, StreamItems, item_columns
 from hamts.stream_step import Stepper
 from hamts.stream_tables import memory_table, routes_table, stats_table, surprise_table, usage_table
-from hamts.stream_update import Advance, Scored, store_ahead
+from hamts.stream_update import Advance, Scored
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
@@ -350,10 +350,7 @@ class Stream:
                 series=known[:5],
                 fix="Pass update their rows.",
             )
-        first = len(self._items)
         self._items.append(ids, rows, memory)
-        if self.config.surprise:
-            store_ahead(self._items, self._stepper, np.arange(first, len(self._items)), self.config.items_side_by_side)
 
     def _idle(self, steps: int) -> np.ndarray:
         table = self._items.table

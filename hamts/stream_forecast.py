@@ -14,6 +14,7 @@ import numpy as np
 from hamts.data.answer import forecast_frame
 from hamts.data.clock import future_times
 from hamts.data.frame import encode_future
+from hamts.data.library import plain_frame
 from hamts.data.panel import Schema
 from hamts.data.patches import future_tags
 from hamts.data.scale import find_bounds
@@ -55,11 +56,8 @@ class Scenario:
         columns = {"planned": self.planned.mean, "changed": self.changed.mean, "difference": difference}
         schema = self.planned.schema
         frame = targets_first(forecast_frame(schema, self.planned.item_ids, self.planned.times, columns), schema)
-        if schema.dialect.library == "pandas":
-            return frame.assign(basis=self.label)
-        import polars as pl
-
-        return frame.with_columns(basis=pl.lit(self.label))
+        basis = [self.label] * len(frame)
+        return plain_frame(schema.dialect, {**{name: frame[name] for name in frame.columns}, "basis": basis})
 
 
 def remembered_items(model: HAMForecaster, items: StreamItems, slots: np.ndarray, share: float) -> Remembered:

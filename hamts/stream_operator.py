@@ -22,7 +22,6 @@ from hamts.stream_history import _rows
 from hamts.stream_pins import Pin, erase_span, mark_span
 from hamts.stream_state import StreamItems
 from hamts.stream_step import Stepper
-from hamts.stream_update import store_ahead
 
 if TYPE_CHECKING:
     from hamts.stream import Stream
@@ -95,16 +94,16 @@ def forget_span(
         for name, column in rows[0].items():
             if name in items.table.columns:
                 items.table[name][slot] = column[0]
-    if stream.config.surprise:
-        store_ahead(items, stepper, place, 1)
-    moved = np.nanmean(np.abs(_forecast(stream, slot) - forecast_before))
-    scale = float(np.nanmean(items.table["ahead_scale"][slot])) if stream.config.surprise else 1.0
+    # what was forecast of the open patch knew the span
+    items.table["ahead_patch"][slot], items.table["ahead_quantiles"][slot] = -1, np.nan
+    moved = np.nanmean(np.abs(_forecast(stream, slot) - forecast_before))  # in the user's units
+    scale = stream._network.unit[stream._network.spec.targets].mean().item()
     left: dict[str, Any] = {
         "entries_removed": edited.entries,
         "window_tokens_removed": edited.window,
         "open_rows_removed": cleared,
         "forecast_moved": float(moved),
-        "forecast_moved_scales": float(moved / scale),
+        "forecast_moved_units": float(moved / scale),
         "state_still_holds_it": rows is None,
         "state_difference": None if rows is None else _state_difference(before, rows[1]),
         "note": (

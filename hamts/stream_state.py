@@ -54,6 +54,7 @@ def item_columns(
         "static": (np.float64, (static,), np.nan),
         "recent_steps": (np.int64, (recent_rows,), -1),
         "recent_hashes": (np.int64, (recent_rows,), 0),
+        "ahead_patch": (np.int64, (), -1),
         "ahead_quantiles": (np.float64, (G, P, Q), np.nan),
         "ahead_mean": (np.float64, (G,), np.nan),
         "ahead_scale": (np.float64, (G,), np.nan),

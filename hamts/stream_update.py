@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from hamts.config import StreamConfig
 from hamts.data.panel import Schema
@@ -21,12 +22,13 @@ from hamts.stream_rows import Arrived
 from hamts.stream_state import COUNTERS, StreamItems
 from hamts.stream_step import PatchRows, Stepper
 
-__all__ = ["Advance", "Scored", "blocks", "last_actions_of", "open_tail", "store_ahead"]
+__all__ = ["Advance", "Scored", "blocks", "last_actions_of", "open_tail"]
 
 # rows of the table that reading a patch changes
 CHANGED = (
     "tail_values",
     "action_before",
+    "ahead_patch",
     "ahead_quantiles",
     "ahead_mean",
     "ahead_scale",
@@ -37,6 +39,10 @@ CHANGED = (
     "kept",
     "heard",
 )
+
+
+# forecast of the patch that is open, made when its first row comes
+AHEAD = ("ahead_quantiles", "ahead_mean", "ahead_scale")
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Staged:
     """Items whose patches were completed, not yet stored."""
 
     slots: np.ndarray  # [B]
-    memory: StreamMemory
+    memory: StreamMemory | None  # None where it did not change
     columns: dict[str, np.ndarray]
 
 
@@ -83,11 +89,7 @@ class Advance:
         at_round = grid // P - first[owner]  # [n]
         light = np.flatnonzero(total[owner] == 0)
         if len(light):
-            slots = arrived.slots[light]
-            found = {name: table[name][slots] for name in ("ahead_mean", "ahead_scale", "scores")}
-            steps = grid[light] % P
-            found["ahead_quantiles"] = table["ahead_quantiles"][slots, :, steps]  # [n', G, Q]
-            self._score(scored, light, arrived.values[light], found)
+            self._light(arrived, scored, light, grid[light] % P, touched[total == 0])
         for group in blocks(np.flatnonzero(total > 0), total, self.config.items_side_by_side):
             mine = np.flatnonzero(np.isin(owner, group)) if len(group) < len(touched) else np.arange(n)
             local = np.searchsorted(group, owner[mine])
@@ -100,10 +102,32 @@ class Advance:
             self.staged.append(work.stage())
         return scored
 
+    def _light(
+        self, arrived: Arrived, scored: Scored, rows: np.ndarray, place: np.ndarray, touched: np.ndarray
+    ) -> None:
+        """Score rows of patches that stay unfinished; patches of which these are the first rows are forecast now."""
+        if not self.config.surprise:
+            return
+        table, slots = self.items.table, arrived.slots[rows]
+        found = {name: table[name][slots] for name in ("ahead_mean", "ahead_scale", "scores")}
+        found["ahead_quantiles"] = table["ahead_quantiles"][slots, :, place]  # [n', G, Q]
+        patch = (table["lead"][touched] + table["lengths"][touched]) // self.stepper.network.config.patch_steps
+        missing = touched[table["ahead_patch"][touched] != patch]
+        side = self.config.items_side_by_side
+        for low in range(0, len(missing), side):
+            part = missing[low : low + side]
+            block = _Block(self, part, patch[np.searchsorted(touched, part)], ("ahead_patch", *AHEAD))
+            block.look_ahead(np.arange(len(part)))
+            self.staged.append(block.stage(memory=False))
+            mine = np.flatnonzero(np.isin(slots, part))
+            local = np.searchsorted(part, slots[mine])
+            for name in ("ahead_mean", "ahead_scale"):
+                found[name][mine] = block.columns[name][local]
+            found["ahead_quantiles"][mine] = block.columns["ahead_quantiles"][local, :, place[mine]]
+        self._score(scored, rows, arrived.values[rows], found)
+
     def _score(self, scored: Scored, rows: np.ndarray, values: np.ndarray, ahead: dict[str, np.ndarray]) -> None:
         """Score some rows against the forecasts of their patch, given for each of them."""
-        if not self.config.surprise or not len(rows):
-            return
         network = self.stepper.network
         actual = values[:, network.spec.targets]  # [n', G]
         scores, targets = row_scores(ahead["ahead_quantiles"], ahead["ahead_scale"], actual, network.config.quantiles)
@@ -116,7 +140,8 @@ class Advance:
         """Store everything; nothing here can fail. Returns what was counted in all."""
         table, P = self.items.table, self.stepper.network.config.patch_steps
         for staged in self.staged:
-            self.items.memory.put(staged.slots, staged.memory)
+            if staged.memory is not None:
+                self.items.memory.put(staged.slots, staged.memory)
             for name, column in staged.columns.items():
                 table[name][staged.slots] = column
         slots, steps = arrived.slots, arrived.steps
@@ -160,11 +185,13 @@ class Advance:
 class _Block:
     """Items that complete the same number of patches, on copies of their rows and a view of their memory."""
 
-    def __init__(self, advance: Advance, slots: np.ndarray, first: np.ndarray) -> None:
+    def __init__(
+        self, advance: Advance, slots: np.ndarray, first: np.ndarray, names: tuple[str, ...] = CHANGED
+    ) -> None:
         self.advance, self.slots, self.patch = advance, slots, first.copy()
         table = advance.items.table
-        self.columns = {name: table[name][slots] for name in CHANGED}
-        if "tail_offset" in table.columns:
+        self.columns = {name: table[name][slots] for name in names}
+        if "tail_offset" in table.columns and "tail_values" in names:
             self.columns["tail_offset"] = table["tail_offset"][slots]
         self.fixed = {name: table[name][slots] for name in ("starts", "lead", "static")}
         self.memory = advance.items.memory.select(slots)
@@ -174,49 +201,61 @@ class _Block:
         """Put rows into the patch that is open now, and score them: all [n'], ``local`` in the block."""
         if not len(rows):
             return
-        found = {name: self.columns[name][local] for name in ("ahead_mean", "ahead_scale", "scores")}
-        found["ahead_quantiles"] = self.columns["ahead_quantiles"][local, :, place]  # [n', G, Q]
-        self.advance._score(scored, rows, arrived.values[rows], found)
+        if self.advance.config.surprise:
+            self.look_ahead(np.unique(local[self.columns["ahead_patch"][local] != self.patch[local]]))
+            found = {name: self.columns[name][local] for name in ("ahead_mean", "ahead_scale", "scores")}
+            found["ahead_quantiles"] = self.columns["ahead_quantiles"][local, :, place]  # [n', G, Q]
+            self.advance._score(scored, rows, arrived.values[rows], found)
         self.columns["tail_values"][local, place] = arrived.values[rows]
         if arrived.offset is not None and "tail_offset" in self.columns:
             self.columns["tail_offset"][local, place] = arrived.offset[rows]
 
+    def look_ahead(self, local: np.ndarray) -> None:
+        """Forecast the open patch of some items of the block, as if nothing of it were known."""
+        if not len(local):
+            return
+        whole = len(local) == len(self.slots)
+        memory = self.memory if whole else self.memory.select(torch.from_numpy(local))
+        C, P = len(self.advance.schema.channels), self.advance.stepper.network.config.patch_steps
+        rows = PatchRows(
+            values=np.full((len(local), P, C), np.nan),
+            offset=None,
+            action_before=np.full((len(local), C), np.nan),
+            patch=self.patch[local],
+            **{name: column[local] for name, column in self.fixed.items()},
+        )
+        ahead = self.advance.stepper.ahead(rows, memory)
+        for name, values in zip(AHEAD, (ahead.quantiles, ahead.mean, ahead.scale), strict=True):
+            self.columns[name][local] = values
+        self.columns["ahead_patch"][local] = self.patch[local]
+
     def complete(self) -> None:
-        """Read the patch, settle what was forecast of it, and forecast the next."""
-        stepper, columns = self.advance.stepper, self.columns
-        rows = self._rows(fill=True)
-        stepped = stepper.step(rows, self.memory, self.ids)
-        self.memory = pin_window(stepped.memory, self.advance.pins, self.ids, self.patch)
-        if self.advance.config.surprise:
-            self._settle(rows.values)
-        columns["kept"] = columns["kept"] + stepped.kept
-        columns["heard"] = columns["heard"] + stepped.heard
-        columns["action_before"] = last_actions_of(rows.values, rows.action_before, self.advance.schema)
-        columns["tail_values"] = np.full_like(columns["tail_values"], np.nan)
-        if "tail_offset" in columns:
-            columns["tail_offset"] = np.zeros_like(columns["tail_offset"])
-        self.patch = self.patch + 1
-        if self.advance.config.surprise:
-            ahead = stepper.ahead(self._rows(fill=False), self.memory)
-            columns["ahead_quantiles"], columns["ahead_mean"] = ahead.quantiles, ahead.mean
-            columns["ahead_scale"] = ahead.scale
-
-    def stage(self) -> Staged:
-        return Staged(self.slots, self.memory, self.columns)
-
-    def _rows(self, *, fill: bool) -> PatchRows:
-        columns, P = self.columns, self.advance.stepper.network.config.patch_steps
-        values = columns["tail_values"]
-        if fill:
-            begun = np.full(len(self.slots), P)
-            values = open_tail(values, self.patch, self.fixed["lead"], begun, self.advance.schema)
-        return PatchRows(
+        """Read the patch, and settle what was forecast of it."""
+        columns, fixed = self.columns, self.fixed
+        P = self.advance.stepper.network.config.patch_steps
+        over = np.full(len(self.slots), P)
+        values = open_tail(columns["tail_values"], self.patch, fixed["lead"], over, self.advance.schema)
+        rows = PatchRows(
             values=values,
             offset=columns.get("tail_offset"),
             action_before=columns["action_before"],
             patch=self.patch,
-            **self.fixed,
+            **fixed,
         )
+        stepped = self.advance.stepper.step(rows, self.memory, self.ids)
+        self.memory = pin_window(stepped.memory, self.advance.pins, self.ids, self.patch)
+        if self.advance.config.surprise:
+            self._settle(values)
+        columns["kept"] = columns["kept"] + stepped.kept
+        columns["heard"] = columns["heard"] + stepped.heard
+        columns["action_before"] = last_actions_of(values, rows.action_before, self.advance.schema)
+        for name, nothing in (("tail_values", np.nan), ("tail_offset", 0.0), ("ahead_quantiles", np.nan)):
+            if name in columns:
+                columns[name] = np.full_like(columns[name], nothing)
+        self.patch = self.patch + 1
+
+    def stage(self, *, memory: bool = True) -> Staged:
+        return Staged(self.slots, self.memory if memory else None, self.columns)
 
     def _settle(self, values: np.ndarray) -> None:
         """Scores of the whole patch into the ring, and what its quantiles missed into the shifts."""
@@ -272,23 +311,3 @@ def last_actions_of(values: np.ndarray, before: np.ndarray, schema: Schema) -> n
             column = values[:, step, channel]
             after[:, channel] = np.where(np.isnan(column), after[:, channel], column)
     return after
-
-
-def store_ahead(items: StreamItems, stepper: Stepper, slots: np.ndarray, side: int) -> None:
-    """Forecast the unfinished patch of some items, as if nothing of it were known."""
-    table, P = items.table, stepper.network.config.patch_steps
-    for low in range(0, len(slots), side):
-        part = slots[low : low + side]
-        tail = table["tail_values"][part]
-        rows = PatchRows(
-            values=np.full_like(tail, np.nan),
-            offset=None,
-            action_before=table["action_before"][part],
-            patch=(table["lead"][part] + table["lengths"][part]) // P,
-            starts=table["starts"][part],
-            lead=table["lead"][part],
-            static=table["static"][part],
-        )
-        ahead = stepper.ahead(rows, items.memory.select(part))
-        table["ahead_quantiles"][part], table["ahead_mean"][part] = ahead.quantiles, ahead.mean
-        table["ahead_scale"][part] = ahead.scale
