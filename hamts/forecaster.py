@@ -97,9 +97,8 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         half_life_steps: of the running mean and scale; one number, or the scaling one and slower ones.
         val_size: steps (int) or share (float) at the end of each item kept for validation; 0 for none.
         max_steps, max_time: limits of fitting, optimiser steps and seconds; whatever came last is usable.
-        accelerator, precision, strategy, devices: of lightning; ``auto`` takes a GPU where there is one.
-        kernel: what runs the recurrence and the read: ``auto``, ``torch``, ``fla``, ``triton``, ``fla+triton``.
-        machine: what else ``MachineConfig`` holds: ``accumulate``, ``checkpointing``, ``compile_mode``.
+        accelerator, precision, kernel, strategy, devices, machine: on what to fit, see ``hamts.config.MachineConfig``;
+            ``machine`` holds the rest of it: ``accumulate``, ``checkpointing``, ``compile_mode``.
         seed: of weights, windows and dropout. The same seed, data and machine give the same bytes.
         run_dir: folder in which an interrupted fit can be resumed by the same call.
         verbose, progress: print roles, defaults and checks; show a bar (None: on a terminal).
@@ -114,10 +113,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         window_patches=window_patches, cross_reading=cross_reading, half_life_steps=half_life_steps,
         val_size=val_size, max_steps=max_steps,
         max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, seed=seed,
-        machine=machine_config(
-            accelerator=accelerator, precision=precision, kernel=kernel, strategy=strategy, devices=devices,
-            **(machine or {}),
-        ),
+        machine=machine_config(accelerator, precision, kernel, strategy, devices, **(machine or {})),
     )  # fmt: skip
     panel = to_panel(
         df, target=target, futr_cols=futr_cols, past_cols=past_cols, event_cols=event_cols, action_cols=action_cols,

@@ -151,10 +151,13 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
     )
 
 
-def machine_config(**options: Any) -> MachineConfig:
+def machine_config(
+    accelerator: str, precision: str, kernel: str, strategy: str, devices: int, **rest: Any
+) -> MachineConfig:
     """On what to fit. Raises DataError E-OPTION."""
+    named = {"accelerator": accelerator, "precision": precision, "kernel": kernel, "strategy": strategy}
     try:
-        return MachineConfig(**options)
+        return MachineConfig(**named, devices=devices, **rest)
     except (TypeError, ValueError) as error:
         raise DataError("E-OPTION", str(error), fix="Change that argument of fit, or leave it out.") from error
 

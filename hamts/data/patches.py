@@ -122,7 +122,8 @@ class PatchStore:
         rows, inside = self._rows(items, first, patches)
         values = self.values[rows].permute(0, 3, 1, 2)  # [B, C, N, P]
         values = torch.where(inside[:, None, :, None], values, torch.nan)  # [B, C, N, P]
-        step = torch.arange(patches * P, device=items.device).view(patches, P) - begun[:, None, None]  # [B, N, P] counted from the cutoff
+        step = torch.arange(patches * P, device=items.device).view(patches, P)  # [N, P]
+        step = step - begun[:, None, None]  # [B, N, P] counted from the cutoff
         past, ahead = step < 0, (step >= 0) & (step < steps)  # 2 x [B, N, P]
         known_roles = torch.tensor([role in KNOWN_AHEAD for role in self.roles], device=items.device)
         event_roles = torch.tensor([role == "event" for role in self.roles], device=items.device)[:, None, None]
