@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hamts.controls import control_policies
 from hamts.data.answer import forecast_frame
 from hamts.data.cutoffs import truncate
 from hamts.data.library import plain_frame
@@ -31,9 +32,14 @@ from hamts.evaluation import (
 )
 from hamts.fitting import Fitted, fit_panel, validation_tail
 from hamts.forecast import Asked, Forecast, quantile_at, quantile_mean, targets_first
+from hamts.groups import item_groups, mark_worst
 from hamts.metrics import DECILES, MSIS_LEVELS
+from hamts.reader import HAMNetwork
+from hamts.refusals import refuse_rival
 
 __all__ = ["cross_validate", "evaluate_methods"]
+
+MOST_PHASES = 8
 
 
 def cross_validate(
@@ -50,6 +56,8 @@ def cross_validate(
     asked: Asked,
 ) -> Any:
     """See ``HAMForecaster.cross_validation``."""
+    if memory != "model":
+        refuse_rival(fitted.plan.model.mixer, f"memory={memory!r}")
     windows = choose_windows(panel, h, n_windows=n_windows, step_size=step_size, cutoffs=cutoffs)
     _note_left_out(windows, h)
     if refit:
@@ -118,7 +126,7 @@ def _refitted(fitted: Fitted, panel: Panel, windows: Windows, share: float, memo
     return answer
 
 
-def evaluate_methods(
+def evaluate_methods(  # noqa: PLR0913 - what ``HAMForecaster.evaluate`` takes
     fitted: Fitted,
     panel: Panel,
     h: int,
@@ -130,6 +138,9 @@ def evaluate_methods(
     by: str | None,
     share: float,
     seed: int,
+    oracle: Any = None,
+    graft: HAMNetwork | str | None = None,
+    group_col: str | None = None,
 ) -> Any:
     """See ``HAMForecaster.evaluate``."""
     unknown = [name for name in against if name not in CONTROLS]
@@ -137,11 +148,14 @@ def evaluate_methods(
         raise DataError(
             "E-OPTION", f"against must be a list of {list(CONTROLS)}. Got {against!r}.", fix="against=['no_memory']"
         )
+    for name in against:
+        if CONTROLS[name] is not None:
+            refuse_rival(fitted.plan.model.mixer, name)
     windows = choose_windows(panel, h, n_windows=n_windows, step_size=step_size, cutoffs=cutoffs)
     _note_left_out(windows, h)
-    random = "random_memory" in against
-    model = _with_memory(fitted, panel, windows, share, "model", seed=seed, traces=random)
-    usage = _usage(fitted, panel, model) if random else None
+    groups = item_groups(panel, by, group_col)
+    learned_from = any(CONTROLS[name] not in (None, "none", "full") for name in against)
+    model = _with_memory(fitted, panel, windows, share, "model", seed=seed, traces=learned_from)
     levels = fitted.plan.model.quantiles
     forecasts = {"HAM": _levels_and_mean(model, levels)}
     costs = {"HAM": _costs(model)}
@@ -152,10 +166,19 @@ def evaluate_methods(
             forecasts[name] = (point_levels(naive), naive)
             costs[name] = {"usage_share": float("nan"), "bytes": float("nan")}
             continue
-        policies = policies_for(fitted.network, memory, share, usage=usage, seed=seed)
-        result = backtest(fitted.network, panel, windows, policies, time_unit=fitted.plan.time_unit)
-        forecasts[name], costs[name] = _levels_and_mean(result, levels), _costs(result)
-    rows = [{**row, **costs[row["method"]]} for row in score_rows(panel, windows, forecasts, by)]
+        for label, phase in _phases(name, model):
+            if memory in ("none", "full"):
+                policies = policies_for(fitted.network, memory, share)
+            else:
+                policies = control_policies(
+                    fitted.network, panel, windows, memory, share=share, model=model.rollout, seed=seed, phase=phase,
+                    time_unit=fitted.plan.time_unit, oracle=oracle, graft=graft,
+                )  # fmt: skip
+            result = backtest(fitted.network, panel, windows, policies, time_unit=fitted.plan.time_unit)
+            forecasts[label], costs[label] = _levels_and_mean(result, levels), _costs(result)
+    rows = [{**row, **costs[row["method"]]} for row in score_rows(panel, windows, forecasts, by, groups)]
+    if groups is not None:
+        rows = mark_worst(rows)
     return plain_frame(panel.schema.dialect, {name: [row[name] for row in rows] for name in rows[0]})
 
 
@@ -164,6 +187,15 @@ def _levels_and_mean(result: Backtest, levels: Sequence[float]) -> tuple[dict[fl
     wanted = (MSIS_LEVELS[0], *DECILES, MSIS_LEVELS[1])
     quantiles = {level: quantile_at(result.quantiles, levels, level) for level in wanted}
     return quantiles, quantile_mean(result.quantiles, levels)
+
+
+def _phases(name: str, model: Backtest) -> list[tuple[str, float]]:
+    """The rows of a control: a schedule is tried at every phase, or at as many as tell."""
+    if name != "stride_memory":
+        return [(name, 0.0)]
+    period = 1.0 / max(model.rollout.usage_share, 1e-3)  # patches
+    count = int(np.clip(round(period), 1, MOST_PHASES))
+    return [(f"{name}@{number}", number * period / count) for number in range(count)]
 
 
 def _costs(result: Backtest) -> dict[str, float]:

@@ -5,15 +5,43 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["PRESETS", "ROUTERS", "MemoryConfig", "ModelConfig", "Preset", "StreamConfig", "TrainConfig"]
+__all__ = [
+    "ALLOCATIONS",
+    "AUXILIARY_TARGETS",
+    "EVICTIONS",
+    "MIXERS",
+    "MachineConfig",
+    "PRESETS",
+    "ROUTERS",
+    "THRESHOLDS",
+    "MemoryConfig",
+    "ModelConfig",
+    "Preset",
+    "TagType",
+    "TrainConfig",
+]
 
-ROUTERS = ("surprise", "innovation", "learned", "tags")
+ROUTERS = ("surprise", "error", "innovation", "write", "uncertainty", "residual", "learned", "mix", "tags")
+ALLOCATIONS = ("uniform", "pooled", "normalised", "learned")
+THRESHOLDS = ("fixed", "quantile", "feedback", "block")
+EVICTIONS = ("fifo", "lowest", "must_last", "reservoir")
+AUXILIARY_TARGETS = ("attention", "gain", "none")
+# what stands in the place of the HAM layer, see hamts.nn.mixers
+MIXERS = (
+    "ham", "attention", "recurrent", "recurrent_wide", "window", "recurrent_window", "gdn_gsa", "top_write", "log_linear",
+    "pooled", "block_sparse", "neighbours",
+)  # fmt: skip
 MACHINE_CHOICES = {
     "kernel": ("auto", "torch", "fla", "triton", "fla+triton"),
     "strategy": ("auto", "ddp", "fsdp"),
     "compile_mode": ("none", "default", "reduce-overhead"),
 }
 QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
+
+
+def _known(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}. Available: {sorted(choices)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +59,19 @@ class ModelConfig:
         half_life_steps: of the causal normaliser; the first scales, the others say where the level stands.
         router: names of ``ROUTERS`` joined by "+"; a token is kept if any of them asks for it.
         head_reduction: how a score per head becomes one per token: ``min`` (the paper's), ``mean`` or ``max``.
+        mixer: ``ham``, or one of its rivals, of the same bytes: see ``hamts.nn.mixers``.
+        pool_patches: of ``pooled``, patches that become one entry.
+        block_patches, top_blocks: of ``block_sparse``, patches in a block and blocks that a query reads.
+        neighbours: of ``neighbours``, stretches of the past that a query goes on with.
+        learned_features: what the learned score sees: ``token`` alone (the paper's), or the ``state``'s error and gates
+            too.
+        decision: ``channel``: each channel's token by itself; ``step``: all channels of a moment are kept if one asks.
+        allocation: how the budget spreads over layers, channels and items: ``uniform``: each layer gets its share;
+            ``pooled``: one threshold over all layers, spend where it helps; ``normalised``: each stream's score against
+            its own past, so that every stream gets its share; ``learned``: the same plus a learned level of the token,
+            one threshold over all layers.
+        write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping
+            makes the rule nonlinear: it then runs step by step.
     """
 
     width: int = 128
@@ -44,6 +85,15 @@ class ModelConfig:
     half_life_steps: tuple[float, ...] = (72.0, 288.0, 1152.0)
     router: str = "learned+tags"
     head_reduction: str = "mean"
+    mixer: str = "ham"
+    pool_patches: int = 8
+    block_patches: int = 16
+    top_blocks: int = 4
+    neighbours: int = 8
+    learned_features: str = "state"
+    decision: str = "channel"
+    allocation: str = "uniform"
+    write_clip: float = 0.0
     mlp_ratio: float = 2.0
     dropout: float = 0.1
     quantiles: tuple[float, ...] = QUANTILES
@@ -54,7 +104,8 @@ class ModelConfig:
                 f"width must divide into 2 x heads. Got width={self.width}, heads={self.heads}."
                 " Choose a width that is a multiple."
             )
-        for name in ("width", "layers", "heads", "patch_steps", "window_patches"):
+        counts = ("width", "layers", "heads", "patch_steps", "window_patches")
+        for name in (*counts, "pool_patches", "block_patches", "top_blocks", "neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
         if not 1 <= self.cross_span_patches <= self.window_patches:
@@ -67,8 +118,13 @@ class ModelConfig:
             raise ValueError(f"Unknown router {self.router!r}. Available: {sorted(ROUTERS)}, joined by '+'.")
         if self.cross_reading not in ("auto", "always", "never"):
             raise ValueError(f"Unknown cross_reading {self.cross_reading!r}. Available: ['always', 'auto', 'never'].")
-        if self.head_reduction not in ("min", "mean", "max"):
-            raise ValueError(f"Unknown head_reduction {self.head_reduction!r}. Available: ['max', 'mean', 'min'].")
+        _known("head_reduction", self.head_reduction, ("min", "mean", "max"))
+        _known("learned_features", self.learned_features, ("state", "token"))
+        _known("decision", self.decision, ("channel", "step"))
+        _known("allocation", self.allocation, ALLOCATIONS)
+        _known("mixer", self.mixer, MIXERS)
+        if self.write_clip < 0:
+            raise ValueError(f"write_clip must be 0 (no limit) or more. Got {self.write_clip}.")
         if 0.5 not in self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
             raise ValueError(f"quantiles must rise and hold 0.5. Got {self.quantiles}.")
 
@@ -86,6 +142,35 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TagType:
+    """What a tag of one event or action column asks for.
+
+    Attributes:
+        name: the column.
+        priority: where tags without a quota of their own share what is left, lower ones leave first.
+        quota: share of the must-keep entries reserved for this type, and the most it may hold; None: no quota of its
+            own.
+        before_patches: patches before the tag that are kept with it; they must still be in the window.
+        after_patches: patches after it: the effect of an action comes later.
+    """
+
+    name: str
+    priority: float = 1.0
+    quota: float | None = None
+    before_patches: int = 0
+    after_patches: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.priority > 0:
+            raise ValueError(f"priority must be above 0. Got {self.priority} for tag type {self.name!r}.")
+        if self.quota is not None and not 0 <= self.quota <= 1:
+            raise ValueError(f"quota must lie in [0, 1]. Got {self.quota} for tag type {self.name!r}.")
+        for name in ("before_patches", "after_patches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more. Got {getattr(self, name)} for tag type {self.name!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """How much is kept.
 
@@ -94,12 +179,29 @@ class MemoryConfig:
         budget_bytes: hard cap of one item's scratchpads, over all layers.
         must_keep_share: part of the cap reserved for tagged tokens.
         explore_share: in training, share of unrouted tokens kept at random so that scores of dropped ones learn too.
+        threshold: ``fixed`` after training, or tracked online so that usage follows the share asked for: ``quantile``,
+            a step for every token; ``feedback``, a step against the running usage (as the paper's Algorithm 2);
+            ``block``, a step on the logarithm at every 64th patch.
+        eviction: what leaves a full list: ``fifo``, the oldest; ``lowest``, the lowest score; ``must_last``, the oldest
+            without a tag, tags taking room from the rest as they come; ``reservoir``, a random one, so that what is
+            held is an even sample of all that was written.
+        tag_types: event and action columns whose tags are treated in their own way; others have ``TagType``'s defaults.
+        tag_half_life_patches: age at which the priority of a tag has halved; None: it never fades.
+        budget_flops: most floating-point operations per step of one item, None for no such limit. Like bytes, it sets
+            the most entries.
+        budget_ms: the same in milliseconds, by a cost model fitted on this machine.
     """
 
     budget_share: float = 0.10
     budget_bytes: int = 512 * 2**10
     must_keep_share: float = 0.5
     explore_share: float = 0.10
+    threshold: str = "fixed"
+    eviction: str = "fifo"
+    tag_types: tuple[TagType, ...] = ()
+    tag_half_life_patches: float | None = None
+    budget_flops: float | None = None
+    budget_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget_share", "must_keep_share", "explore_share"):
@@ -107,6 +209,28 @@ class MemoryConfig:
                 raise ValueError(f"{name} must lie in [0, 1]. Got {getattr(self, name)}.")
         if self.budget_bytes < 0:
             raise ValueError(f"budget_bytes must be 0 or more. Got {self.budget_bytes}.")
+        _known("threshold", self.threshold, THRESHOLDS)
+        _known("eviction", self.eviction, EVICTIONS)
+        for name in ("tag_half_life_patches", "budget_flops", "budget_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, or None. Got {value}.")
+        names = [one.name for one in self.tag_types]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tag_types must name each column once. Got {names}.")
+        reserved = sum(one.quota or 0.0 for one in self.tag_types)
+        if reserved > 1 + 1e-9:
+            raise ValueError(
+                f"The quotas of tag_types must add up to 1 at most, they are shares of the must-keep entries. Got"
+                f" {reserved:g}. Divide each by {reserved:g}, or raise must_keep_share to at least"
+                f" {min(self.must_keep_share * reserved, 1.0):g} and divide them so."
+            )
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> MemoryConfig:
+        """Rebuild from ``asdict``, also after a trip through JSON; fields that were not there get their defaults."""
+        types = tuple(one if isinstance(one, TagType) else TagType(**one) for one in content.get("tag_types", ()))
+        return cls(**{**content, "tag_types": types})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +247,10 @@ class TrainConfig:
         reset_share: chance that a stream restarts elsewhere after a step; it bounds how stale a carried entry can be.
         prefix_patches: most patches that a restarted stream reads before its first window, so that entries are old.
         span_share: chance that a training window hides a random span of its context.
+        auxiliary_weight: weight of what teaches the learned scores beside the task.
+        auxiliary_target: what that is: ``attention``, the mass an entry received; ``gain``, what dropping the entry
+            would cost, to first order; ``none``.
+        inner_weight: weight of the one-patch-ahead loss of the inner heads, where a score uses them.
     """
 
     max_steps: int | None = None
@@ -139,44 +267,14 @@ class TrainConfig:
     prefix_patches: int = 512
     span_share: float = 0.25
     auxiliary_weight: float = 0.02
+    auxiliary_target: str = "attention"
+    inner_weight: float = 0.1
     checks: int = 16
     patience: int = 5
     seed: int = 0
 
-
-@dataclass(frozen=True, kw_only=True)
-class MachineConfig:
-    """On what a fit runs, and how; it changes speed and memory, and results by rounding alone.
-
-    Attributes:
-        accelerator: of lightning; ``auto`` takes a GPU where there is one.
-        precision: of lightning; ``bf16-mixed`` keeps scores, gates and states in float32.
-        kernel: what runs the recurrence and the read: ``auto``, ``torch``, ``fla``, ``triton`` or ``fla+triton``.
-        strategy: how several processes share a fit: ``auto``, ``ddp``, or ``fsdp``, which also spreads the weights.
-        devices: processes, one a device; ``batch_windows`` divides by it.
-        accumulate: batches whose gradients make one optimiser step.
-        checkpointing: whether blocks compute their inner tensors again for the gradient instead of keeping them.
-        compile_mode: ``none``; ``default`` fuses the arithmetic between kernels; ``reduce-overhead`` also replays CUDA
-            graphs, for short contexts. The first steps then wait for the compiler.
-    """
-
-    accelerator: str = "auto"
-    precision: str = "32-true"
-    kernel: str = "auto"
-    strategy: str = "auto"
-    devices: int = 1
-    accumulate: int = 1
-    checkpointing: bool = False
-    compile_mode: str = "none"
-
     def __post_init__(self) -> None:
-        for name in ("devices", "accumulate"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r}.")
-        for name, allowed in MACHINE_CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Available: {list(allowed)}.")
+        _known("auxiliary_target", self.auxiliary_target, AUXILIARY_TARGETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +323,41 @@ class StreamConfig:
         for name in ("calibration_rate", "drift_scales"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0. Got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """On what a fit runs, and how; it changes speed and memory, and results by rounding alone.
+
+    Attributes:
+        accelerator: of lightning; ``auto`` takes a GPU where there is one.
+        precision: of lightning; ``bf16-mixed`` keeps scores, gates and states in float32.
+        kernel: what runs the recurrence and the read: ``auto``, ``torch``, ``fla``, ``triton`` or ``fla+triton``.
+        strategy: how several processes share a fit: ``auto``, ``ddp``, or ``fsdp``, which also spreads the weights.
+        devices: processes, one a device; ``batch_windows`` divides by it.
+        accumulate: batches whose gradients make one optimiser step.
+        checkpointing: whether blocks compute their inner tensors again for the gradient instead of keeping them.
+        compile_mode: ``none``; ``default`` fuses the arithmetic between kernels; ``reduce-overhead`` also replays CUDA
+            graphs, for short contexts. The first steps then wait for the compiler.
+    """
+
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    kernel: str = "auto"
+    strategy: str = "auto"
+    devices: int = 1
+    accumulate: int = 1
+    checkpointing: bool = False
+    compile_mode: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "accumulate"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+        for name, allowed in MACHINE_CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Available: {list(allowed)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ I items · X windows, in the order of items, then cutoffs · G targets · F futu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from hamts.data.panel import Panel
 from hamts.data.patches import build_store
 from hamts.errors import DataError
 from hamts.metrics import DECILES, score, seasonal_naive
+from hamts.nn.controls import Control
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import memory_parts
@@ -39,13 +40,29 @@ __all__ = [
 
 MEMORIES = ("model", "none", "full", "random")
 # rows that may stand beside the model's, and the memory each has; seasonal naive has none
-CONTROLS = {"seasonal_naive": None, "no_memory": "none", "full_memory": "full", "random_memory": "random"}
+CONTROLS = {
+    "seasonal_naive": None,
+    "no_memory": "none",
+    "full_memory": "full",
+    "random_memory": "random",
+    "shuffled_memory": "shuffled",
+    "stride_memory": "stride",
+    "recency_memory": "recency",
+    "oracle_memory": "oracle",
+    "grafted_memory": "graft",
+}
 # seasons of history that nearly always hold the last value of every phase
 RECENT_SEASONS = 10
 
 
 def policies_for(
-    network: HAMNetwork, memory: str, share: float, *, usage: np.ndarray | None = None, seed: int = 0
+    network: HAMNetwork,
+    memory: str,
+    share: float,
+    *,
+    usage: np.ndarray | None = None,
+    seed: int = 0,
+    keys: torch.Tensor | None = None,
 ) -> list[Policy]:
     """What the scratchpads may do, one policy per layer.
 
@@ -54,6 +71,7 @@ def policies_for(
             ``random``: as many random steps in each layer as the model keeps there, tags or not.
         share: budget share of the model.
         usage: of ``layer_usage``, [L, I]; for ``random`` only.
+        seed, keys: what chance is counted from, one key per item, [I] int64; for ``random`` only.
     """
     layers = network.config.layers
     if memory == "model":
@@ -66,14 +84,20 @@ def policies_for(
         raise DataError("E-OPTION", f"memory must be one of {list(MEMORIES)}. Got {memory!r}.", fix="memory='model'")
     if usage is None:
         raise ValueError("Random routing needs usage, what the model keeps in each layer. Got None.")
-    generator = torch.Generator().manual_seed(seed)
     return [
-        _with_generator(network.policy(torch.from_numpy(rate).float(), use_tags=False), generator) for rate in usage
+        tagless(
+            network.policy(torch.from_numpy(rate).float()),
+            Control("random", torch.arange(len(rate)) if keys is None else keys, seed=seed, layer=number),
+        )
+        for number, rate in enumerate(usage)
     ]
 
 
-def _with_generator(policy: Policy, generator: torch.Generator) -> Policy:
-    return Policy(**{**vars(policy), "random_generator": generator})
+def tagless(policy: Policy, control: Control) -> Policy:
+    """A policy under which a control alone says what is kept, with the room that tags had."""
+    kept = None if policy.cap_kept is None or policy.cap_must is None else policy.cap_kept + policy.cap_must
+    must = None if kept is None else 0
+    return replace(policy, control=control, use_tags=False, cap_kept=kept, cap_must=must)
 
 
 def layer_usage(network: HAMNetwork, rollout: Rollout, items: int) -> np.ndarray:
@@ -221,12 +245,17 @@ def seasonal_naive_forecasts(panel: Panel, windows: Windows) -> np.ndarray:
 
 
 def score_rows(
-    panel: Panel, windows: Windows, forecasts: dict[str, tuple[dict[float, np.ndarray], np.ndarray]], by: str | None
+    panel: Panel,
+    windows: Windows,
+    forecasts: dict[str, tuple[dict[float, np.ndarray], np.ndarray]],
+    by: str | None,
+    groups: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per method, or per method and target or item. All methods are scored on the cells that all of them cover.
+    """One row per method, or per method and target, item or group. All are scored on the cells that all cover.
 
     Args:
         forecasts: quantiles by level and the mean, each [X, G, F], by method.
+        groups: of each item, [I], where ``by`` is ``group``.
     """
     targets = panel.schema.indices("target")
     season = panel.schema.frequency.season_steps
@@ -240,7 +269,7 @@ def score_rows(
     actual = np.where(covered, windows.actual, np.nan)  # [X, G, F]
     rows = []
     for method, (levels, mean) in forecasts.items():
-        for label, chosen in _groups(panel, windows, by):
+        for label, chosen in _groups(panel, windows, by, groups):
             result = score(
                 actual[chosen],
                 quantile_forecasts={level: values[chosen] for level, values in levels.items()},
@@ -251,7 +280,9 @@ def score_rows(
     return rows
 
 
-def _groups(panel: Panel, windows: Windows, by: str | None) -> list[tuple[dict[str, Any], np.ndarray]]:
+def _groups(
+    panel: Panel, windows: Windows, by: str | None, groups: np.ndarray | None
+) -> list[tuple[dict[str, Any], np.ndarray]]:
     """Label and members [X, G] of each group of rows."""
     names = panel.schema.targets
     whole = np.ones((len(windows.items), len(names)), dtype=bool)  # [X, G]
@@ -259,8 +290,12 @@ def _groups(panel: Panel, windows: Windows, by: str | None) -> list[tuple[dict[s
         return [({}, whole)]
     if by == "target":
         return [({"target_name": name}, whole & (np.arange(len(names)) == g)) for g, name in enumerate(names)]
+    if groups is not None:
+        own = groups[windows.items]  # [X]
+        return [({"group": name}, whole & (own == name)[:, None]) for name in sorted(set(own.tolist()))]
     if by != "item":
-        raise DataError("E-OPTION", f"by must be None, 'target' or 'item'. Got {by!r}.", fix="by='target'")
+        known = "None, 'target', 'item' or 'group'"
+        raise DataError("E-OPTION", f"by must be {known}. Got {by!r}.", fix="by='target'")
     column = panel.schema.dialect.id_column or "item"
     items = np.unique(windows.items)
     return [({column: panel.item_ids[i]}, whole & (windows.items == i)[:, None]) for i in items]

@@ -120,6 +120,7 @@ def panel_spec(panel: Panel) -> ChannelSpec:
         calendar_features=features,
         static_numeric=len(schema.static) - len(categories),
         static_levels=tuple(len(column.levels) for column in categories),
+        names=tuple(channel.name for channel in schema.channels),
     )
 
 

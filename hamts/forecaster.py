@@ -25,7 +25,7 @@ from hamts.errors import DataError, DataWarning
 from hamts.fitting import Fitted, fill_static, fit_panel, refuse_extremes, validation_tail
 from hamts.forecast import Forecast, resolve_levels
 from hamts.persistence import load_fitted, save_fitted
-from hamts.refusals import refuse_non_finite, refuse_unseen
+from hamts.refusals import refuse_non_finite, refuse_rival, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
 from hamts.resolve import FitOptions, Plan, describe, machine_config, make_plan, with_alias
 from hamts.routes import forecaster_routes
@@ -54,6 +54,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
     quantiles: Sequence[float] | None = None,
     preset: str = "small",
     router: str | None = None,
+    mixer: str | None = None,
     patch_steps: int | None = None,
     window_patches: int | None = None,
     cross_reading: Literal["auto", "always", "never"] | None = None,
@@ -91,6 +92,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         quantiles: levels of an answer where ``predict`` names none; default 0.1, 0.5, 0.9.
         preset: ``tiny``, ``small`` or ``base``.
         router: which tokens ask to be kept: ``surprise``, ``innovation``, ``learned``, ``tags``, joined by "+".
+        mixer: ``ham``, or one of its rivals for comparison, as large as HAM's memory would be: see ``hamts.nn.mixers``.
         patch_steps: steps read as one token; 1 keeps single steps.
         window_patches: last patches that are always read exactly.
         cross_reading: whether targets read one another (``auto``: covariates always, targets if validation favours it).
@@ -109,7 +111,8 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
     options = FitOptions(
         h=with_alias("h", h, "prediction_length", prediction_length),
         quantiles=with_alias("quantiles", quantiles, "quantile_levels", quantile_levels),
-        budget_share=budget_share, budget_bytes=budget_bytes, preset=preset, router=router, patch_steps=patch_steps,
+        budget_share=budget_share, budget_bytes=budget_bytes, preset=preset, router=router, mixer=mixer,
+        patch_steps=patch_steps,
         window_patches=window_patches, cross_reading=cross_reading, half_life_steps=half_life_steps,
         val_size=val_size, max_steps=max_steps,
         max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, seed=seed,
@@ -293,11 +296,14 @@ class HAMForecaster:
         step_size: int | None = None,
         *,
         against: Sequence[str] = ("seasonal_naive", "no_memory", "full_memory", "random_memory"),
-        by: Literal["target", "item"] | None = None,
+        by: Literal["target", "item", "group"] | None = None,
+        group_col: str | None = None,
         cutoffs: Sequence[Any] | None = None,
         budget_share: float | None = None,
         static_df: Any = None,
         events: Any = None,
+        oracle: Any = None,
+        graft: HAMForecaster | str | None = None,
         seed: int = 0,
     ) -> Any:
         """Score the model, and beside it the same weights with another memory.
@@ -305,8 +311,14 @@ class HAMForecaster:
         Args:
             df, n_windows, step_size, cutoffs: as in ``cross_validation``.
             against: ``seasonal_naive``; ``no_memory``, scratchpad emptied; ``full_memory``, everything kept;
-                ``random_memory``, as many random steps in each layer.
-            by: a row for each ``target`` or ``item`` instead of all together.
+                ``random_memory``, as many random steps in each layer; ``shuffled_memory``, the model's own decisions
+                at random times; ``stride_memory``, as many on a schedule, a row for each phase;
+                ``recency_memory``, the newest, as many entries as the model holds; ``oracle_memory``, the steps of
+                ``oracle``; ``grafted_memory``, those that another router keeps.
+            by: a row for each ``target``, ``item`` or ``group`` of the static column ``group_col`` instead of all
+                together; of groups, the worst is marked.
+            oracle: frame of ids and times (and channels) of the steps to keep.
+            graft: another fitted model of the same columns, or the name of a router without weights of its own.
 
         Returns: one row per method with MASE, MSE, MAE, WQL (mean weighted quantile loss), MSIS, coverage_80,
             coverage_95, usage_share, and bytes (of an item's memory after the last cutoff, on average).
@@ -317,6 +329,8 @@ class HAMForecaster:
         return evaluate_methods(
             self._fitted, panel, steps, n_windows=n_windows,
             step_size=step_size, cutoffs=cutoffs, against=against, by=by, share=self._share(budget_share), seed=seed,
+            oracle=oracle, graft=graft._fitted.network if isinstance(graft, HAMForecaster) else graft,
+            group_col=group_col,
         )  # fmt: skip
 
     # which steps were kept, when and why; what a long history is worth
@@ -357,6 +371,7 @@ class HAMForecaster:
             return self._fitted.plan.memory.budget_share
         if isinstance(budget_share, bool) or not 0 <= budget_share <= 1:
             raise DataError("E-OPTION", f"budget_share must lie in [0, 1]. Got {budget_share!r}.", fix="0.1, say.")
+        refuse_rival(self.config.mixer, "budget_share")
         return float(budget_share)
 
     def _panel_of(self, df: Any, static_df: Any, events: Any) -> Panel:

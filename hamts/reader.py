@@ -20,9 +20,11 @@ from hamts.data.patches import Chunk
 from hamts.data.scale import CausalScale, ScaleState, ScaleStats
 from hamts.nn.backbone import Backbone, ChannelSpec
 from hamts.nn.budget import entry_caps
+from hamts.nn.decide import prepared
 from hamts.nn.ham import LayerTrace
 from hamts.nn.head import QuantileHead
 from hamts.nn.scratchpad import LayerMemory
+from hamts.nn.tags import tag_rules
 from hamts.nn.tokens import Policy, Tokens, map_tensors
 from hamts.ops.kernels import TORCH, Kernels
 
@@ -83,7 +85,7 @@ class HAMNetwork(nn.Module):
         super().__init__()
         self.config, self.memory_config, self.spec = config, memory, spec
         self.kernels: Kernels = TORCH
-        self.backbone = Backbone(config, spec)
+        self.backbone = Backbone(config, spec, budget_bytes=memory.budget_bytes)
         self.head = QuantileHead(config.width, config.patch_steps, config.quantiles)
         C = len(spec.roles)
         numeric = [role != "event" and n == 0 for role, n in zip(spec.roles, spec.levels, strict=True)]
@@ -93,6 +95,8 @@ class HAMNetwork(nn.Module):
         self.register_buffer("static_scale", torch.ones(spec.static_numeric))  # [E]
         # 0 for phases that the training rows cover too rarely to tell a season from a date
         self.register_buffer("calendar_used", torch.ones(spec.calendar_features))  # [F]
+        uses_tags = "tags" in config.router_names
+        self.tags = tag_rules(memory, spec.roles, spec.names, config.window_patches) if uses_tags else None
         # whether targets read one another: decided on validation data
         self.register_buffer("cross_targets", torch.tensor(True))  # []
 
@@ -109,7 +113,12 @@ class HAMNetwork(nn.Module):
     def empty_memory(self, items: int) -> StreamMemory:
         """The memory of items of which nothing was read."""
         like = self.head.project.weight
-        return StreamMemory(self.backbone.empty_memory(items, len(self.spec.roles), like), self.scaler.empty(items))
+        layers = self.backbone.empty_memory(items, len(self.spec.roles), like)
+        if self.config.mixer == "ham":
+            tracked, types = self.memory_config.threshold != "fixed", 0 if self.tags is None else len(self.tags.names)
+            scores = len(self.backbone.layers()[0].router.names)
+            layers = [prepared(layer, tracked=tracked, types=types, scores=scores) for layer in layers]
+        return StreamMemory(layers, self.scaler.empty(items))
 
     def entry_bytes(self) -> int:
         """Bytes of one scratchpad entry, as its tensors are stored."""
@@ -131,14 +140,18 @@ class HAMNetwork(nn.Module):
             cross = self.cross_targets.expand(len(share))
         share, cross = share.to(self.unit.device), cross.to(self.unit.device)
         caps: tuple[int | None, int | None] = (None, None)
-        if capped:
+        # a rival has the size it was built with
+        if capped and self.config.mixer == "ham":
             caps = entry_caps(
                 budget_bytes=self.memory_config.budget_bytes,
                 bytes_per_entry=self.entry_bytes(),
                 layers=self.config.layers,
                 must_keep_share=self.memory_config.must_keep_share,
             )
-        return Policy(share=share, readable=self.readable(cross), cap_kept=caps[0], cap_must=caps[1], use_tags=use_tags)
+        return Policy(
+            share=share, readable=self.readable(cross), cap_kept=caps[0], cap_must=caps[1], use_tags=use_tags,
+            threshold=self.memory_config.threshold, eviction=self.memory_config.eviction, tags=self.tags,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -217,6 +230,7 @@ class HAMNetwork(nn.Module):
             elapsed=chunk.elapsed.to(kind),
             static_values=((chunk.static_values - self.static_mean) / self.static_scale).to(kind),
             static_codes=chunk.static_codes,
+            markable=chunk.complete & target & (share > 0),
         )
 
     def _level(self, stats: ScaleStats) -> torch.Tensor:

@@ -20,6 +20,7 @@ from hamts.data.cutoffs import first_observed
 from hamts.data.panel import Panel, Schema
 from hamts.data.patches import PatchStore, build_store, future_tags, last_actions
 from hamts.errors import DataError
+from hamts.nn.mixers_neighbours import NeighbourMemory
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import Rollout, forecast_from, roll
@@ -225,17 +226,27 @@ def _clock_ahead(
 
 def memory_parts(memory: StreamMemory) -> dict[str, np.ndarray]:
     """Bytes of the live tensors of each item's memory, by part, [I] each."""
-    alive = memory.layers[0].scratchpad.alive
-    scratchpad = np.zeros(len(alive), dtype=np.int64)  # [I]
-    state = window = 0
+    items = len(memory.scale.sums)
+    parts = {name: np.zeros(items, dtype=np.int64) for name in ("scratchpad", "state", "window")}  # [I] each
     for layer in memory.layers:
-        state += _bytes_per_item([layer.state, layer.conv_tail, layer.error_mean])
-        window += _bytes_per_item(layer.pending)
-        # rows beyond an item's own entries only pad it to its neighbours
-        scratchpad += layer.scratchpad.alive.sum(1).numpy() * layer.scratchpad.bytes_per_entry()
-    normaliser = _bytes_per_item(memory.scale)
-    whole = {"state": state, "window": window, "normaliser": normaliser}
-    return {"scratchpad": scratchpad, **{name: np.full(len(scratchpad), size) for name, size in whole.items()}}
+        _add_layer_bytes(layer, parts)
+    return {**parts, "normaliser": np.full(items, _bytes_per_item(memory.scale))}
+
+
+def _add_layer_bytes(layer: Any, parts: dict[str, np.ndarray]) -> None:
+    """Add what one layer holds; rows beyond an item's own entries only pad it to its neighbours."""
+    for name in (f.name for f in fields(layer)):
+        value = getattr(layer, name)
+        if hasattr(value, "alive"):
+            row = sum(t.shape[2:].numel() * t.element_size() for t in flatten_tensors(value).values())
+            parts["scratchpad"] += value.alive.sum(1).cpu().numpy() * row
+        elif isinstance(layer, NeighbourMemory):
+            if name == "layer":
+                _add_layer_bytes(value, parts)
+            else:
+                parts["scratchpad"] += _bytes_per_item(value)
+        else:
+            parts["window" if name in ("pending", "recent") else "state"] += _bytes_per_item(value)
 
 
 def _bytes_per_item(container: Any) -> int:
@@ -264,6 +275,8 @@ def flatten_tensors(container: Any, prefix: str = "") -> dict[str, torch.Tensor]
 
 def unflatten_tensors(template: Any, tensors: dict[str, torch.Tensor], prefix: str = "") -> Any:
     """A container like ``template`` with these tensors. Raises KeyError where one is missing."""
+    if template is None:
+        return None
     if isinstance(template, torch.Tensor):
         return tensors[prefix]
     if isinstance(template, list | tuple):

@@ -16,6 +16,7 @@ from hamts.data.future import check_horizon
 from hamts.data.panel import Frequency, Panel, Schema
 from hamts.data.patches import irregular_unit
 from hamts.errors import DataError
+from hamts.nn.mixers import layer_makers
 from hamts.ops.kernels import KernelError, Kernels
 from hamts.training import planned_kernels
 
@@ -47,6 +48,7 @@ class FitOptions:
     quantiles: Sequence[float] | None = None
     preset: str = "small"
     router: str | None = None
+    mixer: str | None = None
     patch_steps: int | None = None
     window_patches: int | None = None
     cross_reading: str | None = None
@@ -88,7 +90,7 @@ class Plan:
         """Rebuild from ``to_dict``, also after a trip through JSON."""
         parts = {
             "model": ModelConfig.from_dict(content["model"]),
-            "memory": MemoryConfig(**content["memory"]),
+            "memory": MemoryConfig.from_dict(content["memory"]),
             "train": TrainConfig(**content["train"]),
             "quantiles": tuple(content["quantiles"]),
         }
@@ -127,7 +129,7 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
     )
     try:
         model, train = with_preset(options.preset, model, train)
-        shape = {name: getattr(options, name) for name in ("router", "window_patches", "cross_reading")}
+        shape = {name: getattr(options, name) for name in ("router", "mixer", "window_patches", "cross_reading")}
         model = replace(model, **_given(**shape))
         train = replace(
             train,
@@ -136,6 +138,8 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
             ),
         )
         memory = MemoryConfig(**_given(budget_share=options.budget_share, budget_bytes=options.budget_bytes))
+        # a rival that does not fit its bytes is refused before anything is built
+        layer_makers(model, channels=len(panel.schema.channels), budget_bytes=memory.budget_bytes)
     except ValueError as error:
         raise DataError("E-OPTION", str(error), fix="Change that argument of fit, or leave it out.") from error
     check_kernel(model, options.machine)

@@ -289,8 +289,8 @@ def _hide_before(chunk: Chunk, first: torch.Tensor, begin: torch.Tensor) -> Chun
 
 
 def _uncapped(policy: Policy) -> Policy:
-    """Entries of the forecast's own tokens live outside the cap."""
-    return replace(policy, cap_kept=None, cap_must=None)
+    """Entries of the forecast's own tokens live outside the cap, and are those that the model itself asks for."""
+    return replace(policy, cap_kept=None, cap_must=None, cap_each=None, control=None)
 
 
 def _policy_rows(policy: Policy, rows: np.ndarray) -> Policy:
@@ -308,18 +308,7 @@ def join_memories(parts: list[tuple[np.ndarray, StreamMemory]]) -> StreamMemory:
 
 def stack_memories(memories: list[StreamMemory]) -> StreamMemory:
     """Memories side by side, [B1 + B2 + ..., ...]; shorter scratchpads are padded with entries that are not alive."""
-    layers = []
-    for parts in zip(*(memory.layers for memory in memories), strict=True):
-        widest = max(part.scratchpad.alive.shape[1] for part in parts)
-        padded = [
-            map_tensors(part.scratchpad, lambda t: _pad_rows(t, widest))  # noqa: B023 - used at once
-            for part in parts
-        ]
-        joined = {
-            name: _cat([getattr(part, name) for part in parts])
-            for name in ("state", "conv_tail", "error_mean", "pending")
-        }
-        layers.append(type(parts[0])(**joined, scratchpad=_cat(padded)))
+    layers = [_cat(list(parts)) for parts in zip(*(memory.layers for memory in memories), strict=True)]
     return StreamMemory(layers, _cat([memory.scale for memory in memories]))
 
 
@@ -331,8 +320,11 @@ def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _cat(parts: list[Any]) -> Any:
-    """Concatenate like trees of tensors along items."""
+    """Concatenate like trees of tensors along items; rows of entries are padded to the most of any part."""
+    if parts[0] is None:
+        return None
     if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
+        most = max(part.shape[1] for part in parts) if parts[0].dim() > 1 else 0
+        return torch.cat([_pad_rows(part, most) for part in parts] if most else parts)
     names = type(parts[0]).__dataclass_fields__
     return type(parts[0])(**{name: _cat([getattr(part, name) for part in parts]) for name in names})

@@ -151,9 +151,10 @@ class HAMTrainer(L.LightningModule):
         return memory
 
     def _policy(self, share: torch.Tensor, cross: torch.Tensor) -> Policy:
-        """Caps as they will be in use, some exploration."""
+        """Caps as they will be in use, some exploration; thresholds stand still within a step, and move between them."""
         return replace(
             self.network.policy(share, cross=cross),
+            threshold="fixed",
             explore_share=self.network.memory_config.explore_share,
             explore_generator=self.state.explore,
         )

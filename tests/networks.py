@@ -131,6 +131,7 @@ def make_spec(panel: Panel, store: PatchStore) -> ChannelSpec:
         calendar_features=store.calendar.shape[1],
         static_numeric=store.static_values.shape[1],
         static_levels=tuple(len(c.levels) for c in panel.schema.static if c.kind == "categorical"),
+        names=tuple(c.name for c in panel.schema.channels),
     )
 
 
@@ -254,6 +255,7 @@ def random_tokens(
         elapsed=elapsed,
         static_values=torch.zeros(items, 0, dtype=dtype),
         static_codes=torch.zeros(items, 0, dtype=torch.int64),
+        markable=observed.any(-1),
     )
 
 

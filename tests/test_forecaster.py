@@ -276,7 +276,7 @@ def test_a_memory_of_no_steps_and_of_all_steps_are_what_they_say(sine: hamts.HAM
     usage = np.array([[0.2, 0.4]])
     random = policies_for(network, "random", 0.1, usage=usage, seed=1)[0]
     np.testing.assert_allclose(random.share.numpy(), usage[0], rtol=1e-6)
-    assert random.random_generator is not None
+    assert random.control is not None and random.control.kind == "random"
     with pytest.raises(DataError, match=r"memory must be one of .*Got 'some'"):
         policies_for(network, "some", 0.1)
 

@@ -496,9 +496,9 @@ def test_read_is_a_dense_softmax_over_what_may_be_seen(
     reads: list[tuple[Any, ...]] = []
     original = ham.HAMLayer._read
 
-    def spy(layer: ham.HAMLayer, queries: torch.Tensor, local: Any, routed: torch.Tensor, *rest: Any) -> Any:
-        result = original(layer, queries, local, routed, *rest)
-        reads.append((layer, queries, local, routed, result[0]))
+    def spy(layer: ham.HAMLayer, queries: torch.Tensor, decision: Any, *rest: Any) -> Any:
+        result = original(layer, queries, decision, *rest)
+        reads.append((layer, queries, decision.local, decision.routed, result[0]))
         return result
 
     monkeypatch.setattr(ham.HAMLayer, "_read", spy)

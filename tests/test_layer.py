@@ -15,6 +15,7 @@ from networks import dense_read, leaves, make_config, open_scratchpad, perturb, 
 
 from hamts.config import ModelConfig
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, SHARES, ThresholdTable, entry_caps
+from hamts.nn.controls import Control
 from hamts.nn.ham import HAMLayer, HeadNorm, LayerOutput, rotate
 from hamts.nn.head import QuantileHead, interpolate_quantiles, pinball, quantile_mean
 from hamts.nn.router import (
@@ -635,7 +636,7 @@ def test_random_routing_keeps_the_share_asked_for_and_none_without(share: float)
     layer, x, _, generator = setting(6, "surprise", 2)
     tokens = random_tokens(generator, items=40, patches=12)
     x = x[:1].expand(40, -1, -1, -1)
-    policy = open_policy(40, 3, share=share, use_tags=False, random_generator=generator)
+    policy = open_policy(40, 3, share=share, use_tags=False, control=Control("random", torch.arange(40)))
     routed = read_tokens(layer, x, tokens, policy).trace.routed
     observed = int(tokens.routable.sum())
     assert not (routed & ~tokens.routable).any()

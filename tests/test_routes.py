@@ -20,7 +20,7 @@ from hamts.forecaster import HAMForecaster, fit, load
 from hamts.nn.backbone import ChannelSpec
 from hamts.nn.head import pinball
 from hamts.nn.scratchpad import Entries
-from hamts.nn.tokens import Policy
+from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import Rollout, forecast_from, roll
 from hamts.routes import add_worth, memory_layers, overlap, routes_table
@@ -190,6 +190,7 @@ def test_bytes_of_the_rows_sum_to_those_of_the_live_tensors(small: World) -> Non
         int(layer.scratchpad.alive.sum()) * sum(
             getattr(layer.scratchpad, f.name)[0, 0].numel() * getattr(layer.scratchpad, f.name).element_size()
             for f in fields(Entries)
+            if getattr(layer.scratchpad, f.name) is not None
         )
         for layer in memory.layers
     )  # fmt: skip
@@ -312,7 +313,7 @@ def without(memory: StreamMemory, row: int, position: float, channel: int) -> tu
         pad = layer.scratchpad
         hit = pad.alive[0] & (pad.position[0] == position) & (pad.channel[0] == channel)
         copies += int(hit.sum())
-        kept = Entries(**{f.name: getattr(pad, f.name)[:, ~hit] for f in fields(Entries)})
+        kept = map_tensors(pad, lambda tensor: tensor[:, ~hit])  # noqa: B023 - used at once
         layers.append(replace(layer, scratchpad=kept))
     return replace(one, layers=layers), copies
 

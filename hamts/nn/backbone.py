@@ -1,4 +1,4 @@
-"""Tokens in, hidden vectors out: embedding, then blocks of a HAM layer and a gated MLP.
+"""Tokens in, hidden vectors out: embedding, then blocks of a HAM layer, or a rival of it, and a gated MLP.
 
 B items · C channels · N patches · P steps in a patch · D width · L look-ahead patches
 F calendar features · G level features
@@ -6,8 +6,10 @@ F calendar features · G level features
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from hamts.config import ModelConfig
 from hamts.nn.checkpointing import run_checkpointed
 from hamts.nn.ham import HAMLayer, LayerTrace
+from hamts.nn.mixers import layer_makers
 from hamts.nn.scratchpad import LayerMemory
 from hamts.nn.tokens import Policy, Tokens
 
@@ -34,6 +37,7 @@ class ChannelSpec:
     calendar_features: int
     static_numeric: int = 0
     static_levels: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()  # of the channels; typed tags are called by them
 
     @property
     def targets(self) -> list[int]:
@@ -112,13 +116,13 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm HAM layer and gated MLP, both residual."""
+    """Pre-norm HAM layer, or a rival's, and gated MLP, both residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, make_memory: Callable[[], nn.Module]) -> None:
         super().__init__()
         D, inner = config.width, int(config.width * config.mlp_ratio)
         self.before_memory, self.before_mlp = nn.RMSNorm(D), nn.RMSNorm(D)
-        self.memory = HAMLayer(config)
+        self.memory = make_memory()
         self.grow, self.shrink = nn.Linear(D, 2 * inner), nn.Linear(inner, D)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -140,10 +144,11 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """The network below the head."""
 
-    def __init__(self, config: ModelConfig, spec: ChannelSpec) -> None:
+    def __init__(self, config: ModelConfig, spec: ChannelSpec, *, budget_bytes: int) -> None:
         super().__init__()
         self.embedding = Embedding(config, spec)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        makers = layer_makers(config, channels=len(spec.roles), budget_bytes=budget_bytes)
+        self.blocks = nn.ModuleList(Block(config, make) for make in makers)
         self.final_norm = nn.RMSNorm(config.width)
         # whether blocks compute their inner tensors again for the gradient instead of keeping them
         self.checkpointing = False
@@ -152,8 +157,8 @@ class Backbone(nn.Module):
         return [layer.empty_memory(items, channels, like) for layer in self.layers()]
 
     def layers(self) -> list[HAMLayer]:
-        """The HAM layers, from the input up."""
-        return [block.memory for block in self.blocks if isinstance(block, Block)]
+        """The memory layers, from the input up; those of a rival answer to the same calls."""
+        return [cast(HAMLayer, block.memory) for block in self.blocks]
 
     def forward(
         self,

@@ -10,12 +10,16 @@ import math
 import torch
 from torch import nn
 
+from hamts.nn.scores import as_level
+
 __all__ = ["SHARES", "ThresholdTable", "entry_caps"]
 
 SHARES = (0.02, 0.05, 0.10, 0.25, 0.50, 0.75)
 # the first batches come from an untrained network: they are followed exactly, later ones slowly
 FOLLOW_EXACTLY_STEPS = 25
 FOLLOW_RATE = 0.05
+# scores that hardly differ still leave a step to go
+SMALLEST_SPREAD = 0.1
 
 
 class ThresholdTable(nn.Module):
@@ -54,6 +58,19 @@ class ThresholdTable(nn.Module):
         """Set the table from a large sample of scores, [n, S], of the finished network."""
         if scores.shape[0] and scores.shape[1]:
             self.values.copy_(self.quantiles(scores))
+
+    def rank(self, scores: torch.Tensor) -> torch.Tensor:
+        """What eviction by score compares, [..., S] -> [...]: the score; of several, the largest margin in spreads."""
+        if scores.shape[-1] <= 1:
+            return scores[..., 0] if scores.shape[-1] else scores.sum(-1)
+        middle = self.values[:, SHARES.index(0.10)].to(scores.dtype)  # [S]
+        spread = (self.values[:, 0] - self.values[:, -1]).to(scores.dtype)  # [S]
+        return ((scores - middle) / torch.where(spread > 0, spread, 1.0)).amax(-1)
+
+    def spread(self, on_log_scale: torch.Tensor) -> torch.Tensor:
+        """Distance of the thresholds for the smallest and the largest share of the table, on the level scale, [S]."""
+        ends = as_level(self.values[:, [0, -1]].T, on_log_scale)  # [2, S]
+        return (ends[0] - ends[1]).clamp_min(SMALLEST_SPREAD)
 
     def forward(self, share: torch.Tensor) -> torch.Tensor:
         """Thresholds for the share asked of each item, [B] -> [B, S]; interpolated in log-odds of the share."""

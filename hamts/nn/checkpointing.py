@@ -23,7 +23,7 @@ def run_checkpointed(
     block: nn.Module, x: torch.Tensor, tokens: Any, memory: Any, policy: Policy, **options: Any
 ) -> Any:
     """``block(x, tokens, memory, policy, **options)``, keeping these alone until the gradient is asked for."""
-    generators = [g for g in (policy.explore_generator, policy.random_generator) if g is not None]
+    generators = [g for g in (policy.explore_generator,) if g is not None]
 
     def contexts() -> tuple[Any, Any]:
         first = _Moment(block, generators)

@@ -11,7 +11,7 @@ S score routers
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,81 +19,30 @@ from torch.nn import functional as F
 
 from hamts.config import ModelConfig
 from hamts.nn.budget import ThresholdTable
+from hamts.nn.decide import Decision, decide, prepared
+from hamts.nn.eviction import end_times
+from hamts.nn.heads import HeadNorm, rotate
 from hamts.nn.router import Router, Scores
 from hamts.nn.scratchpad import (
     Entries,
     LayerMemory,
     Pending,
     append_candidates,
+    as_entries,
     empty_memory,
-    lifetimes,
     merge_candidates,
 )
-from hamts.nn.tokens import Policy, Tokens
+from hamts.nn.tokens import Policy, Tokens, map_tensors
+from hamts.nn.trace import LayerOutput, LayerTrace
 from hamts.ops.kernels import TORCH, Kernels
 from hamts.ops.types import Attended, GatedDelta, ScratchKeys
 
-__all__ = ["HAMLayer", "LayerOutput", "LayerTrace"]
+__all__ = ["HAMLayer", "HeadNorm", "LayerOutput", "LayerTrace", "rotate"]
 
 CONV_WIDTH = 4
 MARKS = 3
 SCRATCH_BIAS = -4.0
-# half of a head's width turns with time, the other half matches content at any age
-ROTARY_SHARE = 0.5
-ROTARY_LONGEST_PATCHES = 4096.0
 FASTEST_TOKENS, SLOWEST_TOKENS = 4.0, 512.0
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """What one layer decided about a chunk, and how its entries were read."""
-
-    scores: torch.Tensor  # [B, C, N, S]
-    threshold: torch.Tensor  # [B, S]
-    by_score: torch.Tensor  # [B, C, N, S] bool: asked for by this router
-    must_keep: torch.Tensor  # [B, C, N] bool: asked for by a tag
-    routed: torch.Tensor  # [B, C, N] bool: goes to the scratchpad on leaving the window
-    entries_bias: torch.Tensor  # [B, M'] with gradient
-    entries_mass: torch.Tensor  # [B, M'] attention received in a step, summed over channels and heads
-    entries_judged: torch.Tensor  # [B, M'] bool: kept by score, so that mass teaches their bias
-    entries_sights: torch.Tensor  # [B, M'] int64: steps of this chunk that could see the entry; 0 for padding
-    entries_position: torch.Tensor  # [B, M'] float64, and
-    entries_channel: torch.Tensor  # [B, M'] int64: which token it is
-
-
-@dataclass(frozen=True)
-class LayerOutput:
-    output: torch.Tensor  # [B, C, N, D]
-    memory: LayerMemory
-    trace: LayerTrace
-
-
-def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Rotary position on true time. x [B, N, C, H, K], position [B, N] float64 in patches -> [B, N, C, H, K].
-
-    Angles are taken in float64: at a million patches float32 would be off by several degrees.
-    """
-    pairs = int(x.shape[-1] * ROTARY_SHARE) // 2
-    if pairs == 0:
-        return x
-    rates = torch.logspace(
-        0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64, device=x.device
-    ) * (2 * math.pi / 4)  # [pairs]; periods from 4 patches to the longest
-    angle = (position[..., None] * rates)[:, :, None, None]  # [B, N, 1, 1, pairs]
-    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], -1)
-
-
-class HeadNorm(nn.Module):
-    """RMS norm of each head's vector, with a gain per head and unit."""
-
-    def __init__(self, heads: int, head_width: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(heads, head_width))  # [H, K]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain
 
 
 class HAMLayer(nn.Module):
@@ -147,6 +96,7 @@ class HAMLayer(nn.Module):
             marks=MARKS,
             dtype=like.dtype,
             device=like.device,
+            carried=self.router.empty_carried(items, channels, like),
         )
 
     def forward(
@@ -169,6 +119,9 @@ class HAMLayer(nn.Module):
         B, C, N, _ = x.shape
         H, K = self.heads, self.head_width
         policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
+        types = len(policy.tags.channels) if policy.use_tags and policy.tags is not None else 0
+        after = memory
+        memory = prepared(memory, tracked=policy.threshold != "fixed", types=types, scores=len(self.router.names))
         # an absent token is as if it had never been: no trace in the convolution either
         mixed = self.to_memory(x)  # [B, C, N, 3 D]
         mixed = mixed * tokens.present[:, None, :, None].to(mixed.dtype)  # [B, C, N, 3 D]
@@ -177,37 +130,64 @@ class HAMLayer(nn.Module):
             gates = self.to_gates(x.to(self.to_gates.weight.dtype)).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
         recurrent, written, beta, tail = self._recurrent(mixed, gates, tokens, memory, stepwise=stepwise)
         scores = self.router(
-            x, recurrent=recurrent, values=written, beta=beta, tokens=tokens, carried=memory.error_mean
-        )
-        scores = self._controlled(scores, policy)
+            x, recurrent=recurrent, values=written, beta=beta, tokens=tokens, error_mean=memory.error_mean,
+            carried=memory.carried,
+        )  # fmt: skip
         raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
         local = self._local(raw_keys, raw_values, scores, tokens, memory.pending)
-        by_score, routed = self._decide(local, policy)
+        decision = decide(
+            local, tokens=tokens, policy=policy, carried=scores.carried, router=self.router,
+            thresholds=self.thresholds, frozen=not advance,
+        )  # fmt: skip
         queries = self._turned_queries(self.to_query(x), tokens.position)  # [B, N, C, H, K]
-        read, entries, until, origin = self._read(queries, local, routed, memory.scratchpad, policy)
+        read, entries, until, origin = self._read(queries, decision, memory.scratchpad, policy)
         both = self._mix(recurrent.output, read.output, read.marks, tokens.marks, gates, self.to_output_gate(x))
         output = self.to_output(both)  # [B, C, N, D]
-        after = memory
         if advance:
-            after = self._after(recurrent.state, tail, scores.error_mean, local, entries, until, origin, N)
+            after = self._after(recurrent.state, tail, scores.error_mean, decision, entries, until, origin, N)
+        trace = self._trace(scores, decision, read, entries, until, origin, tokens, policy)
+        return LayerOutput(output, after, trace)
+
+    def _trace(
+        self,
+        scores: Scores,
+        decision: Decision,
+        read: Attended,
+        entries: Entries,
+        until: torch.Tensor,
+        visible_from: torch.Tensor,
+        tokens: Tokens,
+        policy: Policy,
+    ) -> LayerTrace:
+        """Every decision about the chunk, and how its entries were read."""
+        W, N, local = self.window, tokens.position.shape[1], decision.local
+
+        def own(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[:, W:].transpose(1, 2)  # [B, C, N, ...]
+
         # how many steps of this chunk could see each entry: those still in the window are not judged yet
-        sights = until.clamp_max(N) - origin.clamp_min(0)  # [B, M']
-        judged = entries.alive & ~entries.must_keep & (sights > 0)  # [B, M']
+        sights = until.clamp_max(N) - visible_from.clamp_min(0)  # [B, M']
         mass = read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias)  # [B, M']
-        trace = LayerTrace(
+        must_keep = local.must_keep & policy.use_tags & (policy.share > 0)[:, None, None]  # [B, W + N, C]
+        return LayerTrace(
             scores=scores.scores,
             threshold=self.thresholds(policy.share),
-            by_score=by_score[:, self.window :].transpose(1, 2),
-            must_keep=tokens.must_keep & policy.use_tags & (policy.share > 0)[:, None, None],
-            routed=routed[:, self.window :].transpose(1, 2),
+            by_score=decision.asked[:, W:].transpose(1, 2),
+            must_keep=must_keep[:, W:].transpose(1, 2),
+            routed=decision.routed[:, W:].transpose(1, 2),
             entries_bias=entries.bias,
             entries_mass=mass / sights.clamp_min(1),
-            entries_judged=judged,
+            entries_judged=entries.alive & ~entries.must_keep & (sights > 0),
             entries_sights=torch.where(entries.alive, sights.clamp_min(0), 0),
             entries_position=entries.position,
             entries_channel=entries.channel,
+            rank=decision.rank[:, W:].transpose(1, 2),
+            online=decision.online,
+            tag_type=own(local.tag_type),
+            tag_level=own(local.tag_level),
+            revised=None if decision.revised is None else decision.revised.transpose(1, 2),
+            inner_loss=scores.inner_loss,
         )
-        return LayerOutput(output, after, trace)
 
     def step(self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy) -> LayerOutput:
         """One patch, [B, C, 1, D], through the step-by-step recurrence: what a stream runs."""
@@ -248,15 +228,6 @@ class HAMLayer(nn.Module):
         q, k, v = F.silu(convolved).reshape(B * C, N, 3, self.heads, self.head_width).unbind(2)  # 3 x [B C, N, H, K]
         return F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v
 
-    def _controlled(self, scores: Scores, policy: Policy) -> Scores:
-        """Replace scores by noise where a control asks for random routing."""
-        if policy.random_generator is None:
-            return scores
-        noise = torch.rand(
-            scores.scores.shape, generator=policy.random_generator, dtype=scores.scores.dtype
-        )  # [B, C, N, S]
-        return Scores(noise.to(scores.scores.device), scores.bias, scores.error_mean)
-
     def _local(
         self, raw_keys: torch.Tensor, raw_values: torch.Tensor, scores: Scores, tokens: Tokens, pending: Pending
     ) -> Pending:
@@ -274,41 +245,18 @@ class HAMLayer(nn.Module):
             routable=tokens.routable.transpose(1, 2),
             must_keep=tokens.must_keep.transpose(1, 2),
         )
-        names = Pending.__dataclass_fields__
-        return Pending(**{n: torch.cat([getattr(pending, n), getattr(chunk, n)], dim=1) for n in names})
-
-    def _decide(self, local: Pending, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens each router asks for, [B, W + N, C, S], and which go to the scratchpad, [B, W + N, C]."""
-        threshold = self._threshold(policy).to(local.scores.dtype)  # [B, S]
-        by_score = local.routable[..., None] & (local.scores >= threshold[:, None, None])  # [B, W + N, C, S]
-        routed = by_score.any(-1)  # [B, W + N, C]
-        if policy.explore_share > 0:
-            chance = torch.rand(routed.shape, generator=policy.explore_generator)  # [B, W + N, C]
-            lucky = (chance < policy.explore_share).to(routed.device) & (policy.share > 0)[:, None, None]
-            routed = routed | (lucky & local.routable)  # [B, W + N, C]
-        if policy.use_tags:
-            # a budget of nothing keeps nothing, tagged or not: it is the recurrent state and the window alone
-            tagged = local.must_keep & local.present & (policy.share > 0)[:, None, None]  # [B, W + N, C]
-            routed = routed | tagged  # [B, W + N, C]
-        return by_score, routed
-
-    def _threshold(self, policy: Policy) -> torch.Tensor:
-        """Thresholds of this pass, [B, S]; noise in [0, 1) has its own."""
-        if policy.random_generator is None:
-            return self.thresholds(policy.share)
-        count = max(len(self.router.names), 1)
-        return (1.0 - policy.share / count)[:, None].expand(-1, count)  # [B, S]
+        return chunk.after(pending, tokens.markable)
 
     def _read(
-        self, queries: torch.Tensor, local: Pending, routed: torch.Tensor, kept: Entries, policy: Policy
+        self, queries: torch.Tensor, decision: Decision, kept: Entries, policy: Policy
     ) -> tuple[Attended, Entries, torch.Tensor, torch.Tensor]:
         """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
-        C = queries.shape[2]
-        fresh = as_entries(local, routed, policy.use_tags)  # [B, (W + N) C]
+        C, local = queries.shape[2], decision.local
+        fresh = as_entries(local, decision.routed, decision.rank, policy.use_tags)  # [B, (W + N) C]
         entries, origin = append_candidates(kept, fresh)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // C, 0)  # [B, M']
-        until = lifetimes(entries, visible_from, cap_kept=policy.cap_kept, cap_must=policy.cap_must)  # [B, M']
+        until = end_times(entries, visible_from, policy)  # [B, M']
         scratch = ScratchKeys(
             keys=entries.keys,
             values=entries.values,
@@ -374,37 +322,16 @@ class HAMLayer(nn.Module):
         state: torch.Tensor,
         tail: torch.Tensor,
         error_mean: torch.Tensor,
-        local: Pending,
+        decision: Decision,
         entries: Entries,
         until: torch.Tensor,
         visible_from: torch.Tensor,
         N: int,
     ) -> LayerMemory:
         """The memory as the next chunk finds it: evicted entries gone, tokens still in the window pending."""
-        W = self.window
         survives = entries.alive & (visible_from <= N - 1) & (until > N - 1)  # [B, M']
-        nothing = Entries(**{n: getattr(entries, n)[:, :0] for n in Entries.__dataclass_fields__})
-        staying = Entries(
-            **{n: survives if n == "alive" else getattr(entries, n) for n in Entries.__dataclass_fields__}
-        )
-        scratchpad, _ = merge_candidates(nothing, staying)
-        pending = Pending(**{n: getattr(local, n)[:, -W:] for n in Pending.__dataclass_fields__})
-        return LayerMemory(state, tail, error_mean, pending, scratchpad)
-
-
-def as_entries(local: Pending, routed: torch.Tensor, use_tags: bool) -> Entries:
-    """Tokens of the window and the chunk as candidates, time first, then channel: every field [B, (W + N) C, ...]."""
-    B, L, C = routed.shape
-    channel = torch.arange(C, device=routed.device).expand(B, L, C)  # [B, W + N, C]
-    best = local.scores.amax(-1) if local.scores.shape[-1] else torch.zeros_like(local.bias)  # [B, W + N, C]
-    return Entries(
-        keys=local.keys.flatten(1, 2),
-        values=local.values.flatten(1, 2),
-        marks=local.marks.flatten(1, 2),
-        bias=local.bias.flatten(1, 2),
-        score=best.flatten(1, 2),
-        channel=channel.flatten(1, 2),
-        position=local.position[:, :, None].expand(B, L, C).flatten(1, 2),
-        must_keep=(local.must_keep & use_tags).flatten(1, 2),
-        alive=routed.flatten(1, 2),
-    )
+        nothing = map_tensors(entries, lambda tensor: tensor[:, :0])
+        scratchpad, _ = merge_candidates(nothing, replace(entries, alive=survives))
+        local = decision.local if decision.local.asked is None else replace(decision.local, asked=decision.asked)
+        pending = map_tensors(local, lambda tensor: tensor[:, -self.window :])
+        return LayerMemory(state, tail, error_mean, pending, scratchpad, decision.carried)

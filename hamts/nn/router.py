@@ -5,34 +5,52 @@ B items · C channels · N patches · H heads · K key · V value · S score rou
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from hamts.config import ModelConfig
+from hamts.nn.inner import Inner, InnerHead
+from hamts.nn.scores import (
+    BIAS_FLOOR,
+    ERROR_HALF_LIFE_TOKENS,
+    ON_LOG_SCALE,
+    as_level,
+    causal_error_mean,
+    causal_sums,
+    innovation,
+    kept_probability,
+    log_bias,
+    normalised_error,
+    residual,
+    surprise,
+    uncertainty,
+    write_size,
+)
+from hamts.nn.scratchpad import Carried
 from hamts.nn.tokens import Tokens
 from hamts.ops.types import GatedDelta, compute_dtype
 
-__all__ = ["Router", "Scores", "causal_error_mean", "innovation", "kept_probability", "log_bias", "surprise"]
+__all__ = [
+    "BIAS_FLOOR",
+    "ERROR_HALF_LIFE_TOKENS",
+    "Router",
+    "Scores",
+    "causal_error_mean",
+    "innovation",
+    "kept_probability",
+    "log_bias",
+    "surprise",
+]
 
-NEGLIGIBLE = 1e-3
-ERROR_HALF_LIFE_TOKENS = 64.0
-LEAST_WEIGHT = 1e-12
-BIAS_FLOOR = -4.0
-
-
-def log_bias(logit: torch.Tensor) -> torch.Tensor:
-    """log sigmoid(logit) with a soft floor at ``BIAS_FLOOR``, so that its gradient never dies."""
-    floor = math.exp(BIAS_FLOOR)
-    return torch.log(floor + (1.0 - floor) * torch.sigmoid(logit))
-
-
-def kept_probability(bias: torch.Tensor) -> torch.Tensor:
-    """sigmoid(logit) back from ``log_bias``, in (0, 1)."""
-    floor = math.exp(BIAS_FLOOR)
-    return ((bias.exp() - floor) / (1.0 - floor)).clamp(1e-6, 1 - 1e-6)
+# scores that the inner head makes
+INNER = ("uncertainty", "residual")
+# what the scores of `learned` and `mix` see beside the token
+MIXED = ("surprise", "error", "innovation", "write", "uncertainty", "residual")
+# of a stream's own scores, for allocations that compare each stream with its past
+STREAM_HALF_LIFE_TOKENS = 512.0
+PRIOR_TOKENS = 8.0
 
 
 @dataclass(frozen=True)
@@ -42,79 +60,57 @@ class Scores:
     scores: torch.Tensor  # [B, C, N, S] detached
     bias: torch.Tensor  # [B, C, N] log-bias that a kept token's key receives; the learned score's gradient
     error_mean: torch.Tensor  # [B, C, H, 2]
-
-
-def surprise(prediction: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Cosine distance of what the state predicts and what came, in [0, 2].
-
-    surprise = 1 - cos(prediction, value); 1 where the prediction is negligible, else rounding would decide.
-    Both [..., V] -> [...].
-
-    Source: HAM, arXiv 2603.22325, Eq. 9 with a cosine distance; the rule for negligible predictions is ours.
-    """
-    predicted = prediction.norm(dim=-1)  # [...]
-    actual = values.norm(dim=-1)  # [...]
-    cosine = (prediction * values).sum(-1) / (predicted * actual).clamp_min(1e-12)  # [...]
-    negligible = (predicted < NEGLIGIBLE * actual) | (actual == 0)  # [...]
-    return torch.where(negligible, 1.0, 1.0 - cosine)  # [...]
-
-
-def causal_error_mean(
-    squared: torch.Tensor, observed: torch.Tensor, carried: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Running mean of squared errors before each token, and the sums to carry on.
-
-    Args:
-        squared: ||e||² of each token, [B, C, N, H].
-        observed: [B, C, N] bool; other tokens count for nothing.
-        carried: sum and weight from before, [B, C, H, 2].
-
-    Returns:
-        The mean over earlier tokens, [B, C, N, H] (0 where there are none), and the carried sums, [B, C, H, 2].
-    """
-    N = squared.shape[2]
-    # a long gap must not make the weight vanish: only the quotient counts, so both sums may be scaled up
-    mass = carried[..., 1:]  # [B, C, H, 1]
-    carried = torch.where(mass > 0, carried * (LEAST_WEIGHT / mass).clamp_min(1.0), carried)  # [B, C, H, 2]
-    decay = 0.5 ** (1.0 / ERROR_HALF_LIFE_TOKENS)
-    weight = observed.to(squared.dtype)[..., None].expand_as(squared)  # [B, C, N, H]
-    pair = torch.stack([squared * weight, weight], dim=-1)  # [B, C, N, H, 2]
-    steps = torch.arange(N, device=squared.device)  # [N]
-    lag = steps[:, None] - steps[None, :] - 1  # [N, N] before token n: m <= n - 1
-    powers = torch.where(lag >= 0, decay ** lag.clamp_min(0).to(squared.dtype), 0.0)  # [N, N]
-    before = torch.einsum("nm,bcmht->bcnht", powers, pair)  # [B, C, N, H, 2]
-    ages = decay ** steps.to(squared.dtype)  # [N]
-    before = before + ages[:, None, None] * carried[:, :, None]  # [B, C, N, H, 2]
-    after = decay * before[:, :, -1] + pair[:, :, -1]  # [B, C, H, 2]
-    return before[..., 0] / before[..., 1].clamp_min(torch.finfo(before.dtype).tiny), after
-
-
-def innovation(squared: torch.Tensor, running_mean: torch.Tensor) -> torch.Tensor:
-    """Squared error against its own causal running mean, so that a noisy channel does not own the budget.
-
-    innovation = ||e||² / mean of earlier ||e||²; 1 where nothing came before. Both [..., H] -> [..., H].
-    """
-    return torch.where(running_mean > 1e-12, squared / running_mean.clamp_min(1e-12), 1.0)
+    carried: Carried
+    inner_loss: torch.Tensor | None = None  # []
 
 
 class Router(nn.Module):
     """Scores of the routers named in the configuration, reduced over heads.
 
-    The learned score sees the token and, detached, the state's error, write gate, gap and tag. It is trained through
-    the log-bias log sigmoid(score) on the logits of the tokens it keeps, and by an auxiliary loss of ``training``.
+    ``learned`` sees the token and, unless told otherwise, the state's error, write gate, gap and tag, detached; ``mix``
+    sees all scores. They are trained through the log-bias log sigmoid(score) on the logits of the tokens they keep, and
+    by an auxiliary loss of ``training``.
     """
+
+    on_log_scale: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.names = tuple(name for name in config.router_names if name != "tags")
         self.uses_tags = "tags" in config.router_names
-        self.reduction = config.head_reduction
+        self.reduction, self.decision, self.allocation = config.head_reduction, config.decision, config.allocation
+        self.learned_features = config.learned_features
         hidden = max(config.width // 4, 8)
-        self.learned = (
-            nn.Sequential(nn.Linear(config.width + 6, hidden), nn.SiLU(), nn.Linear(hidden, 1))
-            if "learned" in self.names
-            else None
-        )
+
+        def learner(features: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(config.width + features, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+        beside = 6 if config.learned_features == "state" else 0
+        self.learned = learner(beside) if "learned" in self.names else None
+        self.mixed = learner(len(MIXED) + 4) if "mix" in self.names else None
+        self.inner = InnerHead(config) if any(name in self.names for name in (*INNER, "mix")) else None
+        self.spend = nn.Linear(config.width, 1) if config.allocation == "learned" and self.names else None
+        relative = config.allocation in ("normalised", "learned")
+        self.relative = relative and bool(self.names)
+        logs = [name in ON_LOG_SCALE for name in self.names]
+        self.register_buffer("raw_on_log_scale", torch.tensor(logs, dtype=torch.bool), persistent=False)  # [S]
+        # streams' own units may be negative
+        on_log = torch.tensor([one and not relative for one in logs], dtype=torch.bool)  # [S]
+        self.register_buffer("on_log_scale", on_log, persistent=False)
+
+    raw_on_log_scale: torch.Tensor
+
+    def empty_carried(self, items: int, channels: int, like: torch.Tensor) -> Carried:
+        """What the routers remember of nothing."""
+        carried = Carried()
+        if self.inner is not None:
+            head = self.inner.head
+            grid = (items, channels, head.patch_steps, len(head.levels))
+            known = torch.zeros(items, channels, dtype=torch.bool, device=like.device)  # [B, C]
+            carried = replace(carried, expected=like.new_zeros(grid), expected_known=known)
+        if self.relative:
+            carried = replace(carried, streams=like.new_zeros(items, channels, len(self.names), 3))
+        return carried
 
     def _over_heads(self, score: torch.Tensor) -> torch.Tensor:
         """[B, C, N, H] -> [B, C, N]."""
@@ -130,46 +126,113 @@ class Router(nn.Module):
         values: torch.Tensor,
         beta: torch.Tensor,
         tokens: Tokens,
-        carried: torch.Tensor,
+        error_mean: torch.Tensor,
+        carried: Carried,
     ) -> Scores:
         """Score a chunk.
 
         Args:
             x: normalised input of the layer, [B, C, N, D].
             recurrent: result of the recurrence, each tensor [B, C, N, H, V].
-            values: what was written, [B, C, N, H, V].
+            values: what came, [B, C, N, H, V].
             beta: write gates, [B, C, N, H].
-            carried: running error sums, [B, C, H, 2].
+            error_mean: running error sums, [B, C, H, 2].
+            carried: what else the routers remember.
         """
         with torch.no_grad():
             error = recurrent.error.to(compute_dtype(recurrent.error))  # [B, C, N, H, V]
             squared = error.square().sum(-1).to(x.dtype)  # [B, C, N, H]
-            running, after = causal_error_mean(squared, tokens.heard > 0, carried)  # [B, C, N, H], [B, C, H, 2]
-            fresh = self._over_heads(innovation(squared, running))  # [B, C, N]
-            angle = self._over_heads(surprise(recurrent.prediction, values))  # [B, C, N]
-        logit = self._learned_logit(x, fresh, angle, beta, tokens)  # [B, C, N] or None
-        available = {"surprise": angle, "innovation": fresh, "learned": logit}
-        columns = [score.detach() for name in self.names if (score := available[name]) is not None]  # S x [B, C, N]
+            running, after = causal_error_mean(squared, tokens.heard > 0, error_mean)  # [B, C, N, H], [B, C, H, 2]
+            available = {
+                "innovation": self._over_heads(innovation(squared, running)),
+                "surprise": self._over_heads(surprise(recurrent.prediction, values)),
+            }  # [B, C, N] each
+            if "error" in self.names or self.mixed is not None:
+                available["error"] = self._over_heads(normalised_error(error.to(x.dtype), values))
+            if "write" in self.names or self.mixed is not None:
+                available["write"] = self._over_heads(write_size(error.to(x.dtype), beta))
+        inner, carried = self._expect(x, recurrent, tokens, carried)
+        if inner is not None:
+            available |= self._doubts(inner, tokens)
+        logits = self._logits(x, available, beta, tokens)  # [B, C, N] each
+        columns = [(logits | available)[name].detach() for name in self.names]  # S x [B, C, N]
         scores = torch.stack(columns, -1) if columns else x.new_zeros(*x.shape[:3], 0)  # [B, C, N, S]
-        bias = torch.zeros_like(fresh) if logit is None else log_bias(logit)  # [B, C, N]
+        bias = torch.zeros_like(available["surprise"])  # [B, C, N]
+        if logits:
+            bias = torch.stack([log_bias(logit) for logit in logits.values()]).mean(0)  # [B, C, N]
+        if self.relative:
+            scores, carried = self._against_own_past(scores, tokens, carried)
+        if self.spend is not None:
+            level = self.spend(x).squeeze(-1)  # [B, C, N]
+            bias = log_bias(scores.amax(-1) + level)  # [B, C, N]
+            scores = scores + level.detach()[..., None]  # [B, C, N, S]
+        if self.decision == "step":
+            scores = loudest_channel(scores, tokens.routable)  # [B, C, N, S]
         if self.uses_tags:
             bias = torch.where(tokens.must_keep, 0.0, bias)  # [B, C, N]
-        return Scores(scores, bias, after)
+        return Scores(scores, bias, after, carried, None if inner is None else inner.loss)
 
-    def _learned_logit(
-        self, x: torch.Tensor, fresh: torch.Tensor, angle: torch.Tensor, beta: torch.Tensor, tokens: Tokens
-    ) -> torch.Tensor | None:
-        if self.learned is None:
-            return None
-        features = torch.stack(
-            [
-                torch.log1p(fresh),
-                angle,
-                beta.detach().mean(-1),
-                tokens.observed.to(x.dtype).mean(-1),
-                tokens.tags.any(-1).to(x.dtype),
-                tokens.must_keep.to(x.dtype),
-            ],
-            dim=-1,
-        )  # [B, C, N, 6]
-        return self.learned(torch.cat([x, features], -1)).squeeze(-1)  # [B, C, N]
+    def _logits(
+        self, x: torch.Tensor, available: dict[str, torch.Tensor], beta: torch.Tensor, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        """The learned scores, which have a gradient, [B, C, N] each."""
+        logits = {}
+        kind = x.dtype
+        facts = [beta.detach().mean(-1), tokens.observed.to(kind).mean(-1)]  # 2 x [B, C, N]
+        facts += [tokens.tags.any(-1).to(kind), tokens.must_keep.to(kind)]  # 4 x [B, C, N]
+        if self.learned is not None:
+            features = [torch.log1p(available["innovation"]), available["surprise"], *facts]  # 6 x [B, C, N]
+            chosen = features if self.learned_features == "state" else []
+            logits["learned"] = self.learned(_beside(x, chosen)).squeeze(-1)  # [B, C, N]
+        if self.mixed is not None:
+            # errors have long tails
+            features = [torch.log1p(available[name].detach()) for name in MIXED]  # 6 x [B, C, N]
+            logits["mix"] = self.mixed(_beside(x, [*features, *facts])).squeeze(-1)  # [B, C, N]
+        return logits
+
+    def _expect(
+        self, x: torch.Tensor, recurrent: GatedDelta, tokens: Tokens, carried: Carried
+    ) -> tuple[Inner | None, Carried]:
+        if self.inner is None:
+            return None, carried
+        assert carried.expected is not None and carried.expected_known is not None
+        recalled = recurrent.output.flatten(-2).to(x.dtype)  # [B, C, N, D]
+        inner = self.inner(x, recalled, tokens, carried.expected, carried.expected_known)
+        after = replace(carried, expected=inner.last.detach(), expected_known=inner.last_known)
+        return inner, after
+
+    def _doubts(self, inner: Inner, tokens: Tokens) -> dict[str, torch.Tensor]:
+        """Scores of the inner head, [B, C, N] each; 1 where nothing was expected."""
+        expected = inner.expected.detach()
+        return {
+            "uncertainty": torch.where(inner.known, uncertainty(expected), 1.0),
+            "residual": torch.where(inner.known, residual(expected, tokens.values, tokens.observed), 1.0),
+        }
+
+    def _against_own_past(self, scores: torch.Tensor, tokens: Tokens, carried: Carried) -> tuple[torch.Tensor, Carried]:
+        """Scores in deviations of the stream's own earlier ones, [B, C, N, S]; 0 while there are none."""
+        assert carried.streams is not None
+        level = as_level(scores, self.raw_on_log_scale)  # [B, C, N, S]
+        counted = (tokens.heard >= 0.5).to(level.dtype)[..., None].expand_as(level)  # [B, C, N, S]
+        terms = torch.stack([counted, counted * level, counted * level.square()], -1)  # [B, C, N, S, 3]
+        before, after = causal_sums(terms, carried.streams, STREAM_HALF_LIFE_TOKENS)
+        weight, total, squares = before.unbind(-1)  # 3 x [B, C, N, S]
+        mean = total / weight.clamp_min(torch.finfo(level.dtype).tiny)  # [B, C, N, S]
+        spread = (squares - weight * mean.square()).clamp_min(0.0)  # [B, C, N, S]
+        # a few tokens of spread 1, so that the second token of a stream is no sensation
+        deviation = ((spread + PRIOR_TOKENS) / (weight + PRIOR_TOKENS)).sqrt()  # [B, C, N, S]
+        relative = torch.where(weight > 0, (level - mean) / deviation, 0.0)  # [B, C, N, S]
+        return relative, replace(carried, streams=after)
+
+
+def _beside(x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+    """The token and some numbers about it, [B, C, N, D + features]."""
+    return torch.cat([x, torch.stack(features, dim=-1)], -1) if features else x
+
+
+def loudest_channel(scores: torch.Tensor, routable: torch.Tensor) -> torch.Tensor:
+    """The highest score of a moment's routable channels for all of them: scores [B, C, N, S], routable [B, C, N]."""
+    if scores.shape[-1] == 0:
+        return scores
+    heard = torch.where(routable[..., None], scores, -torch.inf).amax(1, keepdim=True)  # [B, 1, N, S]
+    return torch.where(heard.isfinite(), heard, scores)  # [B, C, N, S]

@@ -7,12 +7,27 @@ J candidates = M + (W + N) C
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-__all__ = ["Entries", "LayerMemory", "Pending", "append_candidates", "empty_memory", "lifetimes", "merge_candidates"]
+from hamts.nn.tokens import map_tensors
+
+__all__ = [
+    "Carried",
+    "Entries",
+    "LayerMemory",
+    "Pending",
+    "append_candidates",
+    "as_entries",
+    "empty_memory",
+    "lifetimes",
+    "merge_candidates",
+]
 
 NEVER = 2**40
+# a time, and a level, below every other; finite, so that differences are numbers
+LOWEST_LEVEL = -1e18
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,9 @@ class Entries:
     position: torch.Tensor  # [B, M] float64, in patches since the stream's origin
     must_keep: torch.Tensor  # [B, M] bool: on the must-keep list, else on the list kept by score
     alive: torch.Tensor  # [B, M] bool: False for padding
+    # of typed tags, where there are any: which type (-1: none), and the logarithm of its priority as it never fades
+    tag_type: torch.Tensor | None = None  # [B, M] int64
+    tag_level: torch.Tensor | None = None  # [B, M]
 
     def bytes_per_entry(self) -> int:
         """Bytes of one entry, summed over its tensors."""
@@ -36,6 +54,7 @@ class Entries:
             if self.alive.shape[1]
             else getattr(self, f.name).shape[2:].numel() * getattr(self, f.name).element_size()
             for f in fields(self)
+            if getattr(self, f.name) is not None
         )
 
 
@@ -52,6 +71,44 @@ class Pending:
     present: torch.Tensor  # [B, W, C] bool
     routable: torch.Tensor  # [B, W, C] bool
     must_keep: torch.Tensor  # [B, W, C] bool
+    # asked for by each score router under a threshold that moves; what lies below it now may have been above it then
+    asked: torch.Tensor | None = None  # [B, W, C, S] bool
+    tag_type: torch.Tensor | None = None  # [B, W, C] int64, of typed tags
+    tag_level: torch.Tensor | None = None  # [B, W, C]
+    markable: torch.Tensor | None = None  # [B, W, C] bool: a later tag may keep it
+
+    def after(self, earlier: Pending, markable: torch.Tensor | None) -> Pending:
+        """These tokens of a chunk behind those of the window, [B, W + N, C, ...].
+
+        What only the window's tokens have, for moving thresholds and typed tags, starts empty here; markable [B, C, N].
+        """
+        grid = self.must_keep  # [B, N, C]
+        marks = self.routable if markable is None else markable.transpose(1, 2)  # [B, N, C]
+        blank = {
+            "asked": torch.zeros_like(self.scores, dtype=torch.bool),  # [B, N, C, S]
+            "tag_type": torch.full_like(grid, -1, dtype=torch.int64),
+            "tag_level": torch.full_like(grid, LOWEST_LEVEL, dtype=torch.float64),
+            "markable": marks,
+        }
+        joined: dict[str, Any] = {}
+        for f in fields(Pending):
+            before = getattr(earlier, f.name)
+            own = blank.get(f.name, getattr(self, f.name))
+            joined[f.name] = None if before is None else torch.cat([before, own], dim=1)  # [B, W + N, C, ...]
+        return Pending(**joined)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What routing remembers from chunk to chunk; None for what the configuration does not need."""
+
+    expected: torch.Tensor | None = None  # [B, C, P, Q] of the next patch, by the inner head
+    expected_known: torch.Tensor | None = None  # [B, C] bool
+    streams: torch.Tensor | None = None  # [B, C, S, 3] weight, sum and sum of squares of each stream's scores
+    write_scale: torch.Tensor | None = None  # [B, C, H, 2] running logarithm of the residual's size, and its weight
+    threshold: torch.Tensor | None = None  # [B, S, 3] shift, usage above what was asked for, of how many tokens
+    block: torch.Tensor | None = None  # [B] int64 number of the 64 patches that usage is of, -1: none
+    tagged: torch.Tensor | None = None  # [B, K] float64 position of the last tag of each type, -1e18: none
 
 
 @dataclass(frozen=True)
@@ -63,6 +120,7 @@ class LayerMemory:
     error_mean: torch.Tensor  # [B, C, H, 2] running sum of squared error and its weight
     pending: Pending
     scratchpad: Entries
+    carried: Carried = Carried()
 
 
 def empty_memory(
@@ -77,8 +135,9 @@ def empty_memory(
     marks: int,
     dtype: torch.dtype,
     device: torch.device,
+    carried: Carried,
 ) -> LayerMemory:
-    """A memory that has read nothing."""
+    """A memory that has read nothing; ``carried`` is what its routing remembers of nothing."""
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=kind, device=device)
@@ -111,6 +170,7 @@ def empty_memory(
         error_mean=zeros(items, channels, heads, 2),
         pending=pending,
         scratchpad=scratchpad,
+        carried=carried,
     )
 
 
@@ -136,6 +196,8 @@ def merge_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Tens
     filled = torch.arange(count, device=alive.device) < alive.sum(dim=1, keepdim=True)  # [B, M']
     merged = {}
     for f in fields(Entries):
+        if getattr(local, f.name) is None:
+            continue
         both = torch.cat([getattr(kept, f.name), getattr(local, f.name)], dim=1)  # [B, J, ...]
         index = order.reshape(*order.shape, *(1,) * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
         merged[f.name] = both.gather(1, index)  # [B, M', ...]
@@ -152,11 +214,33 @@ def append_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Ten
     Returns:
         Entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before).
     """
-    nothing = Entries(**{f.name: getattr(kept, f.name)[:, :0] for f in fields(Entries)})
-    fresh, origin = merge_candidates(nothing, local)
-    joined = Entries(**{f.name: torch.cat([getattr(kept, f.name), getattr(fresh, f.name)], 1) for f in fields(Entries)})
+    fresh, origin = merge_candidates(map_tensors(kept, lambda tensor: tensor[:, :0]), local)
+    names = [f.name for f in fields(Entries) if getattr(kept, f.name) is not None]
+    joined = Entries(**{name: torch.cat([getattr(kept, name), getattr(fresh, name)], 1) for name in names})
     before = torch.full_like(kept.channel, -1)  # [B, M]
     return joined, torch.cat([before, origin], 1)
+
+
+def as_entries(local: Pending, routed: torch.Tensor, rank: torch.Tensor, use_tags: bool) -> Entries:
+    """Tokens of the window and the chunk as candidates, time first, then channel: every field [B, (W + N) C, ...].
+
+    routed and rank [B, W + N, C]; the rank is what eviction by score compares.
+    """
+    B, L, C = routed.shape
+    channel = torch.arange(C, device=routed.device).expand(B, L, C)  # [B, W + N, C]
+    return Entries(
+        keys=local.keys.flatten(1, 2),
+        values=local.values.flatten(1, 2),
+        marks=local.marks.flatten(1, 2),
+        bias=local.bias.flatten(1, 2),
+        score=rank.flatten(1, 2),
+        channel=channel.flatten(1, 2),
+        position=local.position[:, :, None].expand(B, L, C).flatten(1, 2),
+        must_keep=(local.must_keep & use_tags).flatten(1, 2),
+        alive=routed.flatten(1, 2),
+        tag_type=None if local.tag_type is None else local.tag_type.flatten(1, 2),
+        tag_level=None if local.tag_level is None else local.tag_level.flatten(1, 2),
+    )
 
 
 def lifetimes(

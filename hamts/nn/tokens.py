@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+from hamts.nn.controls import Control
+
+if TYPE_CHECKING:
+    from hamts.nn.tags import TagRules
 
 __all__ = ["Policy", "Tokens", "map_tensors"]
 
@@ -49,6 +54,7 @@ class Tokens:
     elapsed: torch.Tensor  # [B, N] patches since the token before
     static_values: torch.Tensor  # [B, E] numeric static columns, standardised; 0 where missing
     static_codes: torch.Tensor  # [B, E'] int64
+    markable: torch.Tensor | None = None  # [B, C, N] bool: an observed target, which tags of its surroundings may keep
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,14 @@ class Policy:
     Attributes:
         share: budget share asked for, per item, [B].
         readable: may the query's channel read the key's channel, [B, C, C] bool.
-        cap_kept, cap_must: most entries per layer kept by score, and by tag (FIFO each); None for no cap.
+        cap_kept, cap_must: most entries per layer kept by score, and by tag; None for no cap.
+        cap_each: most entries of each item kept by score, where less than ``cap_kept``, [B] int64 (a control).
         use_tags: whether must-keep tokens are kept at all (an emptied memory keeps none).
-        random_generator: keep random tokens instead of the highest scores, at the same rate (a control).
+        control: what decides in the router's place.
+        threshold: one of ``hamts.config.THRESHOLDS``.
+        eviction: one of ``hamts.config.EVICTIONS``.
+        key: one number per item, [B] int64, from which chance is counted; None: 0.
+        tags: rules of typed tags; None: all tags alike.
         explore_share, explore_generator: keep some unrouted tokens at random (training only).
     """
 
@@ -68,7 +79,12 @@ class Policy:
     readable: torch.Tensor
     cap_kept: int | None = None
     cap_must: int | None = None
+    cap_each: torch.Tensor | None = None
     use_tags: bool = True
-    random_generator: torch.Generator | None = None
+    control: Control | None = None
+    threshold: str = "fixed"
+    eviction: str = "fifo"
+    key: torch.Tensor | None = None
+    tags: TagRules | None = None
     explore_share: float = 0.0
     explore_generator: torch.Generator | None = None
