@@ -43,7 +43,8 @@ from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 
 __all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
 
-PREFIX_CHUNK_PATCHES = 128
+# on a GPU a few large chunks beat many small ones
+PREFIX_CHUNK_PATCHES, PREFIX_CHUNK_PATCHES_GPU = 128, 512
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
@@ -142,8 +143,9 @@ class HAMTrainer(L.LightningModule):
         memory = replace(network.empty_memory(len(rows)), scale=scale)
         policy = self._policy(map_tensors(batch.share, lambda t: t[rows]), batch.cross[rows])
         network.eval()
-        for low in range(0, batch.prefix, PREFIX_CHUNK_PATCHES):
-            size = min(PREFIX_CHUNK_PATCHES, batch.prefix - low)
+        most = PREFIX_CHUNK_PATCHES if windows.device.type == "cpu" else PREFIX_CHUNK_PATCHES_GPU
+        for low in range(0, batch.prefix, most):
+            size = min(most, batch.prefix - low)
             first = batch.first[rows].to(windows.device) - batch.prefix + low
             chunk = windows.store.window(batch.items[rows].to(windows.device), first, size)
             memory = network(chunk, memory, policy, decode=False).memory

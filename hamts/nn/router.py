@@ -82,7 +82,7 @@ class Router(nn.Module):
         self.learned_features = config.learned_features
         hidden = max(config.width // 4, 8)
 
-        def learner(features: int) -> nn.Module:
+        def learner(features: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(config.width + features, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
         beside = 6 if config.learned_features == "state" else 0
@@ -139,7 +139,8 @@ class Router(nn.Module):
             error_mean: running error sums, [B, C, H, 2].
             carried: what else the routers remember.
         """
-        with torch.no_grad():
+        # scores are compared with thresholds: under mixed precision too they have all digits
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             error = recurrent.error.to(compute_dtype(recurrent.error))  # [B, C, N, H, V]
             squared = error.square().sum(-1).to(x.dtype)  # [B, C, N, H]
             running, after = causal_error_mean(squared, tokens.heard > 0, error_mean)  # [B, C, N, H], [B, C, H, 2]
@@ -183,11 +184,11 @@ class Router(nn.Module):
         if self.learned is not None:
             features = [torch.log1p(available["innovation"]), available["surprise"], *facts]  # 6 x [B, C, N]
             chosen = features if self.learned_features == "state" else []
-            logits["learned"] = self.learned(_beside(x, chosen)).squeeze(-1)  # [B, C, N]
+            logits["learned"] = _logit(self.learned, _beside(x, chosen))  # [B, C, N]
         if self.mixed is not None:
             # errors have long tails
             features = [torch.log1p(available[name].detach()) for name in MIXED]  # 6 x [B, C, N]
-            logits["mix"] = self.mixed(_beside(x, [*features, *facts])).squeeze(-1)  # [B, C, N]
+            logits["mix"] = _logit(self.mixed, _beside(x, [*features, *facts]))  # [B, C, N]
         return logits
 
     def _expect(
@@ -228,6 +229,13 @@ class Router(nn.Module):
 def _beside(x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
     """The token and some numbers about it, [B, C, N, D + features]."""
     return torch.cat([x, torch.stack(features, dim=-1)], -1) if features else x
+
+
+def _logit(learner: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
+    """A learner's score, its last sum in full precision, [B, C, N, I] -> [B, C, N]."""
+    hidden = learner[:-1](features)  # [B, C, N, hidden]
+    with torch.autocast(features.device.type, enabled=False):
+        return learner[-1](hidden.to(learner[-1].weight.dtype)).squeeze(-1)
 
 
 def loudest_channel(scores: torch.Tensor, routable: torch.Tensor) -> torch.Tensor:

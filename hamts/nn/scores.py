@@ -34,6 +34,8 @@ BIAS_FLOOR = -4.0
 # scores that are never negative: factors are what counts, so thresholds move on the scale of their logarithm
 ON_LOG_SCALE = frozenset({"surprise", "error", "innovation", "write", "uncertainty", "residual"})
 SMALLEST_SCORE = 1e-6
+# more tokens than this are summed in blocks: a square of all of them would not fit
+SUMMED_AT_ONCE = 256
 # a code, or a value far beyond its stream's scale, says no more than this
 LARGEST_VALUE = 8.0
 
@@ -111,12 +113,32 @@ def causal_sums(
     """
     N = terms.shape[2]
     decay = 0.5 ** (1.0 / half_life_tokens)
+    if N > SUMMED_AT_ONCE:
+        return _block_sums(terms, carried, half_life_tokens)
     steps = torch.arange(N, device=terms.device)  # [N]
     lag = steps[:, None] - steps[None, :] - 1  # [N, N] before token n: m <= n - 1
     powers = torch.where(lag >= 0, decay ** lag.clamp_min(0).to(terms.dtype), 0.0)  # [N, N]
     before = torch.einsum("nm,bcm...->bcn...", powers, terms)  # [B, C, N, ...]
     ages = decay ** steps.to(terms.dtype)  # [N]
     before = before + ages.view(N, *(1,) * (terms.dim() - 3)) * carried[:, :, None]  # [B, C, N, ...]
+    return before, decay * before[:, :, -1] + terms[:, :, -1]
+
+
+def _block_sums(
+    terms: torch.Tensor, carried: torch.Tensor, half_life_tokens: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``causal_sums`` of many tokens: within blocks, and over the blocks' totals, whose half-life is so much shorter."""
+    N, T = terms.shape[2], SUMMED_AT_ONCE
+    decay = 0.5 ** (1.0 / half_life_tokens)
+    rest = -N % T
+    padded = torch.cat([terms, terms.new_zeros(*terms.shape[:2], rest, *terms.shape[3:])], 2)
+    blocks = padded.unflatten(2, (-1, T))  # [B, C, L, T, ...]
+    inside, totals = causal_sums(blocks.flatten(1, 2), torch.zeros_like(blocks[:, :, :, 0]).flatten(1, 2), half_life_tokens)
+    inside, totals = inside.unflatten(1, blocks.shape[1:3]), totals.unflatten(1, blocks.shape[1:3])  # [B, C, L, T, ...]
+    earlier, _ = causal_sums(totals, carried, half_life_tokens / T)  # [B, C, L, ...]
+    ages = decay ** torch.arange(T, device=terms.device).to(terms.dtype)  # [T]
+    before = inside + ages.view(T, *(1,) * (terms.dim() - 3)) * earlier[:, :, :, None]  # [B, C, L, T, ...]
+    before = before.flatten(2, 3)[:, :, :N]  # [B, C, N, ...]
     return before, decay * before[:, :, -1] + terms[:, :, -1]
 
 
