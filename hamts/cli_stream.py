@@ -49,8 +49,14 @@ def stream(  # noqa: PLR0913 - one option for each argument
         str, typer.Option("--on-bad", help="error: stop at rows that cannot be taken; quarantine: set them aside.")
     ] = "error",
     correction: Annotated[
-        str, typer.Option("--correction", help="Other values for a row that was read: error, ignore or apply.")
+        str, typer.Option("--correction", help="New stream: other values for a known row: error, ignore or apply.")
     ] = "error",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="New stream: one item at a time, the same bits however rows arrive together; slower."
+        ),
+    ] = False,
     tz: Annotated[str | None, typer.Option(help="Zone of the times of a CSV; default that of the fit.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but problems.")] = False,
 ) -> None:
@@ -67,7 +73,8 @@ def stream(  # noqa: PLR0913 - one option for each argument
         assert state is not None
         sink = FolderSink(out or state / "outputs", cast(Any, fmt))
         rows = None if history is None else read_frame(history, zone=tz)
-        with open_stream(state, model, history=rows, commit_every=every, sink=sink, correction=correction) as durable:
+        options: dict[str, Any] = {"correction": correction, **({"items_side_by_side": 1} if exact else {})}
+        with open_stream(state, model, history=rows, commit_every=every, sink=sink, **options) as durable:
             dialect = durable.schema.dialect
             read = {"id_column": dialect.id_column, "time_column": dialect.time_column, "zone": tz or dialect.time_zone}
             given = open_source(source, max_rows=max_rows, on_corrupt=cast(Any, on_bad), **read)

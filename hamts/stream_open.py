@@ -6,7 +6,10 @@
 
 The promise: when ``commit`` has returned, what was read before it is in. After any crash the stream is what it was at
 some commit, no earlier than the last one that returned, and rows read again from that commit's position make it the
-same once more, bit for bit on the same machine and version. Rows that it has already read change nothing.
+same once more. It is the same bit for bit (same machine and version) if rows are grouped into updates as before, as
+they are from a source whose polls depend on the position alone. Where they are grouped otherwise, it is the same within
+rounding, since items that are computed side by side round together; ``items_side_by_side=1`` gives the same bits for
+any grouping. Rows that are read twice change nothing.
 """
 
 from __future__ import annotations
