@@ -16,6 +16,7 @@ from probes.t0 import Trace, read_state
 __all__ = ["SCHEMES", "allocate", "recalls"]
 
 MAD_TO_SIGMA = 1.4826
+WARM_ROWS = 5
 
 
 def by_service(values: torch.Tensor, reporter: torch.Tensor, services: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,9 +27,9 @@ def by_service(values: torch.Tensor, reporter: torch.Tensor, services: int) -> t
 
 
 def running_z(size: torch.Tensor) -> torch.Tensor:
-    """(e - median) / MAD of the service's earlier rows, [B, S, n]; 0 for its first two."""
+    """(e - median) / MAD of the service's earlier rows, [B, S, n]; 0 for its first few."""
     out = torch.zeros_like(size)
-    for row in range(2, size.shape[-1]):
+    for row in range(WARM_ROWS, size.shape[-1]):
         past = size[..., :row]
         middle = past.median(-1, keepdim=True).values
         spread = MAD_TO_SIGMA * (past - middle).abs().median(-1).values

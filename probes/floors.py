@@ -13,9 +13,11 @@ from probes.contract import ProbeBatch, generator
 
 __all__ = ["fit_mlp", "fit_ridge", "learned_floors", "shortcut_features"]
 
-RIDGE = 1e-2
+RIDGES = (1e-3, 1e-1, 1e1, 1e3)
 MLP_UNITS = 64
 MLP_STEPS = 200
+# what an epoch must gain on held-out rows to be believed
+LEAST_GAIN = 0.01
 
 
 def query_key(batch: ProbeBatch) -> torch.Tensor:
@@ -68,12 +70,26 @@ def _design(features: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def fit_ridge(features: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ridge regression, features [n, I], answers [n, Y]: weights, and the mean and spread of the features."""
-    mean, spread = features.mean(0), features.std(0).clamp_min(1e-4)
-    spread = torch.where(features.std(0) < 1e-4, 1e9, spread)  # a constant says nothing
-    design = _design(features, (mean, spread)).double()
-    gram = design.T @ design + RIDGE * len(design) * torch.eye(design.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(gram, design.T @ answers.double()).float(), mean, spread
+    """Ridge regression, features [n, I], answers [n, Y]: weights, and the mean and spread of the features.
+
+    The penalty is the one of ``RIDGES`` that is best on the last fifth; all rows are then fitted with it.
+    """
+    mean, spread = features.mean(0), features.std(0)
+    spread = torch.where(spread < 1e-4, 1e9, spread)  # a constant says nothing
+    design, target = _design(features, (mean, spread)).double(), answers.double()
+    held = max(len(design) // 5, 1)
+
+    def solve(penalty: float, rows: int) -> torch.Tensor:
+        part, wanted = design[:rows], target[:rows]
+        weight = torch.full((part.shape[1],), penalty * rows, dtype=torch.float64)
+        weight[-1] = 1e-9 * rows  # the constant is free
+        return torch.linalg.solve(part.T @ part + torch.diag(weight), part.T @ wanted)
+
+    def error(penalty: float) -> float:
+        guess = design[-held:] @ solve(penalty, len(design) - held)
+        return float((guess - target[-held:]).square().mean())
+
+    return solve(min(RIDGES, key=error), len(design)).float(), mean, spread
 
 
 def ridge_answer(features: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -87,11 +103,17 @@ def fit_mlp(features: torch.Tensor, answers: torch.Tensor, *, seed: int = 0, ste
     n = len(features)
     held = max(n // 5, 1)
     inputs = ((features - mean) / spread).clamp(-8, 8)
+    centre = answers.mean(0)  # [Y]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(nn.Linear(features.shape[1], MLP_UNITS), nn.GELU(), nn.Linear(MLP_UNITS, answers.shape[1]))
+        # it starts as the mean answer, and stays that where nothing better is found
+        nn.init.zeros_(net[-1].weight)
+        net[-1].bias.data.copy_(centre)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
-    best, kept = float("inf"), {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        best = float(F.mse_loss(net(inputs[-held:]), answers[-held:]))
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
     order = torch.randperm(n - held, generator=generator(seed))
     for step in range(steps):
         rows = order[(torch.arange(1024) + 1024 * step) % (n - held)]
@@ -102,7 +124,7 @@ def fit_mlp(features: torch.Tensor, answers: torch.Tensor, *, seed: int = 0, ste
         if step % 20 == 19:
             with torch.no_grad():
                 score = float(F.mse_loss(net(inputs[-held:]), answers[-held:]))
-            if score < best:
+            if score < (1.0 - LEAST_GAIN) * best:
                 best, kept = score, {name: value.clone() for name, value in net.state_dict().items()}
     net.load_state_dict(kept)
     return _Scaled(net, mean, spread)

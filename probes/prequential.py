@@ -34,7 +34,7 @@ def windowed_mase(absolute: torch.Tensor, values: torch.Tensor, *, season: int, 
 
 
 def recovery_rows(error: torch.Tensor, drift_rows: torch.Tensor, *, smooth: int = 50) -> torch.Tensor:
-    """Rows after each drift until the mean error of the next ``smooth`` rows is within 10 % of the steady level, [B, D].
+    """Rows after each drift until the mean error of ``smooth`` rows is within 10 % of the steady level, [B, D].
 
     The steady level is the mean error of the last quarter before the next drift; NaN where it never gets there.
     """

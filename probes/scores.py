@@ -138,6 +138,8 @@ def selection(kept: torch.Tensor, batch: ProbeBatch, *, tolerance: int = RECEPTI
         kept = kept[:, None].expand(-1, batch.q_index.shape[1], -1)  # [B, Q, L]
     rows = batch.need  # [B, Q, R]
     before = torch.arange(kept.shape[-1], device=kept.device) < batch.q_index[..., None]  # [B, Q, L]
+    # rows that ask are never kept
+    before = before & ~batch.query[:, None]  # [B, Q, L]
     kept = kept & before
     by_role = within(kept, rows, tolerance)  # [B, Q, R]
     any_row = by_role.any(-1)  # [B, Q]
@@ -154,7 +156,7 @@ def selection(kept: torch.Tensor, batch: ProbeBatch, *, tolerance: int = RECEPTI
     needed = windows & before
     width = needed.sum(-1)  # [B, Q]
     count = kept.sum(-1)  # [B, Q]
-    available = (~batch.query[:, None] & before).sum(-1)  # [B, Q]
+    available = before.sum(-1)  # [B, Q]
     union = needed.any(1)  # [B, L]
     total = kept.sum().clamp_min(1)
     return Selection(

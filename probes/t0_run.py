@@ -167,9 +167,8 @@ def _anchors(case: Case) -> list[dict[str, Any]]:
     width, value = case.key_width, batch.value.shape[-1]
     state = t0.answer(batch, case.trace, nothing, case.floor, blend=case.blend)
     full = t0.answer(batch, case.trace, batch.asked, case.floor, blend=case.blend)
-    size = case.trace.error.norm(dim=-1)  # [B, L]
     context = ~batch.query
-    percentile = 100.0 * (1.0 - _share_above(size, batch.crit, context))
+    state_size = case.trace.error.norm(dim=-1)  # [B, L]
     auroc = {
         name: ranks_auroc(
             t0.scores(name, batch, case.trace, gen=generator(0))[context], batch.crit[context]
@@ -180,7 +179,9 @@ def _anchors(case: Case) -> list[dict[str, Any]]:
         _row(case, "state", "none", bytes_total=t0.state_bytes(width, value), **_answered(case, state)),
         _row(case, "full", "all", bytes_total=batch.context_rows * t0.row_bytes(width, value),
              budget_rows=batch.context_rows, **_answered(case, full)),
-        _row(case, "rows", "none", residual_percentile=percentile, utility_auroc=auroc),
+        _row(case, "rows", "none", utility_auroc=auroc,
+             residual_percentile=_percentile(value_residual(batch), batch, context),
+             state_residual_percentile=_percentile(state_size, batch, context)),
     ]  # fmt: skip
     if int(batch.distract.sum()) and batch.key_direct:
         for router in ("write", "mix"):
@@ -202,14 +203,21 @@ def _clipped_row(case: Case, router: str) -> dict[str, Any]:
                 recall_exact=chosen.recall(batch.asked), **_answered(case, answer))  # fmt: skip
 
 
-def _share_above(size: torch.Tensor, crit: torch.Tensor, context: torch.Tensor) -> float:
-    """Mean share of context rows whose residual exceeds a critical row's."""
+def value_residual(batch: ProbeBatch) -> torch.Tensor:
+    """How far each row is from the straight line through the two rows before it, [B, L]: predictable when written?"""
+    x = torch.nan_to_num(batch.x)  # [B, L, C]
+    residual = torch.zeros(x.shape[:2])
+    residual[:, 2:] = (x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]).norm(dim=-1)
+    return residual
+
+
+def _percentile(size: torch.Tensor, batch: ProbeBatch, context: torch.Tensor) -> float:
+    """Mean percentile of the critical rows' residuals among the rows of their context."""
     shares = []
-    for errors, critical, there in zip(size, crit, context, strict=True):
+    for errors, critical, there in zip(size, batch.crit, context, strict=True):
         if bool(critical.any()):
-            others = errors[there]
-            shares.append((others[None] > errors[critical][:, None]).float().mean())
-    return float(torch.stack(shares).mean()) if shares else math.nan
+            shares.append((errors[there][None] <= errors[critical][:, None]).float().mean())
+    return 100.0 * float(torch.stack(shares).mean()) if shares else math.nan
 
 
 def _prequential(case: Case, budget: int, seed: int) -> list[dict[str, Any]]:

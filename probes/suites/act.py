@@ -13,7 +13,7 @@ import torch
 
 from probes.canvas import Canvas, code_names, query_rows, take
 from probes.contract import Draws, ProbeBatch, ProbeConfig
-from probes.draws import TYPES, codes, fill, permutations
+from probes.draws import TYPES, codes, fill, permutations, segments
 from probes.registry import Probe, register_probe
 
 CHANNELS = 2
@@ -102,7 +102,7 @@ class ActionEffectRecall(Probe):
         draws = config.draws(gen)
         N, W = config.items, config.items * config.visits
         table = codes(config.code)  # [K, G]
-        item = permutations(draws("order"), n, W) % N  # [B, W]; each action as often as it is visited
+        item = permutations(draws("order"), n, W) % N  # [B, W], each as often as it is visited
         rows, lag = self._rows(draws, n, config)  # 2 x [B, W]
         gain = torch.randn(n, N, generator=draws("payloads"))  # [B, N]
         gain = gain * (torch.rand(n, N, generator=draws("placebo")) >= config.placebo)
@@ -154,12 +154,10 @@ class ActionEffectRecall(Probe):
 
     @staticmethod
     def _rows(draws: Draws, n: int, config: ActConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the actions, one a slot at a random offset, and the lag of each effect: 2 x [B, W]."""
+        """Rows of the actions, none inside another's wait, and the lag of each effect: 2 x [B, W]."""
         W = config.items * config.visits
-        slot = config.context_rows // W
-        room = slot - config.slot_rows
-        offset = torch.randint(0, room + 1, (n, W), generator=draws("positions"))  # [B, W]
-        rows = slot * torch.arange(W) + offset  # [B, W]
+        # placed freely: slots of equal length would let a regular grid of rows find them
+        rows = segments(draws("positions"), n, count=W, width=config.slot_rows, rows=config.context_rows)  # [B, W]
         lag = config.lag + torch.randint(0, config.lag_jitter + 1, (n, W), generator=draws("lags"))  # [B, W]
         if config.overlap > 0:
             # pull an action to the row after the one before it, into that one's effect

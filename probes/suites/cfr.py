@@ -134,10 +134,14 @@ class CounterfactualRollout(Probe):
         with_plan = torch.stack([simulate(world, control + plans[:, m], shocks) for m in range(M)], 1)
         effect = (with_plan - base[:, None])[:, :, T:]  # [B, M, H, C] with the same noise: unit level
         reward = self._reward(world, with_plan[:, :, T:]) - self._reward(world, base[:, None, T:])  # [B, M]
+        recent = take(action, rows.argmax(1, keepdim=True))[:, 0]  # [B]
+        once = torch.zeros(n, T + H, K)
+        once[torch.arange(n), T, recent] = 1.0
+        again = (simulate(world, control + once, shocks) - base)[:, T:]  # [B, H, C] of the last action
         canvas = self._canvas(config, draws, base, world, M)
         self._render(canvas, config, draws, rows=rows, action=action, dose=dose, lag=take(world.lag, action))
         return self._ask(canvas, config, wanted=wanted, other=other, effect=effect, reward=reward, rows=rows,
-                         action=action, base=base[:, T:], world=world)  # fmt: skip
+                         action=action, base=base[:, T:], world=world, again=again)  # fmt: skip
 
     @staticmethod
     def _logged(draws: Draws, n: int, config: CfrConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,6 +219,7 @@ class CounterfactualRollout(Probe):
         action: torch.Tensor,
         base: torch.Tensor,
         world: World,
+        again: torch.Tensor,
     ) -> ProbeBatch:
         n, M = effect.shape[:2]
         table = codes(config.code)
@@ -240,21 +245,20 @@ class CounterfactualRollout(Probe):
         mask = torch.ones_like(y, dtype=torch.bool)
         # doing nothing changes nothing: a plan to choose, not a question to score
         mask[:, PLANS.index("none")] = False
-        latest = rows.argmax(1)  # [B]
-        recent = take(action, latest[:, None])[:, 0]  # [B]
         names = tuple(f"ch_{number}" for number in range(CHANNELS)) + (("reward",) if config.reward else ())
         return canvas.batch(
             q_index=q_index, q_item=first, y=y, y_mask=mask, need=need, x_names=names, items=config.items,
             need_role=("action", "effect"), key_direct=False,
-            floor={"zero_effect": torch.zeros_like(y), "last_action": self._recent(y, first, recent)},
+            floor={"zero_effect": torch.zeros_like(y), "last_action": self._recent(y, again)},
             slices={"plan": torch.arange(M).expand(n, M).contiguous()},
             extra={"baseline": base, "aim": world.aim, "gain": world.gain, "lag": world.lag},
         )  # fmt: skip
 
     @staticmethod
-    def _recent(y: torch.Tensor, first: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
-        """Credit every plan with the last action's mean effect where that is what is asked, else with none."""
-        return torch.where((first == recent[:, None])[..., None], y.mean(1, keepdim=True), 0.0)
+    def _recent(y: torch.Tensor, again: torch.Tensor) -> torch.Tensor:
+        """The effect of the most recent action, at each plan's dose, whatever action the plan takes."""
+        scaled = torch.tensor(DOSES)[:, None] * again.flatten(1)[:, None]  # [B, M, H C]
+        return torch.cat([scaled, torch.zeros_like(y[..., scaled.shape[-1] :])], -1)
 
 
 def make_world(draws: Draws, n: int, config: CfrConfig) -> World:

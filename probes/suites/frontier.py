@@ -54,7 +54,7 @@ class BudgetFrontier(Probe):
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {"alloc": {}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {"items": 16, "counts": (1, 1, 1, 1, 2, 2, 4, 4), "queries": 16},
-        "small": {"items": 32, "queries": 32},
+        "small": {"items": 32, "queries": 32, "context_rows": 1024},
         "standard": {"items": 32, "queries": 32},
         "long": {"items": 32, "queries": 32},
     }
@@ -68,9 +68,10 @@ class BudgetFrontier(Probe):
         service = torch.repeat_interleave(torch.arange(S), torch.tensor(config.counts))  # [N]
         reporter = (torch.arange(T) + torch.randint(S, (n, 1), generator=draws("reporters"))) % S  # [B, T]
         rows = torch.zeros(n, N, dtype=torch.int64)
+        positions = draws("positions")
         for number, count in enumerate(config.counts):
             mine = service == number  # [N]
-            rows[:, mine] = choose_rows(draws(f"positions {number}"), reporter == number, count)
+            rows[:, mine] = choose_rows(positions, reporter == number, count)
         noise = torch.tensor(config.noises)[reporter]  # [B, T]
         background = noise[..., None] * torch.randn(n, T, VALUE_WIDTH, generator=draws("carrier"))  # [B, T, 2]
         payload = payloads(draws("payloads"), (n, N, VALUE_WIDTH))  # [B, N, 2]
@@ -84,6 +85,8 @@ class BudgetFrontier(Probe):
         )  # fmt: skip
         every = torch.arange(T).expand(n, T)
         canvas.code(every, torch.nn.functional.one_hot(reporter, S).float(), "service_0")
+        # a state that knows who reports: rows of a service share a key
+        canvas.bind(every, torch.eye(S)[reporter] @ torch.eye(S, table.shape[1]), background)
         fill(canvas.x, rows, payload)
         canvas.flag(rows, "ev")
         canvas.code(rows, table[types])

@@ -114,7 +114,7 @@ class OnlineConsistency(Probe):
         y = take(payload, item)  # [B, Q, C]
         return canvas.batch(
             q_index=q_index, q_item=item, y=y, need=torch.where(inside, take(stored, item), -1)[..., None],
-            x_names=("ch_0", "ch_1"), items=N, floor={"zero": torch.zeros_like(y)},
+            x_names=("ch_0", "ch_1"), items=N, floor={"set_mean": payload.mean(1, keepdim=True).expand_as(y)},
             slices={"age": age.expand_as(item).contiguous()}, extra={"drift_rows": drift_rows},
         )  # fmt: skip
 

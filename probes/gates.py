@@ -1,0 +1,257 @@
+"""What a probe must pass before its results mean anything: the contract, and gates G1 to G9.
+
+G3, G4 and G6 to G9 need no trained sequence model and run in the tests; G1, G2 and G5 train small models.
+
+B sequences · Q queries · Y numbers in an answer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from probes import t0
+from probes.contract import EVALUATION_SEED, ProbeBatch, ProbeConfig, generator
+from probes.floors import fit_mlp, fit_ridge, ridge_answer
+from probes.registry import Probe, get_probe
+from probes.scores import best_floor, query_error, selection
+
+__all__ = ["CHEAP", "GateResult", "TRAINED", "check_contract", "validate"]
+
+CHEAP = ("contract", "G3", "G4", "G6", "G7", "G8", "G9")
+TRAINED = ("G1", "G2", "G5")
+SEQUENCES, STREAM_SEQUENCES = 1_024, 256
+# many rungs are tested at once: an interval that each leaves by chance one time in a hundred
+NORMAL_99 = 2.576
+SHORTCUT_SHARE, SHUFFLED_SKILL, STRIDE_MARGIN = 0.95, 0.02, 0.05
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate of one rung. ``passed`` is None where it was not run or does not apply; the note says why."""
+
+    probe: str
+    rung: str
+    gate: str
+    passed: bool | None
+    value: float
+    limit: float
+    note: str
+
+    def __str__(self) -> str:
+        word = {True: "pass", False: "FAIL", None: "----"}[self.passed]
+        return (
+            f"{word}  {self.probe}/{self.rung}  {self.gate:8s} {self.value:8.3f} (limit {self.limit:.3f})  {self.note}"
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sequences to fit and to score on, of one rung."""
+
+    probe: Probe
+    rung: str
+    config: ProbeConfig
+    train: ProbeBatch
+    batch: ProbeBatch
+
+
+def validate(
+    name: str,
+    *,
+    preset: str = "smoke",
+    trained: bool = False,
+    gates: Iterable[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+) -> list[GateResult]:
+    """Run the gates of a probe, or of one of its rungs (``pbc``, ``pbc/pbcD``).
+
+    Args:
+        trained: also G1, G2 and G5, which train small models (minutes a rung).
+        gates: only these.
+
+    Raises:
+        ValueError: an unknown probe or gate.
+    """
+    probe, only = get_probe(name)
+    wanted = tuple(gates) if gates is not None else CHEAP + (TRAINED if trained else ())
+    unknown = sorted(set(wanted) - set(CHEAP) - set(TRAINED))
+    if unknown:
+        raise ValueError(f"Unknown gate {unknown[0]!r}. Available: {[*CHEAP, *TRAINED]}.")
+    results = []
+    for rung in (only,) if only else tuple(probe.rungs):
+        sample = draw(probe, rung, preset=preset, seed=seed)
+        for gate in wanted:
+            if gate in TRAINED:
+                from probes.gates_trained import trained_gate
+
+                results.append(trained_gate(gate, probe, rung, preset=preset, seed=seed, device=device,
+                                            progress=progress))  # fmt: skip
+            else:
+                results.append(_CHEAP[gate](sample, seed))
+    return results
+
+
+def draw(probe: Probe, rung: str, *, preset: str, seed: int) -> Sample:
+    config = probe.config(preset, rung)
+    n = SEQUENCES if probe.trained else STREAM_SEQUENCES
+    train = probe.sample(generator(seed), n, config)
+    return Sample(probe, rung, config, train, probe.sample(generator(EVALUATION_SEED + seed), n, config))
+
+
+def _result(sample: Sample, gate: str, passed: bool | None, value: float, limit: float, note: str) -> GateResult:
+    return GateResult(sample.probe.name, sample.rung, gate, passed, value, limit, note)
+
+
+def check_contract(probe: Probe, config: ProbeConfig, batch: ProbeBatch, *, seed: int = 0) -> list[str]:
+    """What is wrong with a batch, in words; nothing if all holds."""
+    first, again = (probe.sample(generator(seed), 4, config) for _ in range(2))
+    other = probe.sample(generator(seed + 1), 4, config)
+    asked = batch.asked  # [B, Q]
+    covered = batch.crit.gather(1, batch.need.clamp_min(0).flatten(1)).reshape(batch.need.shape)
+    missed = (batch.need >= 0) & ~covered & asked[..., None]  # [B, Q, R]
+    frequent = batch.slices.get("regime")
+    if frequent is not None:
+        missed &= (frequent == 0)[..., None]  # what comes often is not critical
+    rules = {
+        "the same seed gives other sequences": torch.equal(first.inputs(), again.inputs())
+        and torch.equal(first.y, again.y),
+        "another seed gives the same answers": not torch.equal(first.y, other.y),
+        "no query counts": bool(asked.any()),
+        "a query comes before a row that it needs": bool((batch.need.amax(-1) < batch.q_index)[asked].all()),
+        "a needed row is not marked critical": not bool(missed.any()),
+        "a query row is not marked as one": bool(batch.query.gather(1, batch.q_index)[asked].all()),
+        "a query row is critical or tagged": not bool(((batch.crit | batch.tags) & batch.query).any()),
+        "a row is both critical and a distractor": not bool((batch.crit & batch.distract).any()),
+        "inputs or answers are not finite": bool(
+            torch.isfinite(batch.inputs()).all() and torch.isfinite(batch.y).all()
+        ),
+    }
+    return [text for text, holds in rules.items() if not holds]
+
+
+def _contract(sample: Sample, seed: int) -> GateResult:
+    problems = check_contract(sample.probe, sample.config, sample.batch, seed=seed)
+    return _result(sample, "contract", not problems, len(problems), 0, "; ".join(problems) or "shapes, seeds, order")
+
+
+# --- G3, G4: shortcuts
+
+
+def _shortcut_errors(sample: Sample, train_y: torch.Tensor, test_y: torch.Tensor, seed: int) -> dict[str, float]:
+    """Mean squared error of ridge and MLP on cheap features."""
+    probe, train, batch = sample.probe, sample.train, sample.batch
+    features, test = probe.shortcut_features(train), probe.shortcut_features(batch)
+    fit_x, fit_y = features[train.asked], train_y[train.asked]
+    weights = fit_ridge(fit_x, fit_y)
+    net = fit_mlp(fit_x, fit_y, seed=seed)
+    target = replace(batch, y=test_y)
+    return {
+        "ridge": float(query_error(ridge_answer(test, weights), target).nanmean()),
+        "mlp": float(query_error(net(test), target).nanmean()),
+    }
+
+
+def _g3(sample: Sample, seed: int) -> GateResult:
+    batch = sample.batch
+    errors = _shortcut_errors(sample, sample.train.y, batch.y, seed)
+    floor_name, floor = best_floor(sample.probe.floors(sample.train, batch), batch)
+    least = min(errors, key=lambda name: errors[name])
+    ratio = errors[least] / float(floor.nanmean())
+    return _result(sample, "G3", ratio >= SHORTCUT_SHARE, ratio, SHORTCUT_SHARE,
+                   f"{least} on cheap features, against the floor {floor_name}")  # fmt: skip
+
+
+def _g4(sample: Sample, seed: int) -> GateResult:
+    gen = generator(seed + 77)
+    shuffled = [part.y[torch.randperm(len(part), generator=gen)] for part in (sample.train, sample.batch)]
+    train, batch = replace(sample.train, y=shuffled[0]), replace(sample.batch, y=shuffled[1])
+    errors = _shortcut_errors(sample, *shuffled, seed=seed)
+    _, floor = best_floor(sample.probe.floors(train, batch), batch)
+    reference = float(floor.nanmean())
+    values = {name: 1.0 - error / reference for name, error in errors.items()}
+    worst = max(values, key=lambda name: abs(values[name]))
+    return _result(sample, "G4", abs(values[worst]) <= SHUFFLED_SKILL, values[worst], SHUFFLED_SKILL,
+                   f"skill of {worst} on answers of other sequences")  # fmt: skip
+
+
+# --- G6, G7: routers that know nothing
+
+
+def _budget(sample: Sample) -> int:
+    """As many rows as items: far from filling the context in every suite."""
+    return max(sample.config.items, 1)
+
+
+def _g6(sample: Sample, seed: int) -> GateResult:
+    batch = sample.batch
+    score = torch.rand(batch.crit.shape, generator=generator(seed + 5)).masked_fill(batch.query, -math.inf)
+    chosen = selection(t0.keep(score, batch, _budget(sample)), batch)
+    apart = (chosen.any_row.double() - chosen.chance) * batch.asked  # [B, Q]
+    each = apart.sum(1) / batch.asked.sum(1).clamp_min(1)  # [B]
+    error = float(each.std()) / math.sqrt(len(each))
+    value = abs(float(each.mean()))
+    return _result(sample, "G6", value <= NORMAL_99 * error, value, NORMAL_99 * error,
+                   f"random recall against R0 = {float(chosen.chance[batch.asked].mean()):.3f}")  # fmt: skip
+
+
+def _g7(sample: Sample, seed: int) -> GateResult:
+    """Rows themselves, without tolerance: a regular grid hits a window more often than chance by geometry alone."""
+    batch, rows = sample.batch, _budget(sample)
+    T = batch.context_rows
+    step = max(T // rows, 1)
+    needed = (batch.need >= 0) & batch.asked[..., None]  # [B, Q, R]
+    recalls = []
+    for phase in range(step):
+        hit = ((batch.need - phase) % step == 0) & needed
+        recalls.append(float(hit.sum() / needed.sum()))
+    chance = 1.0 / step
+    best = max(recalls)
+    return _result(sample, "G7", best <= chance + STRIDE_MARGIN, best, chance + STRIDE_MARGIN,
+                   f"stride of {step} rows at its best phase, R0 = {chance:.3f}")  # fmt: skip
+
+
+# --- G8, G9: flags and places
+
+
+def _g8(sample: Sample, seed: int) -> GateResult:
+    probe, batch = sample.probe, sample.batch
+    if not probe.matched_flags:
+        return _result(sample, "G8", None, math.nan, 0.0, f"the suite says otherwise: {probe.flags_note}")
+    if not bool(batch.distract.any()):
+        if "distractors" not in probe.axes:
+            return _result(sample, "G8", None, math.nan, 0.0, "no distractors in this suite")
+        config = replace(sample.config, **{"distractors": sample.config.items})
+        batch = probe.sample(generator(seed), 256, config)
+    flagged = batch.events.abs().sum(-1) > 0  # [B, L]
+    apart = abs(float(flagged[batch.distract].float().mean()) - float(flagged[batch.crit].float().mean()))
+    return _result(sample, "G8", apart <= 0.05, apart, 0.05, "share flagged, distractors against critical rows")
+
+
+def _g9(sample: Sample, seed: int) -> GateResult:
+    moved_config = replace(sample.config, swap=(("positions", 1),))
+    n = len(sample.batch)
+    moved = sample.probe.sample(generator(EVALUATION_SEED + seed), n, moved_config)
+    worst, note = 0.0, "floors with items at other rows"
+    for name in sample.batch.floor:
+        pair = [_by_sequence(query_error(part.floor[name], part), part.asked) for part in (sample.batch, moved)]
+        error = math.sqrt(sum(float(each.var()) / len(each) for each in pair))
+        apart = abs(float(pair[0].mean() - pair[1].mean()))
+        if error > 0 and apart / error > worst:
+            worst, note = apart / error, f"floor {name} with items at other rows, in standard errors"
+    return _result(sample, "G9", worst <= NORMAL_99, worst, NORMAL_99, note)
+
+
+def _by_sequence(error: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    return error.nan_to_num().sum(1) / asked.sum(1).clamp_min(1)
+
+
+_CHEAP: dict[str, Any] = {
+    "contract": _contract, "G3": _g3, "G4": _g4, "G6": _g6, "G7": _g7, "G8": _g8, "G9": _g9,
+}  # fmt: skip
