@@ -127,13 +127,14 @@ def causal_sums(
 def _block_sums(
     terms: torch.Tensor, carried: torch.Tensor, half_life_tokens: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``causal_sums`` of many tokens: within blocks, and over the blocks' totals, whose half-life is so much shorter."""
+    """``causal_sums`` of many tokens: within blocks, and over the blocks' totals, which fade so much sooner."""
     N, T = terms.shape[2], SUMMED_AT_ONCE
     decay = 0.5 ** (1.0 / half_life_tokens)
     rest = -N % T
     padded = torch.cat([terms, terms.new_zeros(*terms.shape[:2], rest, *terms.shape[3:])], 2)
     blocks = padded.unflatten(2, (-1, T))  # [B, C, L, T, ...]
-    inside, totals = causal_sums(blocks.flatten(1, 2), torch.zeros_like(blocks[:, :, :, 0]).flatten(1, 2), half_life_tokens)
+    nothing = torch.zeros_like(blocks[:, :, :, 0]).flatten(1, 2)  # [B, CL, ...]
+    inside, totals = causal_sums(blocks.flatten(1, 2), nothing, half_life_tokens)
     inside, totals = inside.unflatten(1, blocks.shape[1:3]), totals.unflatten(1, blocks.shape[1:3])  # [B, C, L, T, ...]
     earlier, _ = causal_sums(totals, carried, half_life_tokens / T)  # [B, C, L, ...]
     ages = decay ** torch.arange(T, device=terms.device).to(terms.dtype)  # [T]
