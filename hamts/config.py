@@ -28,8 +28,8 @@ EVICTIONS = ("fifo", "lowest", "must_last", "reservoir")
 AUXILIARY_TARGETS = ("attention", "gain", "none")
 # what stands in the place of the HAM layer, see hamts.nn.mixers
 MIXERS = (
-    "ham", "attention", "recurrent", "recurrent_wide", "window", "recurrent_window", "gdn_gsa", "top_write", "log_linear",
-    "pooled", "block_sparse", "neighbours",
+    "ham", "attention", "recurrent", "recurrent_wide", "window", "recurrent_window", "gdn_gsa", "top_write",
+    "log_linear", "pooled", "block_sparse", "neighbours",
 )  # fmt: skip
 MACHINE_CHOICES = {
     "kernel": ("auto", "torch", "fla", "triton", "fla+triton"),

@@ -12,7 +12,7 @@ from hamts.data.panel import Panel, Schema
 from hamts.errors import DataError
 from hamts.remembered import Remembered
 
-__all__ = ["refuse_non_finite", "refuse_unseen"]
+__all__ = ["refuse_non_finite", "refuse_unseen", "refuse_rival"]
 
 
 def refuse_unseen(panel: Panel) -> None:
@@ -39,4 +39,14 @@ def refuse_non_finite(answer: np.ndarray, remembered: Remembered, schema: Schema
             column=schema.targets[target],
             series=remembered.item_ids[item],
             fix="Look for values of extreme size in this item; fit again with a smaller learning_rate.",
+        )
+
+
+def refuse_rival(mixer: str, asked: str) -> None:
+    """What changes or shows the scratchpad cannot be asked of a model that has none."""
+    if mixer != "ham":
+        raise DataError(
+            "E-OPTION",
+            f"{asked} concerns the scratchpad, and mixer {mixer!r} has no scratchpad.",
+            fix="Leave it out, or fit with mixer='ham'.",
         )

@@ -25,6 +25,7 @@ from hamts.errors import DataError
 from hamts.nn.ham import HAMLayer
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
+from hamts.refusals import refuse_rival
 from hamts.rollout import Rollout, roll
 from hamts.routes_columns import Times, layer_names, observed_values
 from hamts.routes_reads import add_reads
@@ -148,6 +149,7 @@ def forecaster_routes(
     Raises DataError: E-REPLAY, E-OPTION, E-SHORT (no complete patch), and what reading the frame raises.
     """
     check_group(by)
+    refuse_rival(model.config.mixer, "routes")
     if df is not None:
         panel = model._panel_of(df, static_df, events)
     elif model._panel is None:
