@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from hamts.config import MachineConfig, TrainConfig
 from hamts.data.patches import PatchStore
+from hamts.nn.allocation import update_tables
 from hamts.nn.head import pinball
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
@@ -229,10 +230,12 @@ def calibrate_thresholds(
         network, store, cutoffs=nothing, steps=1, policies=network.policy(torch.tensor([share])),
         starts=starts, ends=stops, keep_traces=True,
     )  # fmt: skip
-    for number, layer in enumerate(network.backbone.layers()):
-        scores = [chunk.layers[number].scores[chunk.heard >= 0.5] for chunk in result.traces]
-        if scores:
-            layer.thresholds.calibrate(torch.cat(scores))
+    if result.traces:
+        scores = [
+            torch.cat([chunk.layers[number].scores[chunk.heard >= 0.5] for chunk in result.traces])
+            for number in range(network.config.layers)
+        ]
+        update_tables(network.backbone.layers(), scores, network.config.allocation, calibrate=True)
 
 
 def resume_identity(task: FitTask) -> str:

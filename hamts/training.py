@@ -25,19 +25,19 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
 from hamts.config import MachineConfig, ModelConfig, TrainConfig
 from hamts.data.patches import Chunk, PatchStore
+from hamts.nn.allocation import update_tables
 from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
-from hamts.nn.router import kept_probability
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.ops.kernels import Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
+from hamts.training_auxiliary import inner_loss, score_loss
 from hamts.training_parallel import everyones, follow_average, make_strategy, own_streams, shard, total
 from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 
@@ -98,8 +98,8 @@ class HAMTrainer(L.LightningModule):
         losses, counts, traces = [], [], []
         for context, horizon in batch.parts:
             past = network(context, memory, policy)
-            for layer, trace in zip(network.backbone.layers(), past.traces, strict=True):
-                layer.thresholds.follow(everyones(trace.scores[past.heard >= 0.5]))
+            scores = [everyones(trace.scores[past.heard >= 0.5]) for trace in past.traces]
+            update_tables(network.backbone.layers(), scores, network.config.allocation, calibrate=False)
             memory = past.memory
             ahead = network(horizon, memory, ahead_policy, advance=False)
             for reading, chunk in ((past, context), (ahead, horizon)):
@@ -111,7 +111,8 @@ class HAMTrainer(L.LightningModule):
         task = torch.stack(losses).sum() / total(torch.stack(counts).sum()).clamp_min(1)  # []
         # added up where it is: asking for the number would wait for the device at every step
         self.loss_sum, self.loss_count = self.loss_sum.to(task.device) + task.detach(), self.loss_count + 1
-        return task + self.config.auxiliary_weight * self._auxiliary(traces)
+        scored = score_loss(traces, task, self.config.auxiliary_target)  # []
+        return task + self.config.auxiliary_weight * scored + self.config.inner_weight * inner_loss(traces, task)
 
     def mean_loss(self) -> float:
         """Mean task loss since the last call."""
@@ -153,7 +154,7 @@ class HAMTrainer(L.LightningModule):
         return memory
 
     def _policy(self, share: torch.Tensor, cross: torch.Tensor) -> Policy:
-        """Caps as they will be in use, some exploration; thresholds stand still within a step, and move between them."""
+        """Caps as they will be in use, some exploration; thresholds move between steps alone."""
         return replace(
             self.network.policy(share, cross=cross),
             threshold="fixed",
@@ -172,23 +173,6 @@ class HAMTrainer(L.LightningModule):
         levels = torch.tensor(self.network.config.quantiles, dtype=scaled.dtype, device=scaled.device)  # [Q]
         losses = pinball(reading.quantiles, scaled, levels)  # [B, G, N, P]
         return torch.where(asked, losses, 0.0).sum(), asked.sum()
-
-    def _auxiliary(self, traces: list[Any]) -> torch.Tensor:
-        """Teach each learned score the attention its token then received, against an even spread."""
-        judgements = torch.stack([trace.entries_judged.sum() for trace in traces])  # [traces]
-        # of the mean over all processes, what the mean over this one's counts for: 1 where there is one
-        parts = judgements / total(judgements).clamp_min(1e-12)  # [traces]
-        loss = torch.zeros((), device=parts.device)
-        for trace, part in zip(traces, parts, strict=True):
-            judged, mass = trace.entries_judged, trace.entries_mass
-            if mass is None or not bool(judged.any()) or not trace.entries_bias.requires_grad:
-                continue
-            even = (mass * judged).sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
-            wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M']; a half where it is the mean
-            given = kept_probability(trace.entries_bias)  # [B, M']
-            with torch.autocast(given.device.type, enabled=False):
-                loss = loss + part * F.binary_cross_entropy(given[judged].float(), wanted[judged].float())
-        return loss / max(len(traces), 1)
 
 
 class Checks(Callback):

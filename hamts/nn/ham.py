@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from hamts.config import ModelConfig
 from hamts.nn.budget import ThresholdTable
+from hamts.nn.clipped import Clipped
 from hamts.nn.decide import Decision, decide, prepared
 from hamts.nn.eviction import end_times
 from hamts.nn.heads import HeadNorm, rotate
 from hamts.nn.router import Router, Scores
 from hamts.nn.scratchpad import (
+    Carried,
     Entries,
     LayerMemory,
     Pending,
@@ -54,6 +56,7 @@ class HAMLayer(nn.Module):
         K = D // H
         self.heads, self.head_width = H, K
         self.window, self.cross_span = config.window_patches, config.cross_span_patches
+        self.write_clip = config.write_clip
         self.to_memory = nn.Linear(D, 3 * D, bias=False)
         self.to_query = nn.Linear(D, D, bias=False)
         self.conv = nn.Parameter(torch.empty(3 * D, CONV_WIDTH))  # [3 D, taps]
@@ -96,7 +99,10 @@ class HAMLayer(nn.Module):
             marks=MARKS,
             dtype=like.dtype,
             device=like.device,
-            carried=self.router.empty_carried(items, channels, like),
+            carried=replace(
+                self.router.empty_carried(items, channels, like),
+                write_scale=like.new_zeros(items, channels, self.heads, 2) if self.write_clip else None,
+            ),
         )
 
     def forward(
@@ -128,10 +134,10 @@ class HAMLayer(nn.Module):
         # also under mixed precision: a decay of 0.999 has no bfloat16
         with torch.autocast(x.device.type, enabled=False):
             gates = self.to_gates(x.to(self.to_gates.weight.dtype)).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
-        recurrent, written, beta, tail = self._recurrent(mixed, gates, tokens, memory, stepwise=stepwise)
+        recurrent, came, beta, tail, carried = self._recurrent(mixed, gates, tokens, memory, stepwise=stepwise)
         scores = self.router(
-            x, recurrent=recurrent, values=written, beta=beta, tokens=tokens, error_mean=memory.error_mean,
-            carried=memory.carried,
+            x, recurrent=recurrent, values=came, beta=beta, tokens=tokens, error_mean=memory.error_mean,
+            carried=carried,
         )  # fmt: skip
         raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
         local = self._local(raw_keys, raw_values, scores, tokens, memory.pending)
@@ -195,8 +201,8 @@ class HAMLayer(nn.Module):
 
     def _recurrent(
         self, mixed: torch.Tensor, gates: torch.Tensor, tokens: Tokens, memory: LayerMemory, *, stepwise: bool
-    ) -> tuple[GatedDelta, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Short convolution and gated delta rule; also the written values, write gates and the new conv tail."""
+    ) -> tuple[GatedDelta, torch.Tensor, torch.Tensor, torch.Tensor, Carried]:
+        """Short convolution and gated delta rule; also the values, write gates, the new conv tail and what is usual."""
         B, C, N, _ = mixed.shape
         H, K = self.heads, self.head_width
         padded = torch.cat([memory.conv_tail.to(mixed.dtype), mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
@@ -204,11 +210,15 @@ class HAMLayer(nn.Module):
         beta = gates[..., 1, :].sigmoid() * tokens.heard[..., None]  # [B, C, N, H]
         elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]
         log_decay = -F.softplus(gates[..., 0, :] + self.decay_rate) * elapsed  # [B, C, N, H]
-        rule = self.kernels.gated_delta_step if stepwise else self.kernels.gated_delta
+        rule, carried = self.kernels.gated_delta_step if stepwise else self.kernels.gated_delta, memory.carried
+        if carried.write_scale is not None:
+            rule = Clipped(self.write_clip, carried.write_scale.reshape(B * C, H, 2))
         result = rule(
             q, k, v, log_decay=log_decay.reshape(B * C, N, H), beta=beta.reshape(B * C, N, H),
             initial_state=memory.state.reshape(B * C, H, K, K),
         )  # fmt: skip
+        if isinstance(rule, Clipped):
+            carried = replace(carried, write_scale=rule.scale.reshape(B, C, H, 2))
         grid = (B, C, N, H, K)
         result = GatedDelta(
             output=result.output.reshape(grid),
@@ -216,7 +226,7 @@ class HAMLayer(nn.Module):
             error=result.error.reshape(grid),
             state=result.state.reshape(B, C, H, K, K),
         )
-        return result, v.reshape(grid), beta, padded[:, :, N:]
+        return result, v.reshape(grid), beta, padded[:, :, N:], carried
 
     def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Short convolution: [B, C, taps - 1 + N, 3 D] -> queries and keys of length 1, values, 3 x [B C, N, H, K]."""

@@ -1,0 +1,34 @@
+"""How a budget spreads over layers: whose scores set whose thresholds.
+
+S score routers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hamts.nn.ham import HAMLayer
+
+__all__ = ["update_tables"]
+
+# allocations under which all layers share one threshold, so that a layer with more to say keeps more
+POOLED = ("pooled", "learned")
+
+
+def update_tables(
+    layers: Sequence[HAMLayer], samples: Sequence[torch.Tensor], allocation: str, *, calibrate: bool
+) -> None:
+    """Move every layer's thresholds to its scores, [n, S] each, or to those of all layers.
+
+    Args:
+        calibrate: set them for good, from a large sample of the finished network, instead of following a batch.
+    """
+    if allocation in POOLED and samples:
+        samples = [torch.cat(list(samples))] * len(samples)
+    for layer, scores in zip(layers, samples, strict=True):
+        if calibrate:
+            layer.thresholds.calibrate(scores)
+        else:
+            layer.thresholds.follow(scores)

@@ -1,0 +1,216 @@
+"""Every score by hand, and every router under the laws: causal, the same in a stream, the same in any batch.
+
+B items · C channels · N patches · H heads · V value · P steps in a patch · Q quantiles · S score routers
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import make_config, make_network, make_panel, make_store, policy_for, read_all, take_items
+from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
+
+from hamts.config import ModelConfig
+from hamts.nn.allocation import update_tables
+from hamts.nn.router import loudest_channel
+from hamts.nn.scores import as_level, causal_sums, from_level, normalised_error, residual, uncertainty, write_size
+from hamts.reader import HAMNetwork
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "error+tags": {},
+    "write": {},
+    "uncertainty": {},
+    "residual+tags": {},
+    "mix+tags": {},
+    "learned": {"learned_features": "token"},
+    "surprise+tags": {"decision": "step", "head_reduction": "min"},
+    "error": {"allocation": "normalised", "head_reduction": "max"},
+    "innovation+tags": {"allocation": "learned"},
+    "learned+tags": {"allocation": "pooled"},
+    "mix": {"write_clip": 2.0},
+}
+
+
+def network_of(router: str, **changes: Any) -> HAMNetwork:
+    return make_network(make_config(router=router, **{**CHOICES.get(router, {}), **changes}))
+
+
+# ---- scores
+
+
+def test_error_and_write_by_hand() -> None:
+    error = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
+    values = torch.tensor([[6.0, 8.0], [1.0, 0.0], [0.0, 0.0]])
+    assert normalised_error(error, values).tolist() == [0.5, 0.0, 1.0]
+    assert write_size(error, torch.tensor([0.5, 1.0, 0.25])).tolist() == [2.5, 0.0, 0.25]
+
+
+def test_doubt_and_its_outcome_by_hand() -> None:
+    quantiles = torch.tensor([[[-1.0, 0.0, 3.0], [0.0, 2.0, 4.0]]])
+    assert uncertainty(quantiles).tolist() == [4.0]
+    values, observed = torch.tensor([[1.5, 90.0]]), torch.tensor([[True, True]])
+    # 90 counts as 8, the most that a value can say
+    assert residual(quantiles, values, observed).tolist() == [(1.5 + 6.0) / 2]
+    assert residual(quantiles, values, torch.tensor([[True, False]])).tolist() == [1.5]
+    assert residual(quantiles, values, torch.tensor([[False, False]])).tolist() == [0.0]
+
+
+def test_levels_are_logarithms_where_scores_are_never_negative() -> None:
+    on_log_scale = torch.tensor([True, False])
+    scores = torch.tensor([[2.0, -3.0], [0.5, 4.0]])
+    levels = as_level(scores, on_log_scale)
+    assert torch.allclose(levels[:, 0], scores[:, 0].log()) and torch.equal(levels[:, 1], scores[:, 1])
+    assert torch.allclose(from_level(levels, on_log_scale), scores)
+
+
+def test_forgetting_sums_equal_a_loop_in_any_chunks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randn(2, 3, 30, 2, 3, generator=generator, dtype=torch.float64)
+    total, wanted = torch.zeros(2, 3, 2, 3, dtype=torch.float64), []
+    for n in range(30):
+        wanted.append(total)
+        total = 0.5 ** (1 / 7) * total + terms[:, :, n]
+    carried, parts = torch.zeros(2, 3, 2, 3, dtype=torch.float64), []
+    for low, high in ((0, 1), (1, 12), (12, 30)):
+        before, carried = causal_sums(terms[:, :, low:high], carried, 7.0)
+        parts.append(before)
+    assert torch.allclose(torch.cat(parts, 2), torch.stack(wanted, 2), rtol=1e-12)
+    assert torch.allclose(carried, total, rtol=1e-12)
+
+
+def test_a_moment_has_the_score_of_its_loudest_channel_that_may_be_kept() -> None:
+    scores = torch.tensor([[[1.0], [5.0]], [[3.0], [9.0]], [[7.0], [8.0]]])[None]  # [1, 3, 2, 1]
+    routable = torch.tensor([[[True, True], [True, False], [False, False]]])
+    assert loudest_channel(scores, routable)[0, :, :, 0].T.tolist() == [[3.0] * 3, [5.0] * 3]
+    nothing = loudest_channel(scores, torch.zeros_like(routable))
+    assert torch.equal(nothing, scores)
+
+
+# ---- laws
+
+
+@pytest.mark.parametrize("router", CHOICES)
+def test_no_router_looks_ahead(router: str) -> None:
+    network, panel = network_of(router), make_panel(seed=3)
+    store = make_store(panel)
+    index, steps = patch_bounds(store, 5)
+    edited = make_store(edit_after(panel, steps, np.random.default_rng(0)))
+    policy = policy_for(network, 3, **CAPS)
+    one, other = read_all(network, store, policy), read_all(network, edited, policy)
+    assert not torch.equal(one.quantiles[:, :, index:], other.quantiles[:, :, index:])
+    assert torch.allclose(one.quantiles[:, :, :index], other.quantiles[:, :, :index], rtol=0, atol=1e-12)
+    for mine, theirs in zip(one.traces, other.traces, strict=True):
+        assert torch.allclose(mine.scores[:, :, :index], theirs.scores[:, :, :index], rtol=0, atol=1e-10)
+        assert torch.equal(mine.routed[:, :, :index], theirs.routed[:, :, :index])
+        assert mine.routed[:, :, :index].any()
+
+
+@pytest.mark.parametrize("router", CHOICES)
+def test_a_stream_scores_as_one_pass(router: str) -> None:
+    network, store = network_of(router), make_store(make_panel(seed=7))
+    policy = policy_for(network, 3, **CAPS)
+    wanted = run(network, store, policy)
+    assert_same_run(run(network, store, policy, chunk_patches=5), wanted, 1e-10)
+    parallel = read_all(network, store, policy)
+    steps = patch_by_patch(network, store, policy)
+    quantiles = torch.cat([reading.quantiles for _, reading in steps], 2)
+    assert torch.allclose(quantiles, parallel.quantiles, rtol=0, atol=1e-10)
+    assert_same_memory(steps[-1][1].memory, parallel.memory, 1e-10)
+
+
+@pytest.mark.parametrize("router", CHOICES)
+def test_an_item_alone_scores_as_in_a_batch(router: str) -> None:
+    network, panel = network_of(router), make_panel(seed=19)
+    together = run(network, make_store(panel), policy_for(network, 3, **CAPS), chunk_patches=7)
+    assert together.memory is not None
+    for item in (0, 2):
+        alone = run(
+            network, make_store(take_items(panel, [item])), policy_for(network, 1, **CAPS),
+            cutoffs=[np.array([], dtype=int)], chunk_patches=7,
+        )  # fmt: skip
+        assert alone.memory is not None
+        assert_same_memory(together.memory.select(torch.tensor([item])), alone.memory, 1e-10)
+
+
+@pytest.mark.parametrize("router", ["uncertainty", "residual+tags", "mix+tags"])
+def test_the_inner_head_learns_and_nothing_else_does_from_it(router: str) -> None:
+    network, store = network_of(router), make_store(make_panel(seed=7))
+    network.train()
+    reading = network(read_chunk(store), network.empty_memory(3), policy_for(network, 3))
+    losses = [trace.inner_loss for trace in reading.traces]
+    assert all(loss is not None and loss > 0 for loss in losses)
+    sum(losses).backward()  # type: ignore[union-attr]
+    moved = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved and all(".router.inner." in name for name in moved)
+
+
+def read_chunk(store: Any) -> Any:
+    items = torch.arange(store.n_items)
+    stop = (store.lead + store.lengths) // store.patch_steps
+    return store.window(items, stop - int(stop.max()), int(stop.max()))
+
+
+def test_a_learned_score_of_the_token_alone_does_not_see_the_state() -> None:
+    for features, moves in (("token", False), ("state", True)):
+        network = make_network(make_config(router="learned", learned_features=features, layers=1))
+        store, layer = make_store(make_panel(seed=7)), network.backbone.layers()[0]
+        policy = policy_for(network, 3)
+        one = read_all(network, store, policy).traces[0].scores
+        with torch.no_grad():
+            layer.conv.mul_(0.5)
+        assert torch.equal(read_all(network, store, policy).traces[0].scores, one) != moves
+
+
+# ---- allocation
+
+
+def usage_by_layer(network: HAMNetwork, store: Any, share: float) -> list[float]:
+    reading = read_all(network, store, policy_for(network, 3, share=share, use_tags=False))
+    able = (reading.heard >= 0.5)[:, :, :]
+    return [float((trace.routed & able).sum() / able.sum()) for trace in reading.traces]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "pooled", "learned"])
+def test_a_pooled_threshold_lets_layers_differ_and_keeps_the_whole(allocation: str) -> None:
+    network, store = network_of("surprise", allocation=allocation), make_store(make_panel((300, 200, 100), seed=5))
+    for _ in range(3):
+        # what a layer is told depends on the one below
+        scores = read_all(network, store, policy_for(network, 3, share=0.25, use_tags=False))
+        samples = [trace.scores[scores.heard >= 0.5] for trace in scores.traces]
+        update_tables(network.backbone.layers(), samples, allocation, calibrate=True)
+    tables = [layer.thresholds.values for layer in network.backbone.layers()]
+    assert torch.equal(tables[0], tables[1]) == (allocation != "uniform")
+    usage = usage_by_layer(network, store, 0.25)
+    # events cannot be kept by their score
+    assert np.mean(usage) == pytest.approx(0.25, abs=0.03)
+    assert (abs(usage[0] - usage[1]) > 0.03) == (allocation != "uniform")
+
+
+def test_streams_against_their_own_past_get_alike_shares() -> None:
+    """One channel is always surprising, another never: against one threshold the first takes it all."""
+    spread = {}
+    for allocation in ("uniform", "normalised"):
+        network, store = network_of("error", allocation=allocation), make_store(make_panel((300, 200, 100), seed=5))
+        reading = read_all(network, store, policy_for(network, 3, share=0.25, use_tags=False))
+        samples = [trace.scores[reading.heard >= 0.5] for trace in reading.traces]
+        update_tables(network.backbone.layers(), samples, allocation, calibrate=True)
+        reading = read_all(network, store, policy_for(network, 3, share=0.25, use_tags=False))
+        able = (reading.heard >= 0.5).sum((0, 2)).clamp_min(1)
+        used = torch.stack([trace.routed.sum((0, 2)) / able for trace in reading.traces])[:, [0, 1, 2, 3, 4]]
+        spread[allocation] = float(used.std(1).mean())
+    assert spread["normalised"] < 0.5 * spread["uniform"]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("changes, known", [
+    ({"router": "suprise"}, "surprise"), ({"allocation": "even"}, "uniform"), ({"decision": "both"}, "channel"),
+    ({"learned_features": "all"}, "token"), ({"head_reduction": "sum"}, "mean"),
+])  # fmt: skip
+def test_an_unknown_choice_lists_the_known_ones(changes: dict[str, str], known: str) -> None:
+    with pytest.raises(ValueError, match=rf"Unknown .*Available: .*'{known}'"):
+        ModelConfig(**changes)
