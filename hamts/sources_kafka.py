@@ -109,6 +109,8 @@ class KafkaSource:
             {
                 "group.id": "hamts",
                 "log_level": 2,
+                # the broker holds back an answer for so long where there is nothing, and with it other partitions'
+                "fetch.wait.max.ms": 100,
                 **config,
                 "bootstrap.servers": self.servers,
                 # neither the place to go on from nor the place to begin is the broker's to say

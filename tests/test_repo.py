@@ -50,13 +50,14 @@ HOMES = {
     "holidays": ("data/",),
     "polars": ("data/",),
     "pyarrow": ("data/",),
+    "confluent_kafka": ("sources_kafka",),
 }
 NO_PANDAS = ("config", "errors", "ops/", "nn/", "training", "storage", "metrics")
 # they run code that is hidden in data
 CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 
 # names under which a distribution is imported, where they differ
-IMPORT_NAMES = {"fla-core": "fla", "vega-datasets": "vega_datasets"}
+IMPORT_NAMES = {"confluent-kafka": "confluent_kafka", "fla-core": "fla", "vega-datasets": "vega_datasets"}
 
 
 def within(path: Path) -> str:
