@@ -23,6 +23,8 @@ CHANNELS = 4
 LAGS = 4
 EFFECT_ROWS = 8
 RADIUS = 0.9
+# keeps channels near unit scale
+GAIN = 1.2
 DYNAMICS_SEED = 4_107
 SEASON_ROWS = 24
 PLANS = ("none", "dose -1", "dose 0.5", "dose 1", "dose 2", "other", "shifted", "both")
@@ -164,8 +166,8 @@ class CounterfactualRollout(Probe):
 
     @staticmethod
     def _reward(world: World, path: torch.Tensor) -> torch.Tensor:
-        """Mean over the horizon of -|x - aim|^2: path [B, M, H, C] -> [B, M]."""
-        return -(path - world.aim[:, None, None]).square().mean(-1).mean(-1)
+        """Mean over the horizon of minus the distance from the aim: path [B, M, H, C] -> [B, M]."""
+        return -(path - world.aim[:, None, None]).square().mean(-1).sqrt().mean(-1)
 
     @staticmethod
     def _canvas(config: CfrConfig, draws: Draws, base: torch.Tensor, world: World, M: int) -> Canvas:
@@ -173,7 +175,7 @@ class CounterfactualRollout(Probe):
         channels = CHANNELS + (1 if config.reward else 0)
         background = base[:, :T]
         if config.reward:
-            now = -(background - world.aim[:, None]).square().mean(-1, keepdim=True)  # [B, T, 1]
+            now = -(background - world.aim[:, None]).square().mean(-1, keepdim=True).sqrt()  # [B, T, 1]
             background = torch.cat([background, now], -1)
         table = codes(config.code)
         names = ("ev", "q_flag", "both", *code_names(table.shape[1]), *code_names(table.shape[1], "to"))
@@ -265,18 +267,19 @@ def make_world(draws: Draws, n: int, config: CfrConfig) -> World:
     """Gains, lags and dynamics of each sequence."""
     K = config.items
     gen = draws("payloads")
-    gain = torch.randn(n, K, CHANNELS, generator=gen)  # [B, K, C]
+    gain = GAIN * torch.randn(n, K, CHANNELS, generator=gen)  # [B, K, C]
     sparse = torch.rand(n, K, CHANNELS, generator=gen)
     gain = gain * (sparse >= sparse.median(-1, keepdim=True).values)  # half of the channels or more
     gain = gain * (torch.rand(n, K, 1, generator=draws("placebo")) >= config.placebo)
     source = draws("dynamics") if config.dynamics == "own" else generator(DYNAMICS_SEED)
     count = n if config.dynamics == "own" else 1
-    raw = torch.randn(count, CHANNELS, CHANNELS, generator=source)  # [B or 1, C, C]
-    radius = torch.linalg.eigvals(raw).abs().amax(-1)[:, None, None]  # [B or 1, 1, 1]
+    rotation = torch.linalg.qr(torch.randn(count, CHANNELS, CHANNELS, generator=source)).Q  # [B or 1, C, C]
+    # a rotation shrunk by the radius: stable, and without the transient growth of a matrix that is not normal
+    dynamics = RADIUS * rotation  # [B or 1, C, C]
     lag = torch.randint(1, LAGS + 1, (n, K), generator=draws("lags"))  # [B, K]
     phase = uniform(draws("season"), (n, CHANNELS), 0.0, 2 * math.pi)
     aim = torch.randn(n, CHANNELS, generator=draws("aim"))
-    return World((RADIUS * raw / radius).expand(n, -1, -1), gain, lag, phase, aim, config.response == "identity")
+    return World(dynamics.expand(n, -1, -1), gain, lag, phase, aim, config.response == "identity")
 
 
 def simulate(world: World, control: torch.Tensor, shocks: torch.Tensor) -> torch.Tensor:
@@ -318,13 +321,14 @@ def plan_regret(predicted: torch.Tensor, batch: ProbeBatch, horizon: int, *, by:
             ``reward`` (the predicted change of the reward column).
     """
     size = horizon * CHANNELS
-    truth = _value(batch.y[..., :size], batch, horizon)  # [B, M]
     if by == "reward":
         if batch.y.shape[-1] == size:
             raise ValueError("These sequences have no reward column. Sample them with reward=True.")
+        truth = batch.y[..., size]  # [B, M]
         guess = predicted[..., size].clone()  # [B, M]
         guess[:, PLANS.index("none")] = 0.0
     else:
+        truth = _value(batch.y[..., :size], batch, horizon)  # [B, M]
         change = predicted[..., :size].clone()
         change[:, PLANS.index("none")] = 0.0
         guess = _value(change, batch, horizon)
