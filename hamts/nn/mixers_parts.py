@@ -109,6 +109,8 @@ def compact(rows: Kept, alive: torch.Tensor, *also: torch.Tensor) -> tuple[Kept,
 
 def fixed_bytes(memory: Any) -> int:
     """Bytes of one item's tensors in a memory that has read nothing, so without kept rows."""
+    if memory is None:
+        return 0
     if isinstance(memory, torch.Tensor):
         return memory[0].numel() * memory.element_size()
     return sum(fixed_bytes(getattr(memory, f.name)) for f in fields(memory))
