@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ WAYS = ("internals", "shifted query")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreted() -> None:
+def quick() -> Iterator[None]:
     let_fla_be_interpreted()
+    with gated_delta_fla.untuned():
+        yield
 
 
 def inputs(generator: torch.Generator, *, B: int, N: int, H: int, K: int, V: int) -> dict[str, torch.Tensor]:
