@@ -1,0 +1,311 @@
+"""Tier 1: small networks of the real layers, with a row of a probe as a token and a head that answers query rows.
+
+Names of models and routers are configuration: what ``hamts.nn`` knows plugs in by its name.
+
+B sequences · N rows of a chunk · I inputs · D width · Q queries · Y numbers in an answer · X of an auxiliary target
+L layers · M entries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hamts.config import MIXERS, ROUTERS, ModelConfig
+from hamts.nn.controls import Control
+from hamts.nn.ham import HAMLayer
+from hamts.nn.mixers import layer_makers
+from hamts.nn.scratchpad import Entries
+from hamts.nn.tokens import Policy, Tokens
+from probes.contract import ProbeBatch
+
+__all__ = ["MODELS", "NetConfig", "ProbeNet", "Reading", "ROUTERS_T1", "kept_rows", "memory_bytes"]
+
+# names in results, and the mixer each stands for
+MODELS = {"ham": "ham", "full": "attention", **{name: name for name in MIXERS if name not in ("ham", "attention")}}
+# what decides in a router's place; "shuffled" keeps what the learned router keeps of another sequence
+CONTROLS = ("random", "stride", "recency", "oracle", "shuffled")
+ROUTERS_T1 = (*ROUTERS, *CONTROLS)
+# rivals that have one size, whatever the budget
+SIZELESS = ("full", "recurrent", "gdn_gsa", "block_sparse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetConfig:
+    """Shape of a tier-1 network.
+
+    Attributes:
+        model: one of ``MODELS``.
+        router: of ``ham``: one of ``ROUTERS_T1``, several joined by "+".
+        budget_rows: entries of a layer that rivals are sized by.
+        eviction: what leaves a full list kept by score: ``lowest`` or ``fifo``.
+    """
+
+    model: str = "ham"
+    router: str = "learned"
+    width: int = 32
+    heads: int = 2
+    layers: int = 2
+    window_rows: int = 2
+    budget_rows: int = 16
+    eviction: str = "lowest"
+    write_clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"Unknown model {self.model!r}. Available: {sorted(MODELS)}.")
+        unknown = sorted(set(self.router.split("+")) - set(ROUTERS_T1))
+        if unknown:
+            raise ValueError(f"Unknown router {unknown[0]!r}. Available: {sorted(ROUTERS_T1)}, joined by '+'.")
+        if self.budget_rows < 1:
+            raise ValueError(
+                f"A budget must hold one entry at least. Got {self.budget_rows} rows. Raise it, or take a model"
+                " without a scratchpad (recurrent)."
+            )
+
+    @property
+    def control(self) -> str | None:
+        return self.router if self.router in CONTROLS else None
+
+    @property
+    def uses_tags(self) -> bool:
+        return "tags" in self.router.split("+")
+
+    def layer_config(self, channels: int) -> ModelConfig:
+        """The configuration of a layer; a row of ``channels`` values is a token."""
+        router = "learned" if self.control else self.router
+        return ModelConfig(
+            width=self.width, layers=self.layers, heads=self.heads, patch_steps=channels,
+            window_patches=self.window_rows, router=router, mixer=MODELS[self.model], write_clip=self.write_clip,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Result of reading the rows of a chunk."""
+
+    hidden: torch.Tensor  # [B, N, D]
+    memory: list[Any]
+    traces: list[Any]
+
+
+class Block(nn.Module):
+    """Pre-norm memory layer and MLP, both residual."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.before_memory, self.before_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.memory = layer
+        self.grow, self.shrink = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(
+        self, x: torch.Tensor, tokens: Tokens, memory: Any, policy: Policy, *, stepwise: bool, advance: bool
+    ) -> tuple[torch.Tensor, Any, Any]:
+        result = self.memory(
+            self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise, advance=advance
+        )
+        x = x + result.output  # [B, 1, N, D]
+        gate, content = self.grow(self.before_mlp(x)).chunk(2, -1)  # 2 x [B, 1, N, 2 D]
+        return x + self.shrink(F.silu(gate) * content), result.memory, result.trace
+
+
+class ProbeNet(nn.Module):
+    """Embedding, blocks, and heads for answers, for the next row and for an auxiliary target.
+
+    Args:
+        inputs: I, numbers of a row.
+        channels: C of them that are continuous channels.
+        answers: Y.
+        auxiliary: X, 0 for none.
+    """
+
+    def __init__(self, config: NetConfig, *, inputs: int, channels: int, answers: int, auxiliary: int = 0) -> None:
+        super().__init__()
+        self.config, self.channels = config, channels
+        D = config.width
+        self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
+        layer_config = config.layer_config(channels)
+        with torch.device("meta"):
+            entry = HAMLayer(replace(layer_config, mixer="ham"))
+            like = torch.zeros(1)
+            self.entry_bytes = entry.empty_memory(1, 1, like).scratchpad.bytes_per_entry()
+        budget_bytes = config.budget_rows * self.entry_bytes * config.layers
+        makers = layer_makers(layer_config, channels=1, budget_bytes=budget_bytes)
+        self.blocks = nn.ModuleList(Block(make(), D) for make in makers)
+        self.final_norm = nn.RMSNorm(D)
+        self.answer = nn.Linear(D, answers)
+        self.next_row = nn.Linear(D, channels)
+        self.auxiliary = nn.Linear(D, auxiliary) if auxiliary else None
+
+    @property
+    def layers(self) -> list[Any]:
+        """The memory layers, from the input up."""
+        return [block.memory for block in self.blocks]  # type: ignore[union-attr]
+
+    def empty_memory(self, items: int) -> list[Any]:
+        like = self.answer.weight
+        return [layer.empty_memory(items, 1, like) for layer in self.layers]
+
+    def read(
+        self,
+        batch: ProbeBatch,
+        rows: slice,
+        memory: Sequence[Any],
+        policies: Sequence[Policy],
+        *,
+        stepwise: bool = False,
+        advance: bool = True,
+    ) -> Reading:
+        """Read some rows of a batch, going on from a memory."""
+        tokens = row_tokens(batch, rows)
+        x = self.embed(batch.inputs()[:, rows])[:, None]  # [B, 1, N, D]
+        after, traces = [], []
+        for block, before, policy in zip(self.blocks, memory, policies, strict=True):
+            x, now, trace = block(x, tokens, before, policy, stepwise=stepwise, advance=advance)
+            after.append(now)
+            traces.append(trace)
+        return Reading(self.final_norm(x[:, 0]), after, traces)
+
+    def policies(
+        self,
+        batch: ProbeBatch,
+        rows: int | torch.Tensor,
+        *,
+        explore: torch.Generator | None = None,
+        given: Sequence[torch.Tensor] | None = None,
+    ) -> list[Policy]:
+        """What the scratchpads may do: so many entries in each layer.
+
+        Args:
+            rows: budget of a layer in entries; a tensor gives each sequence its own, [B].
+            explore: of random extra entries in training.
+            given: what each layer keeps, L of [B, T] bool; for ``oracle`` and ``shuffled``.
+
+        Raises:
+            ValueError: a budget below one entry, or a control without its list.
+        """
+        B, device = len(batch), batch.x.device
+        budget = torch.as_tensor(rows, device=device).expand(B)  # [B]
+        if int(budget.min()) < 1:
+            raise ValueError(f"A budget must hold one entry at least. Got {int(budget.min())} rows. Raise it.")
+        most = int(budget.max())
+        control, tags_only = self.config.control, self.config.router == "tags"
+        # a union of tags and a score halves the room, as a must-keep quota does
+        must = most if tags_only else most // 2 if self.config.uses_tags else 0
+        share = (budget / batch.context_rows).clamp(max=1.0).float()  # [B]
+        policy = Policy(
+            share=share,
+            readable=torch.ones(B, 1, 1, dtype=torch.bool, device=device),
+            cap_kept=most - must,
+            cap_must=must,
+            use_tags=self.config.uses_tags,
+            eviction=self.config.eviction if control is None else "fifo",
+        )
+        if explore is not None and control is None and not tags_only:
+            policy = replace(policy, explore_share=EXPLORE_SHARE, explore_generator=explore)
+        if control is None and given is None:
+            return [policy] * self.config.layers
+        return [replace(policy, control=self._control(batch, layer, given)) for layer in range(self.config.layers)]
+
+    def _control(self, batch: ProbeBatch, layer: int, given: Sequence[torch.Tensor] | None) -> Control:
+        B, device = len(batch), batch.x.device
+        key = torch.arange(B, device=device)
+        kind = self.config.control
+        if given is None and kind in ("random", "stride", "recency"):
+            return Control(kind=kind, key=key, layer=layer)
+        if given is None and kind == "oracle":
+            given = [batch.crit[:, : batch.context_rows]] * self.config.layers
+        if given is None:
+            raise ValueError("The control 'shuffled' needs what another sequence kept. Pass given=.")
+        keep = given[layer]  # [B, T]
+        position = torch.arange(keep.shape[1], dtype=torch.float64, device=device).expand(B, -1)
+        return Control(
+            kind="given", key=key, layer=layer, position=position, keep=keep[..., None],
+            rank=torch.zeros(*keep.shape, 1, device=device),
+        )  # fmt: skip
+
+
+EXPLORE_SHARE = 0.05
+
+
+def row_tokens(batch: ProbeBatch, rows: slice) -> Tokens:
+    """Rows as tokens of one channel; rows that ask write nothing, decay nothing and are never kept."""
+    x = batch.x[:, rows]  # [B, N, C]
+    B, N, C = x.shape
+    there = ~x.isnan()  # [B, N, C]
+    asks = batch.query[:, rows]  # [B, N]
+    told = there.any(-1) | (batch.events[:, rows].abs().sum(-1) > 0) | (batch.actions[:, rows].abs().sum(-1) > 0)
+    heard = told & ~asks  # [B, N]
+    tags = batch.tags[:, rows] & ~asks  # [B, N]
+    time = torch.arange(batch.x.shape[1], dtype=torch.float64, device=x.device)[rows]  # [N]
+    blank = x.new_zeros(B, 1, N, 0)
+    return Tokens(
+        values=torch.nan_to_num(x)[:, None],  # [B, 1, N, C]
+        observed=there[:, None],
+        tags=tags[:, None, :, None].expand(-1, -1, -1, C),
+        event_offset=x.new_zeros(B, 1, N, C),
+        ahead_values=blank,
+        ahead_observed=blank.bool(),
+        calendar=x.new_zeros(B, N, 0),
+        level=blank,
+        marks=x.new_zeros(B, 1, N, 3),
+        heard=heard[:, None].to(x.dtype),
+        present=torch.ones(B, N, dtype=torch.bool, device=x.device),
+        routable=heard[:, None],
+        must_keep=tags[:, None],
+        position=time.expand(B, N).contiguous(),
+        elapsed=(~asks).to(x.dtype),
+        static_values=x.new_zeros(B, 0),
+        static_codes=torch.zeros(B, 0, dtype=torch.int64, device=x.device),
+    )
+
+
+def kept_rows(memory: Any, rows: int) -> torch.Tensor | None:
+    """Rows whose exact key and value a layer holds after the context, [B, rows] bool; None where it holds none."""
+    if isinstance(getattr(memory, "scratchpad", None), Entries):
+        entries = memory.scratchpad
+        place, alive = entries.position.round().long(), entries.alive  # 2 x [B, M]
+    elif hasattr(memory, "kept"):
+        place, alive = memory.kept.index, memory.kept.alive
+    else:
+        return None
+    kept = torch.zeros(alive.shape[0], rows + 1, dtype=torch.bool, device=alive.device)
+    return kept.scatter(1, torch.where(alive, place.clamp(0, rows - 1), rows), True)[:, :rows]
+
+
+def without_rows(memory: Any, drop: torch.Tensor) -> Any:
+    """A HAM layer's memory without the entries of some rows, drop [B, L] bool."""
+    entries = memory.scratchpad
+    place = entries.position.round().long().clamp(0, drop.shape[1] - 1)  # [B, M]
+    return replace(memory, scratchpad=replace(entries, alive=entries.alive & ~drop.gather(1, place)))
+
+
+def memory_bytes(memories: Sequence[Any]) -> tuple[float, float]:
+    """Bytes of one sequence after the context, mean: what is fixed (state, window), and what is kept exactly."""
+    fixed, exact = 0.0, 0.0
+    for memory in memories:
+        rows = memory.scratchpad if hasattr(memory, "scratchpad") else memory.kept
+        count = float(rows.alive.sum(1).float().mean())
+        exact += count * sum(t[0, 0].numel() * t.element_size() for t in _tensors(rows) if t.shape[1])
+        fixed += sum(t[0].numel() * t.element_size() for t in _tensors(memory)) - sum(
+            t[0].numel() * t.element_size() for t in _tensors(rows)
+        )
+    return fixed, exact
+
+
+def _tensors(container: Any) -> list[torch.Tensor]:
+    from hamts.nn.tokens import map_tensors
+
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(container, note)
+    return found

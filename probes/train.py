@@ -1,0 +1,241 @@
+"""Training of tier-1 networks: fresh sequences, a curriculum, one cycle of the learning rate, random budgets.
+
+B sequences · T context rows · Q queries · M entries
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hamts.nn.router import kept_probability
+from probes.contract import VALIDATION_SEED, ProbeBatch, ProbeConfig, generator
+from probes.models import NetConfig, ProbeNet
+from probes.registry import Probe
+from probes.scores import query_error
+
+__all__ = ["Fitted", "TrainPlan", "forward", "train"]
+
+BATCH_SEQUENCES = 32
+POOL_SEQUENCES = 1_024
+NEXT_ROW_WEIGHT, TARGET_WEIGHT, ROUTER_WEIGHT, INNER_WEIGHT = 0.2, 0.2, 0.02, 0.1
+# of the critical rows; one is drawn for each batch, so that one network serves the whole frontier
+BUDGET_FRACTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
+CHECKS = 10
+SOLVED = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """How a network is trained.
+
+    Attributes:
+        config: of the probe; the curriculum changes it by stage.
+        net: the network.
+        steps, learning_rate, seed: of the optimiser.
+        critical_rows: that budgets are multiples of.
+        echo: answers are the next rows of the series instead of a query row's.
+        read_only: a second probe whose sequences are read with everything kept and teach the router nothing: the
+            network learns to answer it, the router is only tested on it.
+    """
+
+    probe: Probe
+    config: ProbeConfig
+    net: NetConfig
+    steps: int
+    learning_rate: float
+    seed: int
+    critical_rows: int
+    echo: bool = False
+    device: str = "cpu"
+
+
+@dataclass
+class Fitted:
+    """A trained network and how training went."""
+
+    net: ProbeNet
+    plan: TrainPlan
+    seconds: float
+    losses: list[tuple[int, float]] = field(default_factory=list)  # step, validation NMSE against the floor
+    status: str = "ok"  # "diverged" where a loss was not finite
+
+    @property
+    def steps_to_solve(self) -> int | None:
+        """First check at which validation skill reached 0.8."""
+        return next((step for step, nerr in self.losses if 1.0 - nerr >= SOLVED), None)
+
+
+def sample(plan: TrainPlan, gen: torch.Generator, n: int, config: ProbeConfig | None = None) -> ProbeBatch:
+    batch = plan.probe.sample(gen, n, config or plan.config)
+    return plan.probe.r2_render(batch) if plan.echo else batch
+
+
+def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None = None) -> Fitted:
+    """Train one network.
+
+    Args:
+        progress: called with step, steps and the last validation error.
+    """
+    started = time.monotonic()
+    first = sample(plan, generator(plan.seed), 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(plan.seed)
+        net = ProbeNet(
+            plan.net, inputs=first.inputs().shape[-1], channels=first.x.shape[-1], answers=first.y.shape[-1],
+            auxiliary=0 if first.aux is None else first.aux.shape[-1],
+        )  # fmt: skip
+    net.to(plan.device)
+    fitted = Fitted(net, plan, 0.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=plan.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=max(plan.steps, 2))
+    stream = Stream(plan)
+    budgets, explore = generator(plan.seed + 1), generator(plan.seed + 2)
+    check = Check(plan)
+    for step in range(plan.steps):
+        batch = stream.next(step)
+        fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=budgets))]
+        loss = training_loss(net, batch, max(round(fraction * plan.critical_rows), 1), explore)
+        if not math.isfinite(float(loss.detach())):
+            fitted.status = "diverged"
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % max(plan.steps // CHECKS, 1) == 0 or step + 1 == plan.steps:
+            fitted.losses.append((step + 1, check(net)))
+        if progress is not None:
+            progress(step + 1, plan.steps, fitted.losses[-1][1] if fitted.losses else math.nan)
+    net.eval()
+    calibrate(net, stream.next(plan.steps), plan.critical_rows)
+    fitted.seconds = time.monotonic() - started
+    return fitted
+
+
+class Stream:
+    """Training batches: a pool of fresh sequences at a time, by the stage of the curriculum."""
+
+    def __init__(self, plan: TrainPlan) -> None:
+        self.plan, self.gen = plan, generator(plan.seed)
+        self.pool: ProbeBatch | None = None
+        self.place, self.stage = 0, -1
+
+    def next(self, step: int) -> ProbeBatch:
+        stage = self._stage(step)
+        if self.pool is None or stage != self.stage or self.place + BATCH_SEQUENCES > len(self.pool):
+            changes = self.plan.probe.curriculum[stage][1]
+            self.pool = sample(self.plan, self.gen, POOL_SEQUENCES, replace(self.plan.config, **changes))
+            self.pool = self.pool.to(self.plan.device)
+            self.place, self.stage = 0, stage
+        batch = self.pool.select(slice(self.place, self.place + BATCH_SEQUENCES))
+        self.place += BATCH_SEQUENCES
+        return batch
+
+    def _stage(self, step: int) -> int:
+        done, total = step / max(self.plan.steps, 1), 0.0
+        curriculum = self.plan.probe.curriculum
+        for number, (share, _) in enumerate(curriculum):
+            total += share
+            if done < total - 1e-9:
+                return number
+        return len(curriculum) - 1
+
+
+class Check:
+    """Validation: error of the answers over that of the best floor."""
+
+    def __init__(self, plan: TrainPlan) -> None:
+        self.batch = sample(plan, generator(VALIDATION_SEED), 128).to(plan.device)
+        errors = [query_error(answer, self.batch) for answer in self.batch.floor.values()]
+        self.floor = min(float(error.nanmean()) for error in errors)
+        self.rows = plan.critical_rows
+
+    @torch.no_grad()
+    def __call__(self, net: ProbeNet) -> float:
+        net.eval()
+        answer = forward(net, self.batch, self.rows)[0]
+        net.train()
+        return float(query_error(answer, self.batch).nanmean()) / self.floor
+
+
+def forward(
+    net: ProbeNet,
+    batch: ProbeBatch,
+    rows: int | torch.Tensor,
+    *,
+    explore: torch.Generator | None = None,
+    given: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, Any, Any]:
+    """Read the context, then the query rows on its memory: answers [B, Q, Y] and both readings."""
+    T = batch.context_rows
+    given = shuffled_rows(net, batch, rows) if given is None and net.config.control == "shuffled" else given
+    policies = net.policies(batch, rows, explore=explore, given=given)
+    context = net.read(batch, slice(0, T), net.empty_memory(len(batch)), policies)
+    asked = net.read(batch, slice(T, batch.x.shape[1]), context.memory, policies, advance=False)
+    index = (batch.q_index - T)[..., None].expand(-1, -1, asked.hidden.shape[-1])  # [B, Q, D]
+    return net.answer(asked.hidden.gather(1, index)), context, asked
+
+
+@torch.no_grad()
+def shuffled_rows(net: ProbeNet, batch: ProbeBatch, rows: int | torch.Tensor) -> list[torch.Tensor]:
+    """What the learned router would keep of the sequence before: L of [B, T] bool."""
+    plain = replace(net.config, router="learned")
+    own, net.config = net.config, plain
+    try:
+        policies = net.policies(batch, rows)
+        context = net.read(batch, slice(0, batch.context_rows), net.empty_memory(len(batch)), policies)
+    finally:
+        net.config = own
+    return [trace.routed[:, 0].roll(1, 0) for trace in context.traces]
+
+
+def training_loss(net: ProbeNet, batch: ProbeBatch, rows: int, explore: torch.Generator) -> torch.Tensor:
+    """Squared error of the answers, with the next row, the auxiliary target and the router's own losses beside it."""
+    answer, context, asked = forward(net, batch, rows, explore=explore)
+    mask = batch.y_mask
+    scale = (batch.y.square() * mask).sum() / mask.sum().clamp_min(1)
+    loss = ((answer - batch.y).square() * mask).sum() / mask.sum().clamp_min(1) / scale.clamp_min(1e-6)
+    ahead = batch.x[:, 1 : batch.context_rows]  # [B, T - 1, C]
+    there = ~ahead.isnan()
+    guess = net.next_row(context.hidden[:, :-1])  # [B, T - 1, C]
+    next_row = torch.where(there, guess - torch.nan_to_num(ahead), 0.0).square().sum() / there.sum().clamp_min(1)
+    loss = loss + NEXT_ROW_WEIGHT * next_row
+    if batch.aux is not None and net.auxiliary is not None:
+        index = (batch.q_index - batch.context_rows)[..., None].expand(-1, -1, asked.hidden.shape[-1])
+        loss = loss + TARGET_WEIGHT * F.mse_loss(net.auxiliary(asked.hidden.gather(1, index)), batch.aux)
+    for layer, before, after in zip(net.layers, context.traces, asked.traces, strict=True):
+        if net.config.model == "ham" and net.config.control is None:
+            layer.thresholds.follow(before.scores[:, 0].flatten(0, 1))
+        if getattr(before, "inner_loss", None) is not None:
+            loss = loss + INNER_WEIGHT * before.inner_loss
+        loss = loss + ROUTER_WEIGHT * router_loss(after)
+    return loss
+
+
+def router_loss(trace: Any) -> torch.Tensor:
+    """Teach the learned score the attention that its row then received, against an even spread."""
+    judged, mass = trace.entries_judged, trace.entries_mass
+    if mass is None or not trace.entries_bias.requires_grad or not bool(judged.any()):
+        return torch.zeros((), device=trace.entries_bias.device)
+    even = (mass * judged).sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
+    wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M]; a half where it is the mean
+    given = kept_probability(trace.entries_bias)  # [B, M]
+    return F.binary_cross_entropy(given[judged], wanted[judged].to(given.dtype))
+
+
+@torch.no_grad()
+def calibrate(net: ProbeNet, batch: ProbeBatch, rows: int) -> None:
+    """Set thresholds from the scores of the finished network."""
+    if net.config.model != "ham" or net.config.control is not None:
+        return
+    context = forward(net, batch, rows)[1]
+    for layer, trace in zip(net.layers, context.traces, strict=True):
+        layer.thresholds.calibrate(trace.scores[:, 0].flatten(0, 1))
