@@ -129,7 +129,10 @@ def new_network(panel: Panel, plan: Plan, ends: np.ndarray) -> HAMNetwork:
     numbers go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(plan.train.seed)
-        network = HAMNetwork(plan.model, plan.memory, panel_spec(panel))
+        try:
+            network = HAMNetwork(plan.model, plan.memory, panel_spec(panel))
+        except ValueError as error:
+            raise DataError("E-OPTION", str(error), fix="Change that argument of fit, or leave it out.") from error
     network.calendar_used.copy_(torch.from_numpy(supported_phases(panel.schema.frequency, training_days(panel, ends))))
     network.unit.copy_(torch.from_numpy(channel_units(panel, ends)))
     numeric = [i for i, column in enumerate(panel.schema.static) if column.kind != "categorical"]

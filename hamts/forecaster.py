@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hamts.ages import forecaster_ages
-from hamts.backtests import cross_validate, evaluate_methods
+from hamts.backtests import cross_validate
 from hamts.config import ModelConfig
 from hamts.data.clock import future_times
 from hamts.data.frame import encode_future, future_frame, to_panel
@@ -24,6 +24,7 @@ from hamts.data.panel import Panel, Schema
 from hamts.errors import DataError, DataWarning
 from hamts.fitting import Fitted, fill_static, fit_panel, refuse_extremes, validation_tail
 from hamts.forecast import Forecast, resolve_levels
+from hamts.forecaster_evaluate import forecaster_evaluate
 from hamts.persistence import load_fitted, save_fitted
 from hamts.refusals import refuse_non_finite, refuse_rival, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
@@ -54,6 +55,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
     quantiles: Sequence[float] | None = None,
     preset: str = "small",
     router: str | None = None,
+    routing: dict[str, Any] | None = None,
     mixer: str | None = None,
     patch_steps: int | None = None,
     window_patches: int | None = None,
@@ -91,7 +93,9 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         budget_bytes: most bytes of one item's scratchpads.
         quantiles: levels of an answer where ``predict`` names none; default 0.1, 0.5, 0.9.
         preset: ``tiny``, ``small`` or ``base``.
-        router: which tokens ask to be kept: ``surprise``, ``innovation``, ``learned``, ``tags``, joined by "+".
+        router: which tokens ask to be kept: names of ``hamts.config.ROUTERS``, joined by "+".
+        routing: further fields of ``ModelConfig``, ``MemoryConfig`` and ``TrainConfig`` about what is kept, by name:
+            ``{"eviction": "reservoir", "tag_types": [{"name": "fault", "quota": 0.5}]}``.
         mixer: ``ham``, or one of its rivals for comparison, as large as HAM's memory would be: see ``hamts.nn.mixers``.
         patch_steps: steps read as one token; 1 keeps single steps.
         window_patches: last patches that are always read exactly.
@@ -112,7 +116,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         h=with_alias("h", h, "prediction_length", prediction_length),
         quantiles=with_alias("quantiles", quantiles, "quantile_levels", quantile_levels),
         budget_share=budget_share, budget_bytes=budget_bytes, preset=preset, router=router, mixer=mixer,
-        patch_steps=patch_steps,
+        routing=routing, patch_steps=patch_steps,
         window_patches=window_patches, cross_reading=cross_reading, half_life_steps=half_life_steps,
         val_size=val_size, max_steps=max_steps,
         max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, seed=seed,
@@ -288,50 +292,8 @@ class HAMForecaster:
             share=self._share(budget_share), memory=memory, asked=asked,
         )  # fmt: skip
 
-    def evaluate(
-        self,
-        df: Any,
-        h: int | None = None,
-        n_windows: int = 8,
-        step_size: int | None = None,
-        *,
-        against: Sequence[str] = ("seasonal_naive", "no_memory", "full_memory", "random_memory"),
-        by: Literal["target", "item", "group"] | None = None,
-        group_col: str | None = None,
-        cutoffs: Sequence[Any] | None = None,
-        budget_share: float | None = None,
-        static_df: Any = None,
-        events: Any = None,
-        oracle: Any = None,
-        graft: HAMForecaster | str | None = None,
-        seed: int = 0,
-    ) -> Any:
-        """Score the model, and beside it the same weights with another memory.
-
-        Args:
-            df, n_windows, step_size, cutoffs: as in ``cross_validation``.
-            against: ``seasonal_naive``; ``no_memory``, scratchpad emptied; ``full_memory``, everything kept;
-                ``random_memory``, as many random steps in each layer; ``shuffled_memory``, the model's own decisions
-                at random times; ``stride_memory``, as many on a schedule, a row for each phase;
-                ``recency_memory``, the newest, as many entries as the model holds; ``oracle_memory``, the steps of
-                ``oracle``; ``grafted_memory``, those that another router keeps.
-            by: a row for each ``target``, ``item`` or ``group`` of the static column ``group_col`` instead of all
-                together; of groups, the worst is marked.
-            oracle: frame of ids and times (and channels) of the steps to keep.
-            graft: another fitted model of the same columns, or the name of a router without weights of its own.
-
-        Returns: one row per method with MASE, MSE, MAE, WQL (mean weighted quantile loss), MSIS, coverage_80,
-            coverage_95, usage_share, and bytes (of an item's memory after the last cutoff, on average).
-        """
-        steps = self._horizon(h)
-        panel = self._panel_of(df, static_df, events)
-        self._note_horizon(steps)
-        return evaluate_methods(
-            self._fitted, panel, steps, n_windows=n_windows,
-            step_size=step_size, cutoffs=cutoffs, against=against, by=by, share=self._share(budget_share), seed=seed,
-            oracle=oracle, graft=graft._fitted.network if isinstance(graft, HAMForecaster) else graft,
-            group_col=group_col,
-        )  # fmt: skip
+    # beside seasonal naive, and beside the same weights with another memory
+    evaluate = forecaster_evaluate
 
     # which steps were kept, when and why; what a long history is worth
     routes, errors_by_age = forecaster_routes, forecaster_ages

@@ -19,7 +19,7 @@ from hamts.data.panel import KNOWN_AHEAD
 from hamts.data.patches import Chunk
 from hamts.data.scale import CausalScale, ScaleState, ScaleStats
 from hamts.nn.backbone import Backbone, ChannelSpec
-from hamts.nn.budget import entry_caps
+from hamts.nn.budget import check_room, entry_caps
 from hamts.nn.decide import prepared
 from hamts.nn.ham import LayerTrace
 from hamts.nn.head import QuantileHead
@@ -99,6 +99,8 @@ class HAMNetwork(nn.Module):
         self.tags = tag_rules(memory, spec.roles, spec.names, config.window_patches) if uses_tags else None
         # whether targets read one another: decided on validation data
         self.register_buffer("cross_targets", torch.tensor(True))  # []
+        if config.mixer == "ham":
+            check_room(memory.budget_bytes, self.entry_bytes() * config.layers)
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Run every layer on these; they were decided once, by ``resolve_kernels``, for the device the network is on."""

@@ -5,7 +5,7 @@ I items · P steps in a patch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +36,15 @@ BATCH_TOKENS = 4000
 MANY_PATCHES, FEW_DATA_RATE = 2500, 1 / 3
 FEWEST_WINDOWS, MOST_WINDOWS = 8, 128
 ANSWER_LEVELS = (0.1, 0.5, 0.9)
+# what routing= of fit may set; what has an argument of its own is not here
+ROUTING_FIELDS = {
+    "model": ("head_reduction", "learned_features", "decision", "allocation", "write_clip"),
+    "memory": (
+        "must_keep_share", "explore_share", "threshold", "eviction", "tag_types", "tag_half_life_patches",
+        "budget_flops", "budget_ms",
+    ),
+    "train": ("auxiliary_weight", "auxiliary_target", "inner_weight"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,7 @@ class FitOptions:
     quantiles: Sequence[float] | None = None
     preset: str = "small"
     router: str | None = None
+    routing: Mapping[str, Any] | None = None
     mixer: str | None = None
     patch_steps: int | None = None
     window_patches: int | None = None
@@ -130,14 +140,17 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
     try:
         model, train = with_preset(options.preset, model, train)
         shape = {name: getattr(options, name) for name in ("router", "mixer", "window_patches", "cross_reading")}
-        model = replace(model, **_given(**shape))
+        further = routing_fields(options.routing or {})
+        model = replace(model, **{**further["model"], **_given(**shape)})
         train = replace(
             train,
+            **further["train"],
             **_given(
                 max_steps=options.max_steps, batch_windows=options.batch_windows, learning_rate=options.learning_rate
             ),
         )
-        memory = MemoryConfig(**_given(budget_share=options.budget_share, budget_bytes=options.budget_bytes))
+        given = _given(budget_share=options.budget_share, budget_bytes=options.budget_bytes)
+        memory = MemoryConfig.from_dict({**further["memory"], **given})
         # a rival that does not fit its bytes is refused before anything is built
         layer_makers(model, channels=len(panel.schema.channels), budget_bytes=memory.budget_bytes)
     except ValueError as error:
@@ -172,6 +185,15 @@ def check_kernel(model: ModelConfig, machine: MachineConfig) -> Kernels:
         return planned_kernels(model, machine)
     except KernelError as error:
         raise DataError("E-KERNEL", str(error), fix="kernel='auto' takes what can run.") from error
+
+
+def routing_fields(routing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields of ``fit(routing=)`` by the configuration they belong to. Raises ValueError for an unknown one."""
+    homes = {name: home for home, names in ROUTING_FIELDS.items() for name in names}
+    unknown = [name for name in routing if name not in homes]
+    if unknown:
+        raise ValueError(f"Unknown field {unknown[0]!r} of routing. Available: {sorted(homes)}.")
+    return {home: {name: routing[name] for name in names if name in routing} for home, names in ROUTING_FIELDS.items()}
 
 
 def _given(**options: Any) -> dict[str, Any]:

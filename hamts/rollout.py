@@ -216,6 +216,7 @@ class _Reader:
         reading = self.network(chunk, memory, policies, decode=False)
         for trace in reading.traces:
             self.result.kept += int((trace.routed & (reading.heard > 0)).sum())
+            self.result.kept += 0 if trace.revised is None else int(trace.revised.sum())
             self.result.heard += int((reading.heard > 0).sum())
         if self.keep_traces:
             self.result.traces.append(ChunkTrace(items, start, reading.traces, reading.heard))

@@ -12,7 +12,7 @@ from torch import nn
 
 from hamts.nn.scores import as_level
 
-__all__ = ["SHARES", "ThresholdTable", "entry_caps"]
+__all__ = ["SHARES", "ThresholdTable", "check_room", "entry_caps"]
 
 SHARES = (0.02, 0.05, 0.10, 0.25, 0.50, 0.75)
 # the first batches come from an untrained network: they are followed exactly, later ones slowly
@@ -84,6 +84,15 @@ class ThresholdTable(nn.Module):
         threshold = (low + weight * (high - low)).T  # [B, S]
         threshold = torch.where((share <= 0)[:, None], math.inf, threshold)  # [B, S]
         return torch.where((share >= 1)[:, None], -math.inf, threshold)  # [B, S]
+
+
+def check_room(budget_bytes: int, smallest: int) -> None:
+    """A budget that holds not one entry in each layer is a mistake, unless it is nothing. Raises ValueError."""
+    if 0 < budget_bytes < smallest:
+        raise ValueError(
+            f"budget_bytes must be 0 or at least {smallest}, one entry in each layer. Got {budget_bytes}."
+            f" Choose budget_bytes={smallest} or more, or 0 for no scratchpad."
+        )
 
 
 def entry_caps(*, budget_bytes: int, bytes_per_entry: int, layers: int, must_keep_share: float) -> tuple[int, int]:
