@@ -1,0 +1,398 @@
+"""Token recall: a positive control of the layer on what its paper claims, with this layer code inside a token model.
+
+Run ``python -m benchmarks.recall`` from the clone; on a GPU a model takes minutes, on a CPU use ``--smoke``. One JSON
+per model, learning rate and seed goes to ``benchmarks/results/recall``; a cell that exists is not measured again
+without ``--again``. ``--table`` prints what is there. ``benchmarks/README.md`` says what supports or refutes a claim.
+
+Tasks, half of each batch: *recall*, a pair of key and value for every 16 tokens among filler, each key asked once in
+the last quarter; *needle*, one marked pair, asked at the end. Models learn both up a ladder of lengths.
+
+B sequences · L tokens · N = L · V vocabulary · n pairs · M entries
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hamts.config import ModelConfig
+from hamts.nn.allocation import update_tables
+from hamts.nn.backbone import Block
+from hamts.nn.controls import Control
+from hamts.nn.mixers import layer_makers
+from hamts.nn.tokens import Policy, Tokens
+from hamts.ops.attend import attend
+from hamts.ops.kernels import Kernels
+from hamts.training_auxiliary import score_loss
+
+RESULTS = Path(__file__).parent / "results" / "recall"
+KEYS, VALUES, FILLER = 512, 128, 64
+MARKER = KEYS + VALUES + FILLER
+TOKENS_PER_PAIR = 16
+SHARE = 0.5
+USAGES = (0.0, 0.1, 0.25, 0.5, 1.0)
+AUXILIARY_WEIGHT, EXPLORE = 0.02, 0.1
+ROOMY_BYTES = 1 << 40
+
+MODELS: dict[str, dict[str, Any]] = {
+    "recurrent": {"mixer": "recurrent"},
+    "attention": {"mixer": "attention"},
+    "gdn_gsa": {"mixer": "gdn_gsa"},
+    "learned": {"router": "learned"},
+    "learned-token": {"router": "learned", "learned_features": "token"},
+    "surprise": {"router": "surprise", "head_reduction": "min"},
+    "error": {"router": "error", "head_reduction": "min"},
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One length of the ladder."""
+
+    length: int
+    sequences: int
+    steps: int
+
+
+LADDER = (Rung(64, 256, 900), Rung(256, 96, 500), Rung(1024, 32, 300), Rung(4096, 12, 160))
+SMOKE = (Rung(32, 8, 3), Rung(64, 4, 2))
+
+
+@dataclass(frozen=True)
+class WideBlocks(Kernels):
+    """The read with all queries in one block: launches, not memory, are what costs time at these sizes on a GPU."""
+
+    @property
+    def attend(self) -> Callable[..., Any]:
+        return partial(attend, block=1 << 20)
+
+
+# --- data
+
+
+def draw_recall(length: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences and what is right at each place, -1 where nothing is asked: 2 x [B, L]."""
+    device = generator.device
+    pairs = length // TOKENS_PER_PAIR
+    ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (count, length), generator=generator, device=device)
+
+    def chosen(most: int) -> torch.Tensor:
+        return torch.rand(count, most, generator=generator, device=device).argsort(1)[:, :pairs]  # [B, n]
+
+    keys = chosen(KEYS)  # [B, n]
+    values = KEYS + torch.randint(VALUES, (count, pairs), generator=generator, device=device)  # [B, n]
+    stored, asked_from = 3 * length // 4, 3 * length // 4
+    place = 2 * chosen(stored // 2)  # [B, n]
+    ids.scatter_(1, place, keys)
+    ids.scatter_(1, place + 1, values)
+    query = asked_from + chosen(length - asked_from)  # [B, n]
+    ids.scatter_(1, query, keys)
+    right = torch.full_like(ids, -1).scatter_(1, query, values)
+    return ids, right
+
+
+def draw_needle(length: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """One marked pair, and its key again at the end: 2 x [B, L]."""
+    device = generator.device
+    ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (count, length), generator=generator, device=device)
+    place = torch.randint(3 * length // 4 - 3, (count, 1), generator=generator, device=device)  # [B, 1]
+    key = torch.randint(KEYS, (count, 1), generator=generator, device=device)  # [B, 1]
+    value = KEYS + torch.randint(VALUES, (count, 1), generator=generator, device=device)  # [B, 1]
+    ids.scatter_(1, place, MARKER).scatter_(1, place + 1, key).scatter_(1, place + 2, value)
+    ids[:, -2], ids[:, -1] = MARKER, key[:, 0]
+    right = torch.full_like(ids, -1)
+    right[:, -1] = value[:, 0]
+    return ids, right
+
+
+TASKS = {"recall": draw_recall, "needle": draw_needle}
+
+
+# --- model
+
+
+class TokenModel(nn.Module):
+    """Embedding, blocks of a memory layer and a gated MLP, and a head over the vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(MARKER + 1, config.width)
+        makers = layer_makers(config, channels=1, budget_bytes=ROOMY_BYTES)
+        self.blocks = nn.ModuleList(Block(config, make) for make in makers)
+        self.norm = nn.RMSNorm(config.width)
+        self.head = nn.Linear(config.width, VALUES)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        for block in self.blocks:
+            block.memory.kernels = WideBlocks("torch", "all queries in one block")
+
+    def layers(self) -> list[Any]:
+        return [block.memory for block in self.blocks]
+
+    def forward(self, ids: torch.Tensor, policies: list[Policy]) -> tuple[torch.Tensor, list[Any]]:
+        """Logits of the values, [B, L, values], and a trace per layer."""
+        x = self.embedding(ids)[:, None]  # [B, 1, L, D]
+        tokens, traces = as_tokens(ids, x), []
+        for block, policy in zip(self.blocks, policies, strict=True):
+            memory = block.memory.empty_memory(len(ids), 1, x)
+            x, _, trace = block(x, tokens, memory, policy, stepwise=False, advance=True)
+            traces.append(trace)
+        return self.head(self.norm(x[:, 0])), traces
+
+
+def as_tokens(ids: torch.Tensor, like: torch.Tensor) -> Tokens:
+    """Every token of one channel, observed, at whole positions."""
+    B, L = ids.shape
+    ones = like.new_ones(B, 1, L)
+    nothing, yes = like.new_zeros(B, 1, L, 0), torch.ones(B, 1, L, dtype=torch.bool, device=ids.device)
+    return Tokens(
+        values=like.new_zeros(B, 1, L, 1),
+        observed=yes[..., None],
+        tags=~yes[..., None],
+        event_offset=like.new_zeros(B, 1, L, 1),
+        ahead_values=nothing,
+        ahead_observed=nothing.bool(),
+        calendar=like.new_zeros(B, L, 0),
+        level=nothing,
+        marks=torch.stack([torch.zeros_like(ones), torch.zeros_like(ones), ones], -1),
+        heard=ones,
+        present=yes[:, 0],
+        routable=yes,
+        must_keep=~yes,
+        position=torch.arange(L, dtype=torch.float64, device=ids.device).expand(B, L),
+        elapsed=ones[:, 0],
+        static_values=like.new_zeros(B, 0),
+        static_codes=torch.zeros(B, 0, dtype=torch.int64, device=ids.device),
+    )
+
+
+def policies_of(model: TokenModel, share: torch.Tensor, **changes: Any) -> list[Policy]:
+    """The same for every layer; chance counts the layers apart."""
+    readable = torch.ones(len(share), 1, 1, dtype=torch.bool, device=share.device)
+    policy = Policy(share=share, readable=readable, use_tags=False, **changes)
+    if policy.control is None:
+        return [policy] * len(model.blocks)
+    return [replace(policy, control=replace(policy.control, layer=n)) for n in range(len(model.blocks))]
+
+
+# --- training
+
+
+def train(model: TokenModel, ladder: tuple[Rung, ...], *, rate: float, seed: int, device: str) -> list[dict[str, Any]]:
+    """Up the ladder; the curve of it."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    explore = torch.Generator().manual_seed(seed + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    total, done, curve = sum(rung.steps for rung in ladder), 0, []
+    began = time.perf_counter()
+    for rung in ladder:
+        for step in range(rung.steps):
+            done += 1
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(done / 50, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done / total)))
+            ids, right, share = draw_batch(rung, generator)
+            policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
+            logits, traces = model(ids, policies)
+            loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
+            scored = score_loss(traces, loss, "attention") if model.config.mixer == "ham" else 0.0
+            optimizer.zero_grad(set_to_none=True)
+            (loss + AUXILIARY_WEIGHT * scored).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            update_tables(
+                model.layers(), [t.scores.flatten(0, -2) for t in traces], model.config.allocation, calibrate=False
+            )
+            if step == rung.steps - 1 or done % 100 == 0:
+                point = {"step": done, "length": rung.length, "loss": round(float(loss.detach()), 4)}
+                curve.append(point | {"s": round(time.perf_counter() - began, 1)})
+                print(json.dumps(curve[-1]), flush=True)
+    return curve
+
+
+def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Half of each task; half of the streams at the usage of the claim, the others at any."""
+    half = rung.sequences // 2
+    parts = [draw(rung.length, half, generator) for draw in TASKS.values()]
+    ids, right = (torch.cat(both) for both in zip(*parts, strict=True))
+    anything = torch.rand(len(ids), generator=generator, device=ids.device)  # [B]
+    share = torch.where(torch.arange(len(ids), device=ids.device) % 2 == 0, SHARE, anything)
+    return ids, right, share
+
+
+# --- measuring
+
+
+@torch.no_grad()
+def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: str) -> list[dict[str, Any]]:
+    """Share of queries answered right, by length, task and memory; and what each layer kept."""
+    model.eval()
+    rows = []
+    ham = model.config.mixer == "ham"
+    for length in lengths:
+        generator = torch.Generator(device=device).manual_seed(10_000)
+        side = max(1, min(sequences, 2**15 // length))
+        batches = {
+            task: [draw(length, side, generator) for _ in range(-(-sequences // side))] for task, draw in TASKS.items()
+        }
+        if ham:
+            scores = [[] for _ in model.blocks]
+            for ids, _ in [*batches["recall"], *batches["needle"]]:
+                traces = model(ids, policies_of(model, torch.full((len(ids),), SHARE, device=device)))[1]
+                for kept, trace in zip(scores, traces, strict=True):
+                    kept.append(trace.scores.flatten(0, -2))
+            samples = [torch.cat(parts)[:: max(1, len(parts) * len(parts[0]) // 2**20)] for parts in scores]
+        settings: list[tuple[str, float, str]] = [("model", 1.0, "uniform")]
+        if ham:
+            settings = [("model", usage, "uniform") for usage in USAGES]
+            settings += [("random", SHARE, "uniform"), ("model", SHARE, "pooled")]
+        for memory, usage, allocation in settings:
+            if ham:
+                update_tables(model.layers(), samples, allocation, calibrate=True)
+            for task, parts in batches.items():
+                rows.append(
+                    {"length": length, "task": task, "memory": memory, "usage": usage, "allocation": allocation}
+                    | answer(model, parts, usage, memory, device)
+                )
+    return rows
+
+
+def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, device: str) -> dict[str, Any]:
+    """Accuracy over some batches; kept share of each layer; attention that goes to the scratchpad."""
+    right_count = asked_count = 0
+    kept = torch.zeros(len(model.blocks))
+    mass = torch.zeros(len(model.blocks))
+    for number, (ids, right) in enumerate(parts):
+        control = None
+        if memory == "random":
+            control = Control("random", torch.arange(len(ids), device=device) + number * len(ids))
+        share = torch.full((len(ids),), usage, device=device)
+        logits, traces = model(ids, policies_of(model, share, control=control))
+        asked = right >= 0
+        right_count += int((logits[asked].argmax(-1) + KEYS == right[asked]).sum())
+        asked_count += int(asked.sum())
+        kept += torch.tensor([float(t.routed.float().mean()) for t in traces]) / len(parts)
+        reads = model.config.heads * ids.numel()
+        mass += torch.tensor([float((t.entries_mass * t.entries_sights).sum()) / reads for t in traces]) / len(parts)
+    return {
+        "accuracy": round(right_count / asked_count, 4),
+        "queries": asked_count,
+        "kept_by_layer": [round(float(x), 4) for x in kept],
+        "scratchpad_attention_by_layer": [round(float(x), 4) for x in mass],
+    }
+
+
+def run_one(name: str, *, rate: float, seed: int, smoke: bool, folder: Path) -> dict[str, Any]:
+    """Train and measure one model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ladder = SMOKE if smoke else LADDER
+    sizes = {"width": 64, "layers": 2, "heads": 2, "patch_steps": 1, "dropout": 0.0, "router": "learned"}
+    config = ModelConfig(**(sizes | MODELS[name]))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = TokenModel(config)
+    model.to(device)
+    began = time.perf_counter()
+    curve = train(model, ladder, rate=rate, seed=seed, device=device)
+    train_s = time.perf_counter() - began
+    lengths = [rung.length for rung in ladder]
+    cell = {
+        "model": name, "rate": rate, "seed": seed, "train_s": round(train_s, 1),
+        "weights": sum(p.numel() for p in model.parameters()), "ladder": [vars(rung) for rung in ladder],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "curve": curve, "rows": measure(model, lengths, sequences=8 if smoke else 256, device=device),
+        "s": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = cell_path(folder, name, rate, seed)
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(cell, indent=1) + "\n")
+    partial_path.replace(path)
+    return cell
+
+
+def cell_path(folder: Path, name: str, rate: float, seed: int) -> Path:
+    return folder / f"{name}--lr{rate:g}--seed{seed}.json"
+
+
+def run_side_by_side(jobs: list[tuple[str, float, int]], *, folder: Path, most: int, limit_s: float) -> None:
+    """Each job in a process of its own on the one GPU; those that are not done in time are ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting, running, began = list(jobs), [], time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < most:
+            name, rate, seed = waiting.pop(0)
+            command = [sys.executable, "-m", "benchmarks.recall", "--one", name, "--rates", str(rate)]
+            command += ["--seeds", str(seed), "--folder", str(folder)]
+            log = (folder / f"{name}--lr{rate:g}--seed{seed}.log").open("w")
+            running.append((name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+        time.sleep(0.5)
+        running = [(name, process) for name, process in running if process.poll() is None]
+        if time.monotonic() - began > limit_s:
+            for name, process in running:
+                print(f"{name} was not done after {limit_s:g} s and is ended")
+                process.kill()
+            return
+
+
+def table(folder: Path) -> str:
+    """Accuracy by model, memory and length, as Markdown."""
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    lines = ["| model | lr | seed | task | memory | usage | length: accuracy | kept by layer | scratchpad attention |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for cell in cells:
+        seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in cell["rows"]:
+            seen.setdefault((row["task"], row["memory"], row["usage"], row["allocation"]), []).append(row)
+        for (task, memory, usage, allocation), rows in seen.items():
+            said = ", ".join(f"{row['length']}: {row['accuracy']:.3f}" for row in rows)
+            last = rows[-1]
+            label = memory if allocation == "uniform" else f"{memory}, one threshold"
+            kept = " ".join(f"{x:.2f}" for x in last["kept_by_layer"])
+            mass = " ".join(f"{x:.2f}" for x in last["scratchpad_attention_by_layer"])
+            which = f"{cell['model']} | {cell['rate']:g} | {cell['seed']}"
+            lines.append(f"| {which} | {task} | {label} | {usage:g} | {said} | {kept} | {mass} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--side-by-side", type=int, default=8, help="processes on the one GPU")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which what runs is ended")
+    parser.add_argument("--one", choices=list(MODELS), help="train this model here")
+    parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
+    parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    jobs = [(name, rate, seed) for seed in options.seeds for rate in options.rates for name in options.models]
+    if options.one or options.smoke:
+        names = [options.one] if options.one else options.models
+        for name in names:
+            run_one(name, rate=options.rates[0], seed=options.seeds[0], smoke=options.smoke, folder=options.folder)
+    elif not options.table:
+        missing = [job for job in jobs if options.again or not cell_path(options.folder, *job).exists()]
+        run_side_by_side(missing, folder=options.folder, most=options.side_by_side, limit_s=options.limit)
+    if not options.one:
+        print(table(options.folder))
+
+
+if __name__ == "__main__":
+    main()
