@@ -9,11 +9,13 @@ INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check --no-input -c c
 # one thread per worker: two workers share two cores
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help demo test check wheel clean
+.PHONY: help demo test check browser pictures wheel clean
 
 help:
 	@echo "make demo    install into $(VENV), fit HAM on real data and show what it kept"
 	@echo "make test    install into $(VENV), then ruff, mypy and pytest"
+	@echo "make browser open the report in a headless Chromium (tests/browser/install.sh installs one)"
+	@echo "make pictures make the pictures of the README and the docs"
 	@echo "make wheel   build the wheel and try it outside this folder (FULL=1: with libraries of its own)"
 	@echo "make clean   remove $(VENV), dist and caches"
 
@@ -21,7 +23,14 @@ demo: $(VENV)/demo-$(KEY)
 	@$(VENV)/bin/hamts demo $(DEMO_ARGS)
 
 test: check
-	@$(ONE_THREAD) $(RUN) -m pytest -n 2 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(RUN) -m pytest -n 2 --ignore=tests/browser $(PYTEST_ARGS)
+
+# a step of its own: it needs a browser, and the time until a page is ready is measured
+browser: $(VENV)/test-$(KEY)
+	@$(ONE_THREAD) $(RUN) -m pytest tests/browser $(PYTEST_ARGS)
+
+pictures: $(VENV)/demo-$(KEY)
+	@$(RUN) -m benchmarks.pictures $(PICTURES_ARGS)
 
 check: $(VENV)/test-$(KEY)
 	@echo "== ruff, mypy"
@@ -41,7 +50,7 @@ $(VENV)/demo-$(KEY): | $(VENV)/made-$(KEY)
 
 $(VENV)/test-$(KEY): | $(VENV)/made-$(KEY)
 	@echo "== installing hamts and its test tools (about two minutes the first time)"
-	@$(INSTALL) -e '.[viz,datasets,test]' && $(RUN) -m pip check && touch $@
+	@$(INSTALL) -e '.[viz,datasets,test,notebooks,browser]' && $(RUN) -m pip check && touch $@
 
 # The wheel is tried from an empty folder, in an environment that has nothing of this clone on its path.
 # Its libraries are those of .venv, by a .pth file: a folder named there is searched, but its own .pth files

@@ -15,6 +15,9 @@ if metadata.version("hamts") != hamts.__version__:
 package = resources.files("hamts")
 if not (package / "py.typed").is_file():
     sys.exit("the wheel lacks py.typed")
+for name in ("page.html", "report.css", "base.js", "forecasts.js", "explorer.js", "detail.js", "main.js"):
+    if not (package / "report_assets" / name).is_file():
+        sys.exit(f"the wheel lacks report_assets/{name}")
 tomllib.loads((package / "_datasets" / "catalog.toml").read_text(encoding="utf-8"))
 names = list(hamts.list_datasets())
 for name in hamts.__all__:
