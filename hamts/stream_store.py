@@ -46,6 +46,8 @@ __all__ = ["CRASH_AT", "MOMENTS", "STEPS", "StateStore", "reached"]
 
 MODEL = "model"
 _TEMPORARY = re.compile(r"\.(CURRENT|state-.*)\.writing-\d+-[0-9a-f]{8}")
+# what a killed save of the model's copy left; the next one removes it
+_MODEL_SAVING = re.compile(rf"\.{MODEL}\.(saving-.*|replaced)")
 # no file of ours, but no reason to refuse a folder either
 _HARMLESS = {LOCK, MODEL, "outputs", ".DS_Store", "lost+found"}
 
@@ -307,7 +309,8 @@ class StateStore:
 
     def _refuse_foreign(self) -> None:
         names = {entry.name for entry in os.scandir(self.folder)}
-        ours = {name for name in names if STATE_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)}
+        patterns = (STATE_FILE, _TEMPORARY, _MODEL_SAVING)
+        ours = {name for name in names if any(pattern.fullmatch(name) for pattern in patterns)}
         others = sorted(names - ours - _HARMLESS)
         if CURRENT not in names and others:
             raise _foreign(self.folder, f"'{self.folder}' holds no state of a stream, but other things.", rows=others)

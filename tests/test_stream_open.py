@@ -147,6 +147,17 @@ def test_another_model_is_refused_and_a_saved_copy_is_not(
     Stream.open(tmp_path / "state").close()
 
 
+def test_a_start_that_was_killed_while_it_copied_the_model_is_begun_again(
+    model: hamts.HAMForecaster, tmp_path: Path
+) -> None:
+    half = tmp_path / ".model.saving-12-0123abcd"
+    half.mkdir()
+    (half / "weights.safetensors").write_bytes(b"half")
+    Stream.open(tmp_path, model).close()
+    assert not list(tmp_path.glob(".model*"))
+    Stream.open(tmp_path).close()
+
+
 def test_a_reader_sees_the_last_commit_of_a_stream_that_runs(
     model: hamts.HAMForecaster, ahead: pd.DataFrame, tmp_path: Path
 ) -> None:

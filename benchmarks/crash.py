@@ -1,0 +1,424 @@
+"""Kill a stream at every named step of its commit and at random moments, and compare with a run that nobody killed.
+
+Run ``python -m benchmarks.crash`` from the clone: prints a table and writes ``benchmarks/results/crash/<cell>.json``.
+Every trial is a process that reads drops (or a Kafka topic of the client library's own broker), commits, and writes
+what surprised it; it is ended with exit code 9 at a named step, or by SIGKILL at a random moment, then started again
+until it has read everything. Checked after each kill: the state loads without a warning, its hash is that of the
+uninterrupted run at the same position, and it is no older than the last commit that had returned. Checked at the end:
+the same hash, every row read once and written once. ``damage`` flips bits of a committed state and cuts its files.
+
+SIGKILL leaves what was written in the system's cache: it shows that the order of writes is right, not that the disk
+obeys fsync. The tests let fsync, rename and write fail instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors
+import torch
+
+import hamts
+from hamts.errors import DataError, DataWarning
+from hamts.feeding import feed
+from hamts.sinks import FolderSink
+from hamts.sources import FolderSource, Source
+from hamts.stream import Stream
+from hamts.stream_open import DurableStream
+from hamts.stream_store import CRASH_AT, MOMENTS
+
+RESULTS = Path(__file__).parent / "results" / "crash"
+ITEMS, STEPS, NEW, DROPS, POLL = 4, 240, 120, 6, 20
+COMMIT_ROWS = 40
+KAFKA_KILLS = 8
+
+BROKER = """
+import json, sys
+import confluent_kafka as kafka
+producer = kafka.Producer({"bootstrap.servers": "none", "test.mock.num.brokers": 1, "log_level": 0})
+(broker,) = producer.list_topics(timeout=10).brokers.values()
+for line in open(sys.argv[1]):
+    row = json.loads(line)
+    producer.produce("rows", json.dumps(row).encode(), partition=int(row["unique_id"][1:]) % 4)
+assert producer.flush(30) == 0
+print(f"{broker.host}:{broker.port}", flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass
+class Ended:
+    """How a process ended, and the commits that it said had returned."""
+
+    code: int
+    commits: list[dict[str, Any]]
+    seconds: float
+
+
+@dataclass
+class Place:
+    """What all trials share."""
+
+    folder: Path
+    model: hamts.HAMForecaster
+    ahead: pd.DataFrame
+    # of the uninterrupted run: hash by position, alerts, and how long it took
+    hashes: dict[str, str] = field(default_factory=dict)
+    alerts: list[Any] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def key_of(position: Any) -> str:
+    return json.dumps(position, sort_keys=True)
+
+
+# --- processes that may be killed
+
+
+def in_process(
+    work: Callable[[Callable[[Any], None]], None], *, crash_at: str | None, kill_after: float | None
+) -> Ended:
+    """Run something in a fork of this process, which has imported everything already."""
+    start = time.perf_counter()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _child(work, writing, crash_at)
+    os.close(writing)
+    text, deadline = b"", None if kill_after is None else start + kill_after
+    while True:
+        wait = None if deadline is None else max(0.0, deadline - time.perf_counter())
+        if not select.select([reading], [], [], wait)[0]:
+            os.kill(child, signal.SIGKILL)
+            deadline = None
+            continue
+        part = os.read(reading, 1 << 16)
+        if not part:
+            break
+        text += part
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    if code == 1:
+        raise RuntimeError(text.decode())
+    # a line that was cut off was not said
+    said = [json.loads(line) for line in text.decode().splitlines(keepends=True) if line.endswith("\n")]
+    return Ended(code, said, time.perf_counter() - start)
+
+
+def _child(work: Callable[[Callable[[Any], None]], None], writing: int, crash_at: str | None) -> None:
+    code = 1
+    try:
+        if crash_at is not None:
+            os.environ[CRASH_AT] = crash_at
+        work(lambda entry: os.write(writing, (json.dumps(entry) + "\n").encode()) and None)
+        code = 0
+    except BaseException:
+        os.write(writing, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def read_everything(
+    place: Place, state: Path, make_source: Callable[[], Source], every: int, say: Callable[[Any], None], **options: Any
+) -> None:
+    """What ``hamts stream --once`` does, saying when a commit has returned."""
+    warnings.simplefilter("error")
+    sink = FolderSink(state.with_name(state.name + "-out"))
+
+    def add_alerts(one: DurableStream, _: Any) -> None:
+        sink.add("alerts", one.stream.surprise)
+
+    with Stream.open(state, place.model, commit_every=every, sink=sink, **options) as durable:
+        commit = durable.store.commit
+
+        def told(*arguments: Any, **more: Any) -> Any:
+            done = commit(*arguments, **more)
+            say({"generation": done.generation, "position": done.position, "hash": done.state_hash})
+            return done
+
+        durable.store.commit = told  # type: ignore[method-assign]
+        feed(durable, make_source(), once=True, poll_seconds=0.01, after_update=add_alerts)
+
+
+def written(state: Path) -> list[Any]:
+    """Every row that came out, in the order of files."""
+    folder = state.with_name(state.name + "-out")
+    return [json.loads(line) for path in sorted(folder.glob("alerts-*.jsonl")) for line in path.open()]
+
+
+# --- what must hold
+
+
+def after_kill(place: Place, state: Path, ended: Ended, *, by_position: bool = True) -> dict[str, Any]:
+    """Facts of a state that was left by a kill."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            found = Stream.open(state, place.model, read_only=True)
+        except DataError as error:
+            nothing = error.code in ("E-STATE-EMPTY", "E-STATE-FOREIGN") and not ended.commits
+            return {"generation": None, "loads": nothing, "right_hash": nothing, "nothing_lost": nothing}
+    last = found.last_commit
+    facts = {
+        "generation": last.generation,
+        "loads": True,
+        "right_hash": found.state_hash() == last.state_hash
+        and (not by_position or place.hashes[key_of(last.position)] == last.state_hash),
+        "nothing_lost": not ended.commits or last.generation >= ended.commits[-1]["generation"],
+        "load_ms": 1000 * (time.perf_counter() - start),
+    }
+    return facts
+
+
+def at_end(place: Place, state: Path, wanted: str) -> dict[str, Any]:
+    with Stream.open(state, read_only=True) as found:
+        stats = found.stats()
+        same = found.state_hash() == wanted
+    rows = [(row["unique_id"], row["ds"]) for row in written(state)]
+    return {
+        "same_hash": same,
+        "rows_read_once": (stats["rows"], stats["replayed"]) == (len(place.ahead), 0),
+        "rows_written_once": sorted(rows) == sorted({(row["unique_id"], row["ds"]) for row in place.alerts}),
+        "strays": sum(path.name.startswith(".") for path in state.iterdir()),
+    }
+
+
+def trial(place: Place, name: str, *, crash_at: str | None = None, kill_after: float | None = None) -> dict[str, Any]:
+    """Kill once, look, start again, look."""
+    state = place.folder / f"trial-{name}"
+
+    def work(say: Callable[[Any], None]) -> None:
+        read_everything(place, state, lambda: drops_of(place), COMMIT_ROWS, say)
+
+    ended = in_process(work, crash_at=crash_at, kill_after=kill_after)
+    facts = {"killed_at": name, "code": ended.code, "commits_said": len(ended.commits)}
+    facts |= after_kill(place, state, ended) if ended.code else {}
+    again = in_process(work, crash_at=None, kill_after=None) if ended.code else ended
+    facts |= {"code_again": again.code, **at_end(place, state, place.hashes["end"])}
+    shutil.rmtree(state)
+    shutil.rmtree(state.with_name(state.name + "-out"), ignore_errors=True)
+    return facts
+
+
+def drops_of(place: Place) -> FolderSource:
+    return FolderSource(place.folder / "drops", max_rows=POLL, settle_seconds=0)
+
+
+# --- cells
+
+
+def steps_cell(place: Place, _: int) -> list[dict[str, Any]]:
+    first = [f"{moment}@1" for moment in MOMENTS if moment != "updated"]
+    return [trial(place, moment, crash_at=moment) for moment in [f"{moment}@4" for moment in MOMENTS] + first]
+
+
+def random_cell(place: Place, kills: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    delays = np.sort(rng.uniform(0, place.seconds, kills))
+    return [trial(place, f"{1000 * delay:.0f} ms", kill_after=float(delay)) for delay in delays]
+
+
+def kafka_cell(place: Place, _: int) -> list[dict[str, Any]]:
+    """One topic, one state; the consumer is killed again and again on its way."""
+    rng, state, found = np.random.default_rng(1), place.folder / "kafka", []
+    with broker(place) as address:
+
+        def work(say: Callable[[Any], None]) -> None:
+            from hamts.sources_kafka import KafkaSource
+
+            def make() -> Source:
+                return KafkaSource(address, "rows", max_rows=POLL, wait_seconds=0.5)
+
+            read_everything(place, state, make, COMMIT_ROWS, say, items_side_by_side=1)
+
+        for number in range(KAFKA_KILLS):
+            moment = MOMENTS[int(rng.integers(len(MOMENTS)))] + "@2"
+            ended = in_process(work, crash_at=moment, kill_after=None)
+            facts = after_kill(place, state, ended, by_position=False)
+            found.append({"killed_at": f"{number}: {moment}", "code": ended.code, **facts})
+        again = in_process(work, crash_at=None, kill_after=None)
+    whole = place.model.stream(items_side_by_side=1)
+    whole.update(place.ahead)
+    found.append({"killed_at": "end", "code_again": again.code, **at_end(place, state, whole.state_hash())})
+    return found
+
+
+def damage_cell(place: Place, _: int) -> list[dict[str, Any]]:
+    """Bits and ends of the files of a committed state."""
+    state, rng = place.folder / "whole", np.random.default_rng(2)
+    found = []
+    for path in sorted([*state.glob("state-*"), state / "CURRENT.json"]):
+        content = path.read_bytes()
+        harms = [("flip", int(n)) for n in rng.integers(0, len(content), 40)]
+        harms += [("cut", length) for length in sorted({0, len(content) - 1, *range(0, len(content), 1024)})]
+        noticed = {"flip": 0, "cut": 0}
+        for kind, at in harms:
+            changed = bytearray(content)
+            if kind == "flip":
+                changed[at] ^= 1 << int(rng.integers(8))
+            else:
+                del changed[at:]
+            path.write_bytes(changed)
+            noticed[kind] += is_noticed(place, state, path)
+        path.write_bytes(content)
+        asked = {kind: sum(one == kind for one, _ in harms) for kind in noticed}
+        found.append({"killed_at": path.name, "asked": asked, "noticed": noticed, "all_noticed": asked == noticed})
+    return found
+
+
+def is_noticed(place: Place, state: Path, path: Path) -> bool:
+    """Whether opening says that the last generation cannot be used, or (of the one before it) does not need it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = Stream.open(state, place.model, read_only=True)
+    warned = any(issubclass(one.category, DataWarning) and "W-STATE-FALLBACK" in str(one.message) for one in caught)
+    last = found.last_commit
+    right = place.hashes[key_of(last.position)] == found.state_hash()
+    needed = path.name == "CURRENT.json" or f"-{last.generation + 1:08d}-" in path.name
+    return right and (warned or not needed)
+
+
+CELLS: dict[str, Callable[[Place, int], list[dict[str, Any]]]] = {
+    "steps": steps_cell,
+    "random": random_cell,
+    "kafka": kafka_cell,
+    "damage": damage_cell,
+}
+
+
+# --- setting up
+
+
+@contextmanager
+def broker(place: Place) -> Iterator[str]:
+    """A broker in a process of its own, with all rows in it."""
+    path = place.folder / "rows.jsonl"
+    rows = place.ahead.assign(ds=place.ahead["ds"].astype(str))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows.to_dict("records")))
+    command = [sys.executable, "-c", BROKER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+
+
+def waves(steps: int) -> pd.DataFrame:
+    """Daily waves of several items, with noise."""
+    rng, hours = np.random.default_rng(0), np.arange(steps)
+    clock = pd.date_range("2024-01-01", periods=steps, freq="h")
+    noise = rng.normal(0, 0.2, (ITEMS, STEPS + NEW))
+    return pd.concat(
+        pd.DataFrame(
+            {"unique_id": f"i{k}", "ds": clock, "y": 3 * np.sin(hours / 24 * 2 * np.pi + k) + noise[k, :steps]}
+        )
+        for k in range(ITEMS)
+    )
+
+
+def prepare(folder: Path) -> Place:
+    """A model, drops of rows, and the run that nobody kills."""
+    model = hamts.fit(waves(STEPS), 12, preset="tiny", max_steps=30, verbose=False, progress=False)
+    df = waves(STEPS + NEW)
+    ahead = df[df["ds"] >= df["ds"].min() + pd.Timedelta(hours=STEPS)]
+    ahead = ahead.sort_values(["ds", "unique_id"], ignore_index=True)
+    (folder / "drops").mkdir()
+    for number, part in enumerate(np.array_split(np.arange(len(ahead)), DROPS)):
+        ahead.iloc[part].to_csv(folder / "drops" / f"{number}.csv", index=False)
+    place = Place(folder, model, ahead)
+
+    def work_at(name: str, every: int) -> Ended:
+        def work(say: Callable[[Any], None]) -> None:
+            read_everything(place, folder / name, lambda: drops_of(place), every, say)
+
+        return in_process(work, crash_at=None, kill_after=None)
+
+    each = work_at("each", 1)
+    place.hashes = {key_of(entry["position"]): entry["hash"] for entry in each.commits}
+    place.hashes[key_of(None)] = model.stream().state_hash()
+    place.alerts = written(folder / "each")
+    ended = work_at("whole", COMMIT_ROWS)
+    place.seconds = ended.seconds
+    place.hashes["end"] = ended.commits[-1]["hash"]
+    assert place.hashes["end"] == each.commits[-1]["hash"]
+    return place
+
+
+# --- what is printed
+
+
+HOLDS = ("loads", "right_hash", "nothing_lost", "same_hash", "rows_read_once", "rows_written_once", "all_noticed")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Trials in which each thing held, of those in which it was looked at."""
+    counts = {name: [bool(row[name]) for row in rows if name in row] for name in HOLDS}
+    return {name: f"{sum(held)}/{len(held)}" for name, held in counts.items() if held}
+
+
+def show(name: str, cell: dict[str, Any]) -> None:
+    print(f"\n{name}: {len(cell['trials'])} trials, {cell['seconds']:.0f} s")
+    print("  " + ", ".join(f"{key} {value}" for key, value in cell["summary"].items()))
+    for row in cell["trials"]:
+        broken = [key for key in HOLDS if row.get(key) is False]
+        generation = "" if "generation" not in row else f"generation {row['generation']}"
+        print(f"  {row['killed_at']:44s} {generation:16s} {'BROKEN ' + ', '.join(broken) if broken else 'holds'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="random moments")
+    parser.add_argument("--only", choices=CELLS, help="one cell")
+    parser.add_argument("--again", action="store_true", help="measure cells that exist")
+    arguments = parser.parse_args()
+    # a fork may not inherit threads
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    wanted = [arguments.only] if arguments.only else list(CELLS)
+    todo = [name for name in wanted if arguments.again or not (RESULTS / f"{name}.json").exists()]
+    with tempfile.TemporaryDirectory() as folder:
+        place = prepare(Path(folder)) if todo else None
+        for name in todo:
+            assert place is not None
+            start = time.perf_counter()
+            trials = CELLS[name](place, arguments.kills)
+            cell = {
+                "versions": versions(),
+                "rows": len(place.ahead),
+                "uninterrupted_seconds": place.seconds,
+                "seconds": time.perf_counter() - start,
+                "summary": summary(trials),
+                "trials": trials,
+            }
+            (RESULTS / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n")
+    for name in wanted:
+        show(name, json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def versions() -> dict[str, str]:
+    found = {module.__name__: module.__version__ for module in (hamts, np, pd, safetensors, torch)}
+    return {**found, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+
+
+if __name__ == "__main__":
+    main()
