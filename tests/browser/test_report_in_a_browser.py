@@ -114,7 +114,7 @@ def keep_shot(picture: bytes, name: str) -> None:
 def colours_of(picture: bytes) -> int:
     from PIL import Image
 
-    return len(set(Image.open(io.BytesIO(picture)).convert("RGB").getdata()))
+    return len(Image.open(io.BytesIO(picture)).convert("RGB").getcolors(2**24) or [])
 
 
 # --- large pages
