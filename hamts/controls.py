@@ -134,13 +134,13 @@ def _choices(network: HAMNetwork, rollout: Rollout, store: PatchStore) -> Choice
         N = chunk.heard.shape[2]
         place = chunk.first_patch[:, None] + torch.arange(N) - store.first_patch[chunk.items][:, None]  # [B, N]
         b, n = torch.nonzero((place >= 0) & (chunk.heard > 0).any(1), as_tuple=True)  # 2 x [R]
-        item, at = chunk.items[b], place[b, n]  # 2 x [R]
+        rows, at = chunk.items[b], place[b, n]  # 2 x [R]
         heard = chunk.heard.transpose(1, 2)[b, n]  # [R, C]
-        able[item, at] = (heard >= 0.5) & ~event
+        able[rows, at] = (heard >= 0.5) & ~event
         for number, layer in enumerate(chunk.layers):
-            keep[number, item, at] = layer.routed.transpose(1, 2)[b, n] & (heard > 0)
+            keep[number, rows, at] = layer.routed.transpose(1, 2)[b, n] & (heard > 0)
             if layer.rank is not None:
-                rank[number, item, at] = layer.rank.transpose(1, 2)[b, n].double()
+                rank[number, rows, at] = layer.rank.transpose(1, 2)[b, n].double()
     return Choices(position, keep, rank, able)
 
 
@@ -153,7 +153,7 @@ def shuffled_choices(choices: Choices, keys: torch.Tensor, seed: int) -> Choices
     keep, rank = torch.zeros_like(choices.keep), torch.zeros_like(choices.rank)
     for layer, (kept, ranks) in enumerate(zip(choices.keep, choices.rank, strict=True)):
         for item, key in enumerate(keys.tolist()):
-            able = torch.nonzero(choices.able[item])  # [A, 2] patch and channel
+            able = choices.able[item].nonzero()  # [A, 2] patch and channel
             held = ranks[item][kept[item]]  # [n] ranks of what was kept
             rng = np.random.default_rng([seed, layer, key])
             # tags keep some that no score could

@@ -24,10 +24,12 @@ from hamts.data.patches import PatchStore, build_store
 from hamts.errors import DataError
 from hamts.nn.ham import HAMLayer
 from hamts.nn.tokens import Policy
+from hamts.nn.trace import LayerTrace
 from hamts.reader import HAMNetwork
 from hamts.refusals import refuse_rival
 from hamts.rollout import Rollout, roll
 from hamts.routes_columns import Times, layer_names, observed_values
+from hamts.routes_fates import arrivals_of, eviction_patches, with_later_tags
 from hamts.routes_reads import add_reads
 from hamts.routes_sets import SetWorth, worth_together
 from hamts.routes_summary import Overlap, check_group, judge_worth, overlap, summarise, tagged_not_kept, worth_nothing
@@ -59,6 +61,10 @@ class Ledger:
     asked: np.ndarray  # [T, L, S] bool: at or above the threshold, and allowed to be kept by score
     routed: np.ndarray  # [T, L] bool
     must_keep: np.ndarray  # [T] bool
+    rank: np.ndarray  # [T, L] float64, what eviction by score compares
+    tag_type: np.ndarray  # [T] int64 of typed tags, -1: none
+    tag_level: np.ndarray  # [T] float64
+    position: np.ndarray  # [T] float64, in patches since the stream's origin
     read_patches: np.ndarray  # [I] int64, patches of each item that were read
 
 
@@ -118,7 +124,7 @@ def routes_table(
     stop = np.minimum((store.lead.numpy() + observed) // store.patch_steps, ledger.read_patches)  # [I]
     ledger = _chosen(ledger, ledger.patch < stop[ledger.item])
     window = network.config.window_patches
-    fate = follow(ledger, stop, window=window, caps=_caps(network, policies))
+    fate = follow(ledger, stop, window=window, policies=_per_layer(network, policies))
     table = _entry_rows(network, store, panel, ledger, fate, observed)
     if by != "entry":
         return summarise(table, by)
@@ -181,13 +187,11 @@ def forecaster_routes(
     return plain_frame(panel.schema.dialect, {name: table[name] for name in table})
 
 
-def _caps(network: HAMNetwork, policies: Policy | Sequence[Policy] | None) -> list[tuple[int | None, int | None]]:
-    """Most entries of each layer, kept by score and by tag."""
+def _per_layer(network: HAMNetwork, policies: Policy | Sequence[Policy] | None) -> list[Policy]:
+    """One policy for each layer."""
     if policies is None:
         policies = network.policy(torch.zeros(1))
-    if isinstance(policies, Policy):
-        policies = [policies] * network.config.layers
-    return [(policy.cap_kept, policy.cap_must) for policy in policies]
+    return [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
 
 
 def read_ledger(network: HAMNetwork, store: PatchStore, rollout: Rollout) -> Ledger:
@@ -206,27 +210,46 @@ def read_ledger(network: HAMNetwork, store: PatchStore, rollout: Rollout) -> Led
         columns = [chunk.items[b], patch[b, n], c, torch.stack([t.must_keep.cpu()[b, c, n] for t in chunk.layers], 1)]
         columns += [torch.stack([t.routed.cpu()[b, c, n] for t in chunk.layers], 1)]  # [T', L]
         columns += [torch.stack([t.scores.cpu().double()[b, c, n] for t in chunk.layers], 1)]  # [T', L, S]
-        columns += [torch.stack([t.threshold.cpu().double()[b] for t in chunk.layers], 1)]  # [T', L, S]
+        columns += [torch.stack([_threshold(t, b, n) for t in chunk.layers], 1)]  # [T', L, S]
         columns += [torch.stack([t.by_score.cpu()[b, c, n] for t in chunk.layers], 1)]  # [T', L, S]
+        columns += [torch.stack([_or_zero(t.rank, t.routed)[b, c, n].double() for t in chunk.layers], 1)]  # [T', L]
+        columns += [_or_zero(chunk.layers[0].tag_type, chunk.layers[0].routed, -1)[b, c, n]]  # [T']
+        columns += [_or_zero(chunk.layers[0].tag_level, chunk.layers[0].routed)[b, c, n].double()]  # [T']
         parts.append([column.numpy() for column in columns])
-    item, place, channel, must, routed, scores, threshold, asked = (
-        np.concatenate([part[i] for part in parts]) for i in range(8)
+    item, place, channel, must, routed, scores, threshold, asked, rank, tag_type, tag_level = (
+        np.concatenate([part[i] for part in parts]) for i in range(11)
     )
     order = np.lexsort((channel, place, item))  # [T]
     item, place, channel = item[order], place[order], channel[order]
     shape = (len(order), layers, routers)
-    return Ledger(
+    row = store.first_row.numpy()[item] + place - store.first_patch.numpy()[item]  # [T]
+    ledger = Ledger(
         item=item,
         patch=place,
         channel=channel,
-        row=store.first_row.numpy()[item] + place - store.first_patch.numpy()[item],
+        row=row,
         scores=scores[order].reshape(shape),
         threshold=threshold[order].reshape(shape),
         asked=asked[order].reshape(shape),
         routed=routed[order],
         must_keep=np.any(must[order], axis=1),
+        rank=rank[order],
+        tag_type=tag_type[order],
+        tag_level=tag_level[order],
+        position=store.position.numpy()[row],
         read_patches=read,
     )
+    return with_later_tags(ledger, rollout, channels=len(store.roles))
+
+
+def _threshold(trace: LayerTrace, b: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Thresholds in force at some tokens, [T', S]: those of the table, or those that had moved."""
+    return trace.threshold.cpu()[b].double() if trace.online is None else trace.online.cpu()[b, n].double()
+
+
+def _or_zero(told: torch.Tensor | None, like: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
+    """A part of a trace that only some configurations have, [B, C, N]."""
+    return torch.full(like.shape, otherwise) if told is None else told.cpu()
 
 
 def memory_layers(network: HAMNetwork) -> list[HAMLayer]:
@@ -257,18 +280,22 @@ def steps_at(panel: Panel, at: Any) -> np.ndarray:
     return np.minimum(steps, panel.lengths)
 
 
-def follow(ledger: Ledger, stop: np.ndarray, *, window: int, caps: Sequence[tuple[int | None, int | None]]) -> Fate:
-    """Who is in the scratchpads after ``stop`` patches of each item, [I], under first-in-first-out eviction.
+def follow(ledger: Ledger, stop: np.ndarray, *, window: int, policies: Sequence[Policy]) -> Fate:
+    """Who is in the scratchpads after ``stop`` patches of each item, [I].
 
-    A token of patch p enters when patch p + W is read. The entry of rank r on its list leaves when that of rank r + cap
-    enters, the rule of ``hamts.nn.scratchpad.lifetimes``.
+    A token of patch p enters when patch p + W is read. First in, first out: the entry of rank r on its list leaves when
+    that of rank r + cap enters, the rule of ``hamts.nn.scratchpad.lifetimes``; for others see ``routes_fates``.
     """
     last_read = stop[ledger.item] - 1  # [T]
     written = ledger.patch + window  # [T]
     entered = ledger.routed & (written <= last_read)[:, None]  # [T, L]
     until = np.full(ledger.routed.shape, NEVER)  # [T, L]
-    for layer, (cap_kept, cap_must) in enumerate(caps):
-        for members, cap in ((~ledger.must_keep, cap_kept), (ledger.must_keep, cap_must)):
+    for layer, policy in enumerate(policies):
+        if policy.eviction != "fifo" or policy.tags is not None:
+            told = np.flatnonzero(ledger.routed[:, layer])  # [M]
+            until[told, layer] = eviction_patches(arrivals_of(ledger, told, layer, window), policy)
+            continue
+        for members, cap in ((~ledger.must_keep, policy.cap_kept), (ledger.must_keep, policy.cap_must)):
             if cap is None:
                 continue
             chosen = np.flatnonzero(members & ledger.routed[:, layer])  # [M] in order of time within each item

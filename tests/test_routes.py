@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hamts.config import MemoryConfig, ModelConfig
+from hamts.config import MemoryConfig, ModelConfig, TagType
 from hamts.data.frame import to_panel
 from hamts.data.panel import Panel
 from hamts.data.patches import PatchStore, build_store
@@ -71,17 +71,25 @@ def frame(
     return pd.concat(parts, ignore_index=True)
 
 
-def world(panel: Panel, *, router: str = "learned+innovation+tags", caps: tuple[int, int], layers: int = 2) -> World:
+def world(
+    panel: Panel,
+    *,
+    router: str = "learned+innovation+tags",
+    caps: tuple[int, int],
+    layers: int = 2,
+    memory: MemoryConfig | None = None,
+) -> World:
     patch_steps = P if panel.times is None else 1
     store = build_store(panel, patch_steps=patch_steps, extra_steps=24)
     config = ModelConfig(
         width=16, layers=layers, heads=2, patch_steps=patch_steps, window_patches=W, router=router, dropout=0.0,
         half_life_steps=(24.0, 96.0),
     )  # fmt: skip
-    spec = ChannelSpec(store.roles, (0,) * len(store.roles), store.calendar.shape[1])
+    names = tuple(channel.name for channel in panel.schema.channels)
+    spec = ChannelSpec(store.roles, (0,) * len(store.roles), store.calendar.shape[1], names=names)
     with torch.random.fork_rng():
         torch.random.manual_seed(3)
-        network = HAMNetwork(config, MemoryConfig(), spec).double().eval()
+        network = HAMNetwork(config, memory or MemoryConfig(), spec).double().eval()
     policy = replace(network.policy(torch.tensor([SHARE])), cap_kept=caps[0], cap_must=caps[1])
     result = World(network, store, panel, policy, None)  # type: ignore[arg-type]
     sample = result.read()
@@ -516,3 +524,40 @@ def test_a_loaded_model_asks_for_rows_and_gives_the_same_table(model: HAMForecas
         pd.testing.assert_frame_equal(loaded.routes(df), model.routes())
         polars = pytest.importorskip("polars")
         assert isinstance(loaded.routes(polars.from_pandas(df)), polars.DataFrame)
+
+
+# --- other rules of eviction, typed tags and moving thresholds
+
+
+@pytest.mark.parametrize("eviction", ["lowest", "must_last", "reservoir"])
+@pytest.mark.parametrize("typed", [False, True])
+def test_the_table_and_the_live_memory_agree_under_every_rule(eviction: str, typed: bool) -> None:
+    types = (
+        TagType(name="event", quota=0.4, before_patches=1, after_patches=2), TagType(name="action", priority=3.0)
+    ) if typed else ()  # fmt: skip
+    lengths = {"a": 420, "b": 300}
+    with pytest.warns():
+        panel = to_panel(
+            frame(lengths), target=["y", "z"], futr_cols=["ahead"], event_cols=["event"], action_cols=["action"]
+        )
+    half_life = 30.0 if typed else None
+    memory = MemoryConfig(eviction=eviction, tag_types=types, threshold="block", tag_half_life_patches=half_life)
+    made = world(panel, router="learned+error+tags", caps=(14, 9), memory=memory)
+    table = made.table()
+    kept = table[table["status"] == "kept"]
+    live = made.rollout.memory
+    assert live is not None
+    for item, name in enumerate(lengths):
+        for layer, part in enumerate(live.layers):
+            pad = part.scratchpad
+            there = pad.alive[item]
+            held = {
+                (panel.schema.channels[c].name, p)
+                for c, p in zip(pad.channel[item][there].tolist(), pad.position[item][there].tolist(), strict=True)
+            }
+            rows = kept[(kept["unique_id"] == name) & kept["layers"].str.split(",").map(set).ge({str(layer)})]
+            lead = int(made.store.lead[item])
+            start = pd.Timestamp(panel.starts[item])
+            step = (rows["ds_end"] - start) // pd.Timedelta(hours=1)
+            assert held == set(zip(rows["channel"], ((lead + step) // P).astype(float), strict=True))
+    assert set(table["status"]) >= {"kept", "evicted", "quota_full", "below"}

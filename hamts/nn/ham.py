@@ -168,8 +168,8 @@ class HAMLayer(nn.Module):
         """Every decision about the chunk, and how its entries were read."""
         W, N, local = self.window, tokens.position.shape[1], decision.local
 
-        def own(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x[:, W:].transpose(1, 2)  # [B, C, N, ...]
+        def own(x: torch.Tensor | None, *, before: bool = False) -> torch.Tensor | None:
+            return None if x is None else x[:, slice(W) if before else slice(W, None)].transpose(1, 2)  # [B, C, N, ...]
 
         # how many steps of this chunk could see each entry: those still in the window are not judged yet
         sights = until.clamp_max(N) - visible_from.clamp_min(0)  # [B, M']
@@ -191,6 +191,9 @@ class HAMLayer(nn.Module):
             online=decision.online,
             tag_type=own(local.tag_type),
             tag_level=own(local.tag_level),
+            window_must=None if local.tag_type is None else own(must_keep & local.present, before=True),
+            window_type=own(local.tag_type, before=True),
+            window_level=own(local.tag_level, before=True),
             revised=None if decision.revised is None else decision.revised.transpose(1, 2),
             inner_loss=scores.inner_loss,
         )

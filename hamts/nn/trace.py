@@ -33,7 +33,11 @@ class LayerTrace:
     online: torch.Tensor | None = None  # [B, N, S] thresholds in force, where they moved
     tag_type: torch.Tensor | None = None  # [B, C, N] int64 of typed tags, -1: none
     tag_level: torch.Tensor | None = None  # [B, C, N]
-    revised: torch.Tensor | None = None  # [B, C, W] bool: tokens before the chunk that a tag of it keeps after all
+    # of the window before the chunk, as the chunk leaves it: kept by a tag, of which type and level
+    window_must: torch.Tensor | None = None  # [B, C, W] bool
+    window_type: torch.Tensor | None = None  # [B, C, W] int64
+    window_level: torch.Tensor | None = None  # [B, C, W]
+    revised: torch.Tensor | None = None  # [B, C, W] bool: of these, the ones that were not to be kept before
     inner_loss: torch.Tensor | None = None  # [] of the inner head, in training
 
 
