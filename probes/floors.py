@@ -108,8 +108,10 @@ def fit_mlp(features: torch.Tensor, answers: torch.Tensor, *, seed: int = 0, ste
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(nn.Linear(features.shape[1], MLP_UNITS), nn.GELU(), nn.Linear(MLP_UNITS, answers.shape[1]))
         # it starts as the mean answer, and stays that where nothing better is found
-        nn.init.zeros_(net[-1].weight)
-        net[-1].bias.data.copy_(centre)
+        last = net[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        last.bias.data.copy_(centre)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     with torch.no_grad():
         best = float(F.mse_loss(net(inputs[-held:]), answers[-held:]))

@@ -172,7 +172,7 @@ def _g4(sample: Sample, seed: int) -> GateResult:
     gen = generator(seed + 77)
     shuffled = [part.y[torch.randperm(len(part), generator=gen)] for part in (sample.train, sample.batch)]
     train, batch = replace(sample.train, y=shuffled[0]), replace(sample.batch, y=shuffled[1])
-    errors = _shortcut_errors(sample, *shuffled, seed=seed)
+    errors = _shortcut_errors(sample, shuffled[0], shuffled[1], seed)
     _, floor = best_floor(sample.probe.floors(train, batch), batch)
     reference = float(floor.nanmean())
     values = {name: 1.0 - error / reference for name, error in errors.items()}
@@ -227,7 +227,7 @@ def _g8(sample: Sample, seed: int) -> GateResult:
     if not bool(batch.distract.any()):
         if "distractors" not in probe.axes:
             return _result(sample, "G8", None, math.nan, 0.0, "no distractors in this suite")
-        config = replace(sample.config, **{"distractors": sample.config.items})
+        config = probe.config(rung=sample.rung, distractors=sample.config.items)
         batch = probe.sample(generator(seed), 256, config)
     flagged = batch.events.abs().sum(-1) > 0  # [B, L]
     apart = abs(float(flagged[batch.distract].float().mean()) - float(flagged[batch.crit].float().mean()))

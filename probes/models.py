@@ -145,7 +145,7 @@ class ProbeNet(nn.Module):
     @property
     def layers(self) -> list[Any]:
         """The memory layers, from the input up."""
-        return [block.memory for block in self.blocks]  # type: ignore[union-attr]
+        return [block.memory for block in self.blocks]
 
     def empty_memory(self, items: int) -> list[Any]:
         like = self.answer.weight

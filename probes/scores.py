@@ -299,7 +299,7 @@ def pareto(bytes_total: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.nda
     """Points that none beats: dominated if, at no more bytes, another's interval lies wholly above. [P] bool."""
     sizes = np.asarray(bytes_total, dtype=float)
     beaten = (sizes[None] <= sizes[:, None]) & (np.asarray(low)[None] > np.asarray(high)[:, None])  # [P, P]
-    return ~beaten.any(1)
+    return np.asarray(~beaten.any(1))
 
 
 def effective_level(levels: list[float], low_ci: list[float], *, threshold: float = SOLVED_SKILL) -> float:

@@ -1,0 +1,205 @@
+"""``run_probes``: from names to a report, in a notebook or a script."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hamts.errors import DataError
+from probes.registry import list_probes
+from probes.results import TABLE_FILE, read_documents, tidy
+from probes.runner import run_plan, run_t0_folder, write_table
+from probes.runner_plan import DEFAULT_BUDGETS, DEFAULT_ROUTERS, RunPlan
+from probes.stats import holm, paired_difference
+
+__all__ = ["ProbeReport", "load_report", "run_probes"]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Results of a folder.
+
+    Attributes:
+        documents: one per run and budget.
+        frame: the tidy table, one row per run, slice, stream and metric.
+    """
+
+    folder: Path
+    documents: list[dict[str, Any]]
+    frame: pd.DataFrame
+
+    def __repr__(self) -> str:
+        suites = ", ".join(sorted(self.frame["suite"].unique())) if len(self.frame) else "nothing"
+        return f"ProbeReport({len(self.documents)} runs of {suites}, in '{self.folder}')"
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The documents."""
+        return self.documents
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One self-contained page; also written where a path is given."""
+        from hamts.files import written_whole
+        from probes.report import html_report
+
+        page = html_report(self.documents)
+        if path is not None:
+            with written_whole(path) as partial:
+                partial.write_text(page, encoding="utf-8")
+        return page
+
+    def to_markdown(self) -> str:
+        """The same tables as text."""
+        from probes.report import markdown_report
+
+        return markdown_report(self.documents)
+
+    def compare(self, first: str, second: str) -> pd.DataFrame:
+        """Paired differences in skill of two routers or models, one row per rung and budget.
+
+        Both are compared on the same training seeds and evaluation sequences; p values are Holm-adjusted over the rows.
+
+        Args:
+            first, second: names of routers or models (``tags``, ``surprise``, ``recurrent_wide``).
+
+        Raises:
+            DataError: E-PROBE-COMPARE, there are no runs of one of them on the same seeds.
+        """
+        tables = {name: self._errors(name) for name in (first, second)}
+        for name, table in tables.items():
+            if not table:
+                known = sorted({*self.frame["router"], *self.frame["model"]} - {"none"})
+                raise DataError(
+                    "E-PROBE-COMPARE", f"There are no runs of {name!r}.", rows=known, fix="Name one of these."
+                )
+        shared = sorted(set(tables[first]) & set(tables[second]), key=str)
+        rows = []
+        for key in shared:
+            rung, budget = key
+            a, b = tables[first][key], tables[second][key]
+            seeds = sorted(set(a) & set(b))
+            if not seeds:
+                continue
+            floor = self._floor(rung)
+            pair = [1.0 - np.stack([part[s] for s in seeds]) / floor for part in (a, b)]
+            found = paired_difference(pair[0], pair[1], higher_is_better=True)
+            rows.append({"rung": rung, "budget_frac": budget, "first": first, "second": second, **vars(found),
+                         "seeds": len(seeds)})  # fmt: skip
+        if not rows:
+            raise DataError(
+                "E-PROBE-COMPARE", f"{first!r} and {second!r} share no rung, budget and seed.",
+                fix="Run both with the same probes, budgets and seeds.",
+            )  # fmt: skip
+        adjusted = holm({str(place): row["p_value"] for place, row in enumerate(rows)})
+        for place, row in enumerate(rows):
+            row["p_holm"] = adjusted[str(place)]
+        return pd.DataFrame(rows)
+
+    def _errors(self, name: str) -> dict[tuple[str, float], dict[int, np.ndarray]]:
+        """Errors of single sequences by rung and budget, then by training seed; the best learning rate of each."""
+        found: dict[tuple[str, float], dict[int, np.ndarray]] = {}
+        for content in best_rates(self.documents):
+            identity = content["identity"]
+            if identity["tier"] != "T1" or name not in (identity["router"], identity["model"]):
+                continue
+            if name == identity["model"] == "ham":
+                raise DataError(
+                    "E-PROBE-COMPARE", "'ham' has several routers.", fix="Name a router, such as 'learned'."
+                )
+            path = Path(content["path"]).with_suffix(".npz")
+            with np.load(path, allow_pickle=False) as archive:
+                errors = archive["errors"].reshape(-1)
+            key = (identity["rung"], float(content["budget"]["frac"]))
+            found.setdefault(key, {})[int(content["data_manifest"]["train_seed"])] = errors
+        return found
+
+    def _floor(self, rung: str) -> float:
+        return float(np.mean([d["floor"]["mse"] for d in self.documents if d["identity"]["rung"] == rung]))
+
+
+def best_rates(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each architecture on each rung, the runs of the learning rate that is best on validation; the rest is kept
+    in the folder and the table."""
+    scores: dict[tuple[Any, ...], dict[float, list[float]]] = {}
+
+    def group(content: dict[str, Any]) -> tuple[Any, ...]:
+        identity = content["identity"]
+        return identity["rung"], identity["model"], identity["router"], identity["readout"], identity["tier"]
+
+    for content in documents:
+        validation = content["runtime"].get("validation") or [[0, 0.0]]
+        rate = content["config"].get("learning_rate", 0.0)
+        scores.setdefault(group(content), {}).setdefault(rate, []).append(validation[-1][1])
+    best = {key: min(rates, key=lambda rate: float(np.mean(rates[rate]))) for key, rates in scores.items()}
+    return [c for c in documents if c["config"].get("learning_rate", 0.0) == best[group(c)]]
+
+
+def run_probes(
+    probes: Sequence[str] | str = ("der",),
+    *,
+    models: Sequence[str] = ("ham", "full", "recurrent"),
+    routers: Sequence[str] = DEFAULT_ROUTERS,
+    budgets: Sequence[float] = DEFAULT_BUDGETS,
+    preset: str = "smoke",
+    seeds: int = 3,
+    tier: str = "T1",
+    out: str | Path | None = None,
+    device: str = "cpu",
+    workers: int = 1,
+    progress: bool = True,
+    external: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ProbeReport:
+    """Run probes and report on them.
+
+    Args:
+        probes: suites or rungs (``der``, ``pbc``, ``pbc/pbcD``); ``all`` for every suite.
+        models: tier-1 architectures; ``ham`` once for each router.
+        budgets: entries of a layer, as multiples of the critical rows.
+        tier: ``T0`` (no training), ``T1`` (small models, trained), ``T2`` (fitted forecasters, see ``external``).
+        out: folder of results; runs that are there already are not run again. None: a temporary one.
+        external: of tier 2: objects with ``forecast``, by name; see ``probes.adapter``.
+        options: further fields of ``RunPlan``, such as ``steps``, ``streams``, ``sequences``, ``readout``.
+
+    Raises:
+        ValueError: an unknown name.
+        DataError: E-PROBE-VERSION, E-OPTION.
+    """
+    names = (probes,) if isinstance(probes, str) else tuple(probes)
+    names = tuple(list_probes()) if names == ("all",) else names
+    folder = Path(tempfile.mkdtemp(prefix="hamts_probes_")) if out is None else Path(out)
+    if tier == "T0":
+        run_t0_folder(names, folder, preset=preset, progress=progress)
+    elif tier == "T1":
+        plan = RunPlan(
+            probes=names, preset=preset, models=tuple(models), routers=tuple(routers), budgets=tuple(budgets),
+            seeds=seeds, **options,
+        )  # fmt: skip
+        run_plan(plan, folder, device=device, workers=workers, progress=progress)
+    elif tier == "T2":
+        from probes.adapter import run_external
+
+        if not external:
+            raise ValueError("Tier 2 needs external={name: forecaster}. Got none.")
+        run_external(names, folder, external, preset=preset, progress=progress, **options)
+    else:
+        raise ValueError(f"Unknown tier {tier!r}. Available: ['T0', 'T1', 'T2'].")
+    return load_report(folder)
+
+
+def load_report(folder: str | Path, *, partial: bool = False) -> ProbeReport:
+    """Read a folder of results, and write its table beside them.
+
+    Raises:
+        DataError: E-FILE, E-PROBE-UNFINISHED, E-PROBE-VERSION, E-PROBE-DAMAGED.
+    """
+    documents = read_documents(folder, partial=partial)
+    report = ProbeReport(Path(folder), documents, tidy(documents))
+    if len(report.frame):
+        write_table(documents, Path(folder) / TABLE_FILE)
+    return report

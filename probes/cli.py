@@ -1,0 +1,183 @@
+"""``hamts probes list | run | validate | report | compare``, and the same as ``python -m probes``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hamts.cli_show import console, show_error
+from hamts.errors import DataError
+
+__all__ = ["app", "main"]
+
+EXIT_BAD_INPUT, EXIT_GATE = 2, 1
+
+app = typer.Typer(
+    help="Preservation probes: what a memory must still know.", no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+)  # fmt: skip
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="PROBE...", help="Suites or rungs, such as der or pbc/pbcD.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of results.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Take what is there of an unfinished run.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m probes``; bad input is shown as a panel and ends with exit code 2."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="python -m probes")
+    except DataError as error:
+        show_error(error)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def chosen(names: list[str] | None, everything: bool) -> tuple[str, ...]:
+    """The probes asked for; all of them with --all."""
+    from probes.registry import get_probe, list_probes
+
+    if everything:
+        return tuple(list_probes())
+    if not names:
+        raise DataError("E-OPTION", "No probe was named.", fix="Name one, such as der, or pass --all.")
+    with usage():
+        for name in names:
+            get_probe(name)
+    return tuple(names)
+
+
+class usage:
+    """Configuration errors as panels, like every other bad input."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError) and not isinstance(error, DataError):
+            raise DataError("E-OPTION", str(error)) from error
+
+
+@app.command("list")
+def list_command() -> None:
+    """Every suite: its version, slot, rungs and axes."""
+    from rich.table import Table
+
+    from probes.registry import list_probes
+
+    table = Table("suite", "version", "slot", "rungs", "axes")
+    for name, probe in list_probes().items():
+        table.add_row(name, str(probe.version), probe.slot, ", ".join(probe.rungs), ", ".join(probe.axes))
+    console().print(table)
+
+
+@app.command()
+def run(  # noqa: PLR0913 - one option for each argument
+    names: Names = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is there is not run again.")] = Path(
+        "probe_results"
+    ),
+    everything: Annotated[bool, typer.Option("--all", help="Every suite.")] = False,
+    preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
+    tier: Annotated[str, typer.Option(help="T0 (no training) or T1 (small models, trained).")] = "T1",
+    models: Annotated[str | None, typer.Option(metavar="A,B", help="Architectures; ham once for each router.")] = None,
+    routers: Annotated[str | None, typer.Option(metavar="A,B", help="Routers of ham.")] = None,
+    budgets: Annotated[str | None, typer.Option(metavar="X,Y", help="Multiples of the critical rows.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,
+    readout: Annotated[str, typer.Option(help="query or echo.")] = "query",
+    steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Cells side by side, each in a process of its own.")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
+) -> None:
+    """Run probes; call it again to go on where it stopped."""
+    from probes.api import load_report, run_probes
+    from probes.contract import PRESETS
+    from probes.runner_plan import (
+        DEFAULT_BUDGETS,
+        DEFAULT_MODELS,
+        DEFAULT_ROUTERS,
+        SMOKE_BUDGETS,
+        SMOKE_MODELS,
+        SMOKE_ROUTERS,
+        SMOKE_SEEDS,
+    )
+
+    asked = chosen(names, everything)
+    smoke = preset == "smoke"
+    with usage():
+        if preset not in PRESETS:
+            raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
+        run_probes(
+            asked, tier=tier, preset=preset, out=out, device=device, workers=workers, progress=not quiet,
+            models=words(models) or (SMOKE_MODELS if smoke else DEFAULT_MODELS),
+            routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
+            budgets=tuple(float(b) for b in words(budgets)) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),
+            seeds=seeds or (SMOKE_SEEDS if smoke else PRESETS[preset].train_seeds),
+            **({"readout": readout, "steps": steps} if tier == "T1" else {}),
+        )  # fmt: skip
+    console().print(load_report(out).to_markdown(), markup=False)
+    console().print(f"next: hamts probes report {out}")
+
+
+@app.command()
+def validate(
+    names: Names = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every suite.")] = False,
+    trained: Annotated[bool, typer.Option("--trained", help="Also G1, G2 and G5: minutes a rung.")] = False,
+    gates: Annotated[str | None, typer.Option(metavar="G3,G4", help="Only these gates.")] = None,
+    preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the trained gates.")] = "cpu",
+) -> None:
+    """Run the gates, and say which fails and why. Exit code 1 if one does."""
+    from probes.gates import validate as run_gates
+
+    failed = 0
+    for name in chosen(names, everything):
+        with usage():
+            results = run_gates(name, preset=preset, trained=trained, gates=words(gates) or None, device=device)
+        for result in results:
+            failed += result.passed is False
+            console().print(str(result), markup=False)
+    if failed:
+        console().print(f"{failed} gates failed")
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write; default DIR/report.html.")] = None,
+    partial: Partial = False,
+) -> None:
+    """Write one self-contained page, and the same as Markdown beside it."""
+    from hamts.files import written_whole
+    from probes.api import load_report
+
+    found = load_report(folder, partial=partial)
+    page = out or folder / "report.html"
+    found.to_html(page)
+    with written_whole(page.with_suffix(".md")) as path:
+        path.write_text(found.to_markdown(), encoding="utf-8")
+    console().print(f"{len(found.documents)} runs reported in {page}")
+
+
+@app.command()
+def compare(
+    folder: Folder,
+    first: Annotated[str, typer.Argument(help="A router or model.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    partial: Partial = False,
+) -> None:
+    """Paired differences in skill, first minus second, with intervals."""
+    from probes.api import load_report
+
+    table = load_report(folder, partial=partial).compare(first, second)
+    console().print(table.round(4).to_string(index=False), markup=False)

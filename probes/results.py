@@ -1,0 +1,289 @@
+"""Result documents: one JSON a run, a tidy table of all, and what may not be mixed.
+
+A results folder has ``run.json`` (what was asked for, and whether it is finished) and one folder a suite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import hamts
+from hamts.errors import DataError
+from hamts.files import written_whole
+from probes.contract import CONTRACT_VERSION, EVALUATION_SEED, FAMILY
+from probes.evaluate import Evaluation
+from probes.registry import list_probes
+from probes.runner_plan import Cell
+from probes.stats import mean_interval
+from probes.train import Fitted
+
+__all__ = ["SCHEMA_VERSION", "document", "read_documents", "start_folder", "tidy", "write_document"]
+
+SCHEMA_VERSION = 1
+RUN_FILE, TABLE_FILE = "run.json", "probe_results.parquet"
+LOWER_IS_BETTER = ("mse", "nmse")
+
+
+@cache
+def machine() -> dict[str, str]:
+    """Versions and device names for every document."""
+    folder = Path(__file__).resolve().parent
+    ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)  # noqa: S607
+    return {
+        "version": hamts.__version__, "git": ran.stdout.strip() if ran.returncode == 0 else "",
+        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }  # fmt: skip
+
+
+def document(cell: Cell, fitted: Fitted, scored: Evaluation, *, budget: float, device: str) -> dict[str, Any]:
+    """All that is known of one run at one budget, ready for JSON."""
+    probe = list_probes()[cell.probe]
+    skills = 1.0 - scored.errors.mean(1) / scored.floor_errors.mean(1)  # [streams]
+    interval = mean_interval(1.0 - scored.errors / scored.floor_errors.mean(), resamples=500)
+    results: dict[str, Any] = {
+        name: {"values": [value], "median": value, "std": 0.0, "n": scored.errors.size}
+        for name, value in scored.metrics.items()
+    }
+    results["skill"] = {
+        "values": [float(v) for v in skills], "median": float(np.median(skills)),
+        "std": float(np.std(skills, ddof=1)) if len(skills) > 1 else 0.0, "n": scored.errors.size,
+        "value": scored.metrics["skill"], "ci": [interval.low, interval.high],
+    }  # fmt: skip
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "identity": {
+            "family": FAMILY, "contract_version": CONTRACT_VERSION, "suite": cell.probe,
+            "suite_version": cell.suite_version, "rung": cell.rung, "agenda_slot": probe.slot, "tier": "T1",
+            "readout": cell.readout, "model": cell.model, "router": cell.router, "config_hash": cell.hash,
+        },
+        "config": cell.identity,
+        "data_manifest": {
+            "train_seed": cell.seed, "eval_streams": [EVALUATION_SEED + s for s in range(len(scored.errors))],
+            "sequences": int(scored.errors.shape[1]), "leak_status": "clean",
+        },
+        "budget": {
+            "frac": budget, "rows": scored.budget_rows,
+            **{name: scored.metrics[name] for name in ("bytes_state", "bytes_kv", "bytes_total")},
+            "dtype": "float32",
+        },
+        "results": results,
+        "floor": {"name": scored.floor_name, "mse": float(scored.floor_errors.mean())},
+        "oracle": {"mse": scored.oracle_error},
+        "diagnosis": {"stages": scored.stages, "by_layer": scored.by_layer, "survival": scored.survival,
+                      "slices": scored.by_slice},
+        "checks": {},
+        "runtime": {
+            "train_s": fitted.seconds, "steps": cell.steps, "steps_to_solve": fitted.steps_to_solve,
+            "validation": fitted.losses, "status": fitted.status, "device": device, **machine(),
+        },
+        "warnings": _warnings(fitted, scored),
+    }  # fmt: skip
+
+
+def t0_documents(suite: str, rows: Iterable[dict[str, Any]], *, preset: str, seed: int) -> list[dict[str, Any]]:
+    """Tier-0 rows as documents of the same schema."""
+    probe = list_probes()[suite]
+    found = []
+    for row in rows:
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        for nested in ("utility_auroc", "by_role"):
+            numbers |= {f"{nested}_{k}": v for k, v in row.get(nested, {}).items()}
+        known = ("budget_rows", "budget_frac", "bytes_kv", "bytes_state", "bytes_total", "suite_version")
+        found.append({
+            "schema_version": SCHEMA_VERSION,
+            "identity": {
+                "family": FAMILY, "contract_version": CONTRACT_VERSION, "suite": suite,
+                "suite_version": probe.version, "rung": row["rung"], "agenda_slot": probe.slot, "tier": "T0",
+                "readout": "query", "model": row["model"] + ("_clipped" if row.get("write_clip") else ""),
+                "router": row["router"], "config_hash": "",
+            },
+            "config": {"preset": preset, "seed": seed},
+            "data_manifest": {"train_seed": seed, "leak_status": "clean"},
+            "budget": {"frac": row.get("budget_frac", math.nan), "rows": row.get("budget_rows", 0),
+                       **{name: row.get(name, math.nan) for name in ("bytes_state", "bytes_kv", "bytes_total")}},
+            "results": {k: {"values": [v], "median": v, "n": 1} for k, v in numbers.items() if k not in known},
+            "floor": {"name": row.get("floor_name", "")}, "oracle": {"mse": 0.0},
+            "diagnosis": {"survival": row.get("survival", {})}, "checks": {},
+            "runtime": {"device": "cpu", "status": "ok", **machine()}, "warnings": [],
+        })  # fmt: skip
+    return found
+
+
+def _warnings(fitted: Fitted, scored: Evaluation) -> list[str]:
+    notes = []
+    if fitted.status != "ok":
+        notes.append(f"training {fitted.status}")
+    if fitted.steps_to_solve is None:
+        notes.append("never reached skill 0.8 on validation: ranks may show speed of learning")
+    if scored.metrics["skill"] < -1:
+        notes.append("skill below -1 is clipped in aggregates")
+    return notes
+
+
+# --- folders
+
+
+def write_document(path: Path, content: dict[str, Any], errors: np.ndarray | None = None) -> None:
+    """Write a document, and the errors of single sequences beside it, whole or not at all."""
+    if errors is not None:
+        with written_whole(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, errors=errors.astype(np.float32))
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=True), encoding="utf-8")
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(value) for value in content]
+    if isinstance(content, (np.floating, np.integer)):
+        return content.item()
+    return content
+
+
+def start_folder(folder: Path, asked: Sequence[str], versions: dict[str, int], *, done: bool) -> None:
+    """Note what a folder is to hold, and whether all of it is there.
+
+    Raises:
+        DataError: E-PROBE-VERSION, the folder holds results of another version of a suite.
+    """
+    path = folder / RUN_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"suite_versions": {}, "documents": []}
+    for suite, version in versions.items():
+        known = before["suite_versions"].get(suite, version)
+        if known != version:
+            raise DataError(
+                "E-PROBE-VERSION",
+                f"'{folder}' holds results of {suite} version {known}; this is version {version}.",
+                fix="Write to another folder: versions of a suite are never compared with each other.",
+            )
+    content = {
+        "family": FAMILY, "contract_version": CONTRACT_VERSION,
+        "suite_versions": {**before["suite_versions"], **versions},
+        "documents": sorted({*before["documents"], *asked}), "complete": done,
+    }  # fmt: skip
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_documents(folder: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
+    """All documents of a folder.
+
+    Args:
+        partial: take what is there of an unfinished run.
+
+    Raises:
+        DataError: E-FILE (no results there), E-PROBE-UNFINISHED, E-PROBE-VERSION (versions of a suite are mixed),
+            E-PROBE-DAMAGED (a file that is not a document).
+    """
+    root = Path(folder)
+    run = root / RUN_FILE
+    if not run.is_file():
+        raise DataError(
+            "E-FILE", f"'{root}' has no {RUN_FILE}: it is no results folder.", fix="hamts probes run der --out FOLDER"
+        )
+    asked = json.loads(run.read_text(encoding="utf-8"))
+    missing = [name for name in asked["documents"] if not (root / name).is_file()]
+    if (missing or not asked["complete"]) and not partial:
+        raise DataError(
+            "E-PROBE-UNFINISHED",
+            f"The run in '{root}' is unfinished: {len(missing)} of {len(asked['documents'])} documents are missing.",
+            rows=missing,
+            fix="Call the same run again, it goes on where it stopped; or report what is there with --partial.",
+        )
+    documents = [_read(path) for path in sorted(root.glob("*/*.json"))]
+    refuse_mixed(documents, str(root))
+    return documents
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["identity"]["suite_version"], content["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "E-PROBE-DAMAGED", f"'{path}' is not a result document ({error}).", fix="Remove it and run again."
+        ) from error
+    # written beside it, for paired comparisons
+    content["path"] = str(path)
+    return content
+
+
+def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
+    """Refuse results of different versions of a suite or of the contract."""
+    seen: dict[str, tuple[int, int]] = {}
+    for content in documents:
+        identity = content["identity"]
+        version = (identity["contract_version"], identity["suite_version"])
+        first = seen.setdefault(identity["suite"], version)
+        if first != version:
+            raise DataError(
+                "E-PROBE-VERSION",
+                f"{where} mixes results of {identity['suite']} of contract and suite versions {first} and {version}.",
+                rows=[content.get("path", "")],
+                fix="Keep one version a folder: run the older cells again, or move them away.",
+            )
+
+
+# --- the table
+
+
+def tidy(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per run, slice, evaluation stream and metric; floors are rows too."""
+    rows = [row for content in documents for row in _rows(content)]
+    frame = pd.DataFrame(rows)
+    if len(frame):
+        frame = frame.drop_duplicates().reset_index(drop=True)
+    return frame
+
+
+def _rows(content: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    identity, config, budget, runtime = (content[name] for name in ("identity", "config", "budget", "runtime"))
+    seeds = content["data_manifest"].get("train_seed", 0)
+    base = {
+        "schema_version": content["schema_version"], "suite": identity["suite"], "rung": identity["rung"],
+        "suite_version": identity["suite_version"], "agenda_slot": identity["agenda_slot"], "tier": identity["tier"],
+        "readout": identity["readout"], "preset": config.get("preset", ""), "config_hash": identity["config_hash"],
+        "axis": config.get("axis", ""), "model": identity["model"], "router": identity["router"],
+        "allocation": "uniform", "budget_rows": budget["rows"], "budget_frac": budget["frac"],
+        "bytes_total_peak": budget["bytes_total"], "bytes_state": budget["bytes_state"],
+        "bytes_kv": budget["bytes_kv"], "dtype": budget.get("dtype", "float32"), "train_seed": seeds,
+        "floor": content["floor"].get("mse", math.nan), "oracle": content["oracle"].get("mse", math.nan),
+        "status": runtime["status"], "lr": config.get("learning_rate", math.nan), "steps": runtime.get("steps", 0),
+        "train_s": runtime.get("train_s", math.nan), "device": runtime["device"], "version": runtime["version"],
+        "git": runtime["git"], "leak_status": content["data_manifest"]["leak_status"],
+    }  # fmt: skip
+    blank = {"slice": "all", "eval_stream": "all", "ci_low": math.nan, "ci_high": math.nan, "ci_flag": ""}
+    for metric, result in content["results"].items():
+        low, high = result.get("ci", (math.nan, math.nan))
+        value = result.get("value", result["median"])
+        yield {**base, **blank, "metric": metric, "value": value, "n": result["n"], "ci_low": low, "ci_high": high,
+               "ci_flag": "few_seeds"}  # fmt: skip
+        if len(result["values"]) > 1:
+            for stream, one in zip(content["data_manifest"]["eval_streams"], result["values"], strict=True):
+                yield {**base, **blank, "eval_stream": str(stream), "metric": metric, "value": one, "n": result["n"]}
+    for label, numbers in content["diagnosis"].get("slices", {}).items():
+        for metric, value in numbers.items():
+            yield {**base, **blank, "slice": label, "metric": metric, "value": value, "n": 0}
+    for stage, value in content["diagnosis"].get("stages", {}).items():
+        yield {**base, **blank, "metric": f"stage_{stage}", "value": value, "n": 0}
+    for age, (value, count) in content["diagnosis"].get("survival", {}).items():
+        yield {**base, **blank, "slice": f"age {age}", "metric": "survival", "value": value, "n": count}
+    if identity["tier"] == "T1":
+        floor = {**base, "model": f"floor/{content['floor']['name']}", "router": "none", "budget_rows": 0,
+                 "budget_frac": 0.0, "bytes_total_peak": 0.0, "bytes_state": 0.0, "bytes_kv": 0.0, "steps": 0,
+                 "train_s": 0.0, "config_hash": "", "lr": math.nan, "train_seed": 0}  # fmt: skip
+        yield {**floor, **blank, "metric": "mse", "value": content["floor"]["mse"], "n": 0}

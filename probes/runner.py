@@ -1,0 +1,199 @@
+"""Runs cells: one after another with a bar, or many side by side; what is there already is not run again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hamts.errors import DataError
+from probes.evaluate import evaluate
+from probes.registry import get_probe, list_probes
+from probes.results import document, start_folder, t0_documents, tidy, write_document
+from probes.runner_plan import Cell, RunPlan, critical_rows
+from probes.t0_run import run_t0_suite
+from probes.train import Fitted, TrainPlan, train
+
+__all__ = ["run_cell", "run_plan", "run_t0_folder"]
+
+Report = Callable[[str, int, int, float], None]
+
+
+def run_plan(
+    plan: RunPlan, folder: str | Path, *, device: str = "cpu", workers: int = 1, progress: bool = True
+) -> list[Path]:
+    """Run all cells of a plan that are not in the folder yet.
+
+    Args:
+        device: of torch. Cells are small: with ``cuda`` many fit on one device side by side.
+        workers: cells at a time, each in a process of its own.
+        progress: bars on a terminal.
+
+    Returns: the documents of the plan, those from before included.
+
+    Raises:
+        DataError: E-PROBE-VERSION, or E-OPTION where the device is not there.
+    """
+    check_device(device)
+    root = Path(folder)
+    cells = plan.cells()
+    if not cells:
+        raise DataError(
+            "E-OPTION", f"None of {list(plan.probes)} is trained: they are scored without training.",
+            fix="hamts probes run stream --tier T0",
+        )  # fmt: skip
+    wanted = [paths(cell, root) for cell in cells]
+    names = [str(path.relative_to(root)) for group in wanted for path in group]
+    versions = {cell.probe: cell.suite_version for cell in cells}
+    start_folder(root, names, versions, done=False)
+    todo = [cell for cell, group in zip(cells, wanted, strict=True) if not all(path.is_file() for path in group)]
+    with bars(len(cells), progress) as report:
+        report.skip(len(cells) - len(todo))
+        if workers <= 1:
+            for cell in todo:
+                run_cell(cell, root, device=device, report=report.step)
+                report.finish(cell.name)
+        else:
+            _side_by_side(todo, root, device, workers, report)
+    start_folder(root, names, versions, done=True)
+    return [path for group in wanted for path in group]
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(
+            "E-OPTION", f"Device {device!r} cannot be used here: {error}.", fix="Use --device cpu."
+        ) from error
+
+
+def paths(cell: Cell, root: Path) -> list[Path]:
+    """The documents of a cell, one a budget."""
+    return [root / cell.probe / cell.file_name(budget) for budget in cell.budgets]
+
+
+def fit_cell(cell: Cell, *, device: str, report: Report | None = None) -> Fitted:
+    """Train the network of a cell."""
+    probe, config = get_probe(cell.probe)[0], cell.config
+    rows = critical_rows(probe, config)
+    # a rival is as large as HAM at the budget it is compared at
+    sized = max(round(cell.budgets[0] * rows), 1)
+    plan = TrainPlan(
+        probe=probe, config=config, net=cell.net(sized), steps=cell.steps, learning_rate=cell.learning_rate,
+        seed=cell.seed, critical_rows=rows, echo=cell.readout == "echo", device=device,
+    )  # fmt: skip
+    name = cell.name
+    return train(plan, progress=None if report is None else lambda *step: report(name, *step))
+
+
+def run_cell(cell: Cell, root: Path, *, device: str = "cpu", report: Report | None = None) -> list[Path]:
+    """Train one network, score it at its budgets, and write a document for each."""
+    fitted = fit_cell(cell, device=device, report=report)
+    written = paths(cell, root)
+    for budget, path in zip(cell.budgets, written, strict=True):
+        rows = max(round(budget * fitted.plan.critical_rows), 1)
+        scored = evaluate(fitted, budget_rows=rows, streams=cell.streams, sequences=cell.sequences)
+        content = document(cell, fitted, scored, budget=budget, device=device)
+        write_document(path, content, scored.errors)
+    return written
+
+
+def run_t0_folder(
+    probes: tuple[str, ...], folder: str | Path, *, preset: str = "small", seed: int = 0, progress: bool = True
+) -> list[Path]:
+    """Run tier 0 of some suites into a folder: one document per rung, model, router and budget."""
+    root, written = Path(folder), []
+    names = probes or tuple(list_probes())
+    chosen = [get_probe(name) for name in names]
+    versions = {probe.name: probe.version for probe, _ in chosen}
+    start_folder(root, [], versions, done=False)
+    with bars(len(chosen), progress) as report:
+        for probe, rung in chosen:
+            rows = run_t0_suite(probe, preset=preset, seed=seed, rungs=(rung,) if rung else None)
+            for number, content in enumerate(t0_documents(probe.name, rows, preset=preset, seed=seed)):
+                identity = content["identity"]
+                stem = f"t0__{identity['rung']}__{identity['model']}__{identity['router'].replace(':', '-')}"
+                path = root / probe.name / f"{stem}__{preset}__s{seed}__{number}.json"
+                write_document(path, content)
+                written.append(path)
+            report.finish(probe.name)
+    start_folder(root, [str(path.relative_to(root)) for path in written], versions, done=True)
+    return written
+
+
+def write_table(documents: list[dict[str, Any]], path: Path) -> None:
+    """The tidy table as Parquet."""
+    from hamts.files import write_frame
+
+    write_frame(tidy(documents), path)
+
+
+# --- side by side
+
+
+def _side_by_side(todo: list[Cell], root: Path, device: str, workers: int, report: Bars) -> None:
+    """Cells in processes of their own; a cell that fails does not stop the others, and is raised at the end."""
+    context = multiprocessing.get_context("spawn")
+    failures: list[tuple[str, BaseException]] = []
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
+        running = {pool.submit(run_cell, cell, root, device=device): cell for cell in todo}
+        for done in as_completed(running):
+            error = done.exception()
+            if error is not None:
+                failures.append((running[done].name, error))
+            report.finish(running[done].name)
+    if failures:
+        name, error = failures[0]
+        raise RuntimeError(f"{len(failures)} cells failed, first {name}: {error}") from error
+
+
+def _quiet_worker() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+# --- bars
+
+
+@dataclass
+class Bars:
+    """Cells done, and the steps of the one under way."""
+
+    bar: Any = None
+    total: Any = None
+    cell: Any = None
+
+    def skip(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.advance(self.total, count)
+
+    def step(self, name: str, step: int, steps: int, nerr: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.cell, description=f"{name}  nerr {nerr:.3f}", completed=step, total=steps)
+
+    def finish(self, name: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.cell, description=f"{name}  done")
+            self.bar.advance(self.total)
+
+
+@contextmanager
+def bars(cells: int, show: bool) -> Iterator[Bars]:
+    """Two bars, where they are wanted."""
+    if not show:
+        yield Bars()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        yield Bars(bar, bar.add_task("runs", total=cells), bar.add_task("", total=None))

@@ -1,0 +1,168 @@
+"""What is to be run: cells, each one training and its evaluations, named by a hash of all that decides the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from probes.contract import CONTRACT_VERSION, PRESETS, ProbeConfig, generator, hashed
+from probes.models import MODELS, ROUTERS_T1, SIZELESS, NetConfig
+from probes.registry import Probe, get_probe
+
+__all__ = ["Cell", "RunPlan", "critical_rows", "model_cells"]
+
+RUN_VERSION = 1
+CRITICAL_SEQUENCES = 64
+DEFAULT_MODELS = ("ham", "full", "recurrent", "recurrent_wide", "window")
+DEFAULT_ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
+DEFAULT_BUDGETS = (0.5, 1.0, 2.0)
+
+
+def critical_rows(probe: Probe, config: ProbeConfig) -> int:
+    """Rows that must be kept: the most of any of some sequences."""
+    batch = probe.sample(generator(0), CRITICAL_SEQUENCES, config)
+    return max(int(batch.crit.sum(1).max()), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One network, trained once and scored at some budgets.
+
+    Attributes:
+        probe: name of the suite; ``rung`` of its table row.
+        budgets: as multiples of the critical rows.
+        overrides: axes that differ from the preset's.
+    """
+
+    probe: str
+    rung: str
+    preset: str
+    model: str
+    router: str
+    budgets: tuple[float, ...]
+    seed: int
+    learning_rate: float
+    steps: int
+    streams: int
+    sequences: int
+    layers: int
+    readout: str = "query"
+    overrides: tuple[tuple[str, Any], ...] = ()
+    axis: str = ""
+    suite_version: int = 1
+
+    @property
+    def config(self) -> ProbeConfig:
+        return get_probe(self.probe)[0].config(self.preset, self.rung, **dict(self.overrides))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the numbers."""
+        return {**asdict(self), "contract_version": CONTRACT_VERSION, "run_version": RUN_VERSION}
+
+    @property
+    def hash(self) -> str:
+        return hashed(self.identity)
+
+    @property
+    def name(self) -> str:
+        axis = "" if not self.axis else "__" + self.axis
+        readout = "" if self.readout == "query" else "__echo"
+        rate = f"__lr{self.learning_rate:g}"
+        return f"{self.rung}__{self.model}__{self.router}__s{self.seed}{rate}{axis}{readout}"
+
+    def file_name(self, budget: float) -> str:
+        return f"{self.rung}__{self.model}__{self.router}__b{budget:g}__s{self.seed}__{self.hash}.json"
+
+    def net(self, rows: int) -> NetConfig:
+        router = self.router if self.model == "ham" else "learned"
+        return NetConfig(model=self.model, router=router, layers=self.layers, budget_rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A grid of cells.
+
+    Attributes:
+        probes: names such as ``der``, ``pbc`` or ``pbc/pbcD``; a suite stands for all its rungs.
+        seeds: training seeds 0, 1, ...
+        tags: tag noise of the headline table: 20 % of the tagged rows untagged, 4 false tags an item.
+        learning_rates: as many trials for every architecture; all are kept, the best on validation is reported.
+    """
+
+    probes: tuple[str, ...]
+    preset: str = "smoke"
+    models: tuple[str, ...] = DEFAULT_MODELS
+    routers: tuple[str, ...] = DEFAULT_ROUTERS
+    budgets: tuple[float, ...] = DEFAULT_BUDGETS
+    seeds: int = 3
+    learning_rates: tuple[float, ...] = ()
+    readout: str = "query"
+    missed_tags: float = 0.2
+    false_tags: float = 4.0
+    steps: int | None = None
+    streams: int | None = None
+    sequences: int | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"Unknown preset {self.preset!r}. Available: {sorted(PRESETS)}.")
+        if PRESETS[self.preset].train_steps == 0:
+            raise ValueError(f"Preset {self.preset!r} is for evaluation only. Train at another, such as 'standard'.")
+        for what, names, known in (("model", self.models, MODELS), ("router", self.routers, ROUTERS_T1)):
+            unknown = sorted({part for name in names for part in name.split("+")} - set(known))
+            if unknown:
+                raise ValueError(f"Unknown {what} {unknown[0]!r}. Available: {sorted(known)}.")
+        if not self.budgets or min(self.budgets) <= 0:
+            raise ValueError(f"budgets are multiples of the critical rows, above 0. Got {list(self.budgets)}.")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1. Got {self.seeds}.")
+        if self.readout not in ("query", "echo"):
+            raise ValueError(f"Unknown readout {self.readout!r}. Available: ['echo', 'query'].")
+
+    def cells(self) -> list[Cell]:
+        """All cells, cheap to expensive questions first: seeds vary slowest."""
+        rates = self.learning_rates or PRESETS[self.preset].learning_rates
+        found = []
+        for seed in range(self.seeds):
+            for rate in rates:
+                for probe, rung in self._rungs():
+                    for model, router, budgets in model_cells(self.models, self.routers, self.budgets):
+                        found.append(self._cell(probe, rung, model, router, budgets, seed, rate))
+        return found
+
+    def _rungs(self) -> Iterator[tuple[Probe, str]]:
+        for name in self.probes:
+            probe, rung = get_probe(name)
+            if not probe.trained:
+                continue
+            for each in (rung,) if rung else tuple(probe.rungs):
+                yield probe, each
+
+    def _cell(
+        self, probe: Probe, rung: str, model: str, router: str, budgets: tuple[float, ...], seed: int, rate: float
+    ) -> Cell:
+        size = PRESETS[self.preset]
+        overrides = {"missed_tags": self.missed_tags, "false_tags": self.false_tags, **self.overrides}
+        return Cell(
+            probe=probe.name, rung=rung, preset=self.preset, model=model, router=router, budgets=budgets, seed=seed,
+            learning_rate=rate, steps=self.steps or size.train_steps, streams=self.streams or size.eval_streams,
+            sequences=self.sequences or size.eval_sequences, layers=probe.layers, readout=self.readout,
+            overrides=tuple(sorted(overrides.items())), suite_version=probe.version,
+        )  # fmt: skip
+
+
+def model_cells(
+    models: Sequence[str], routers: Sequence[str], budgets: tuple[float, ...]
+) -> Iterator[tuple[str, str, tuple[float, ...]]]:
+    """(model, router, budgets) of each training: HAM serves all budgets, a sized rival is trained for each."""
+    for model in models:
+        if model == "ham":
+            yield from ((model, router, budgets) for router in routers)
+        elif model in SIZELESS:
+            yield model, "none", (1.0,)
+        else:
+            yield from ((model, "none", (budget,)) for budget in budgets)

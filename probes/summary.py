@@ -1,0 +1,103 @@
+"""Aggregates of documents for reports: a line per rung, model, router and budget, over training seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probes.stats import interquartile_mean, mean_interval
+
+__all__ = ["frontier_table", "score_table", "seeds_of"]
+
+SOLVED = 0.8
+
+
+def label(identity: dict[str, Any]) -> str:
+    """Name of a line in plots and tables."""
+    return f"ham · {identity['router']}" if identity["model"] == "ham" else str(identity["model"])
+
+
+def value(content: dict[str, Any], metric: str) -> float:
+    result = content["results"].get(metric)
+    return math.nan if result is None else float(result.get("value", result["median"]))
+
+
+def seeds_of(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, float], list[dict[str, Any]]]:
+    """Documents of the same tier, rung, line and budget, one a training seed."""
+    groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
+    for content in documents:
+        identity = content["identity"]
+        name = label(identity) if identity["tier"] != "T0" else f"{identity['model']} · {identity['router']}"
+        budget = float(content["budget"]["frac"])
+        key = (identity["tier"], identity["rung"], name, -1.0 if math.isnan(budget) else budget)
+        groups.setdefault(key, []).append(content)
+    return groups
+
+
+def score_table(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per tier, rung, line and budget: skill with its interval, recall, bytes, share of solved seeds."""
+    rows = []
+    for (tier, rung, name, budget), group in seeds_of(documents).items():
+        skills = [value(content, "skill") for content in group]
+        if all(math.isnan(s) for s in skills):
+            continue
+        low, high, flag = _interval(group, skills)
+        rows.append({
+            "tier": tier, "rung": rung, "line": name, "budget": budget, "skill": float(np.nanmean(skills)),
+            "low": low, "high": high, "iqm": interquartile_mean(np.clip(skills, -1, 1)), "seeds": len(group),
+            "solved": float(np.mean([s >= SOLVED for s in skills])),
+            "recall": float(np.nanmean([value(c, "recall_corrected") for c in group] or [math.nan]))
+            if any(not math.isnan(value(c, "recall_corrected")) for c in group) else math.nan,
+            "bytes": float(np.mean([c["budget"]["bytes_total"] for c in group])), "flag": flag,
+            "status": ",".join(sorted({c["runtime"]["status"] for c in group})),
+        })  # fmt: skip
+    columns = ["tier", "rung", "line", "budget", "skill", "low", "high", "iqm", "seeds", "solved", "recall", "bytes",
+               "flag", "status"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns).sort_values(["tier", "rung", "budget", "skill"], ignore_index=True)
+
+
+def _interval(group: Sequence[dict[str, Any]], skills: list[float]) -> tuple[float, float, str]:
+    """Over training seeds and sequences where the errors lie beside the documents."""
+    paths = [Path(content.get("path", "")).with_suffix(".npz") for content in group if content.get("path")]
+    if group[0]["identity"]["tier"] == "T0" or len(paths) < len(group) or not all(path.is_file() for path in paths):
+        return math.nan, math.nan, "one_draw" if len(skills) == 1 else ""
+    tables = []
+    for content, path in zip(group, paths, strict=True):
+        with np.load(path, allow_pickle=False) as archive:
+            tables.append(1.0 - archive["errors"].reshape(-1) / content["floor"]["mse"])
+    width = min(len(table) for table in tables)
+    found = mean_interval(np.stack([table[:width] for table in tables]), resamples=500)
+    return found.low, found.high, found.flag
+
+
+def frontier_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Area under the budget frontier, B50, B90 and regret to the oracle, for lines with two budgets or more."""
+    from probes.scores import budget_area, bytes_at_share
+
+    rows = []
+    for (tier, rung), part in scores.groupby(["tier", "rung"]):
+        full = part[part["line"].isin(["full", "full · all"])]
+        if full.empty:
+            continue
+        full_skill, full_bytes = float(full["skill"].iloc[0]), float(full["bytes"].iloc[0])
+        areas = {}
+        for line, points in part.groupby("line"):
+            sizes, skills = points["bytes"].to_numpy(), points["skill"].to_numpy()
+            if len(set(sizes)) < 2 or not np.isfinite(sizes).all():
+                continue
+            areas[line] = {
+                "aubf": budget_area(sizes, skills, bytes_full=full_bytes),
+                "b50": bytes_at_share(sizes, skills, full_skill=full_skill, share=0.5),
+                "b90": bytes_at_share(sizes, skills, full_skill=full_skill, share=0.9),
+            }
+        best = next((areas[name]["aubf"] for name in ("ham · oracle", "kv · oracle") if name in areas), math.nan)
+        rows += [
+            {"tier": tier, "rung": rung, "line": line, **numbers, "regret": best - numbers["aubf"]}
+            for line, numbers in areas.items()
+        ]
+    return pd.DataFrame(rows, columns=["tier", "rung", "line", "aubf", "b50", "b90", "regret"])
