@@ -33,6 +33,8 @@ __all__ = ["Evaluation", "evaluate", "permute_flags"]
 
 DIAGNOSED_SEQUENCES = 64
 FLAG_SEED = 88
+# models that choose which rows to keep
+SELECTIVE = ("ham", "top_write")
 
 
 @dataclass
@@ -118,9 +120,8 @@ def _selected(
     L = batch.x.shape[1]
     kept = [kept_rows(memory, L) for memory in context.memory]
     found = [rows for rows in kept if rows is not None]
-    if not found or net.config.model in ("full", "gdn_gsa", "block_sparse", "window"):
+    if not found or net.config.model not in SELECTIVE:
         return None, []
-    # the last rows of the window are read exactly too, but nothing chose them
     union = torch.stack(found).any(0)  # [B, L]
     chosen = selection(union, batch)
     asked = batch.asked

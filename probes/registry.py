@@ -42,7 +42,7 @@ class Probe:
         echo_decay: how an echo fades from row to row.
         matched_flags: distractors and critical rows carry equal flags; else ``flags_note`` says why not.
         trained: whether trained-small models run on it.
-        crowds: critical rows fill so much of the context that what holds for chance must be taken from them.
+        headline: the rung that stands for the suite in a smoke run; the first one if empty.
     """
 
     name: ClassVar[str] = ""
@@ -59,7 +59,11 @@ class Probe:
     matched_flags: ClassVar[bool] = True
     flags_note: ClassVar[str] = ""
     trained: ClassVar[bool] = True
-    capacity_axis: ClassVar[str | None] = "items"
+    headline: ClassVar[str] = ""
+
+    def main_rung(self) -> str:
+        """The rung that stands for the suite where only one is run."""
+        return self.headline or next(iter(self.rungs))
 
     def config(self, preset: str = "smoke", rung: str | None = None, **overrides: Any) -> ProbeConfig:
         """Sizes of a preset, then what the suite, the rung and the caller change, in that order.

@@ -18,6 +18,12 @@ CRITICAL_SEQUENCES = 64
 DEFAULT_MODELS = ("ham", "full", "recurrent", "recurrent_wide", "window")
 DEFAULT_ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
 DEFAULT_BUDGETS = (0.5, 1.0, 2.0)
+SMOKE_MODELS, SMOKE_ROUTERS, SMOKE_BUDGETS, SMOKE_SEEDS = (
+    ("ham", "full", "recurrent"),
+    ("surprise", "oracle"),
+    (1.0,),
+    1,
+)
 
 
 def critical_rows(probe: Probe, config: ProbeConfig) -> int:
@@ -86,7 +92,8 @@ class RunPlan:
     """A grid of cells.
 
     Attributes:
-        probes: names such as ``der``, ``pbc`` or ``pbc/pbcD``; a suite stands for all its rungs.
+        probes: names such as ``der``, ``pbc`` or ``pbc/pbcD``; a suite stands for all its rungs, in a smoke run for its
+            main one.
         seeds: training seeds 0, 1, ...
         tags: tag noise of the headline table: 20 % of the tagged rows untagged, 4 false tags an item.
         learning_rates: as many trials for every architecture; all are kept, the best on validation is reported.
@@ -139,7 +146,9 @@ class RunPlan:
             probe, rung = get_probe(name)
             if not probe.trained:
                 continue
-            for each in (rung,) if rung else tuple(probe.rungs):
+            # a smoke run asks each suite its main question only
+            every = (probe.main_rung(),) if self.preset == "smoke" else tuple(probe.rungs)
+            for each in (rung,) if rung else every:
                 yield probe, each
 
     def _cell(

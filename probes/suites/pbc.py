@@ -86,6 +86,7 @@ class PredictableButCritical(Probe):
     matched_flags = False
     flags_note = "decoys are alarms: flagged as such, as critical rows are flagged as markers"
     echo_decay = 1.0
+    headline = "pbcD"
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, PbcConfig)

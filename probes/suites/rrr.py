@@ -88,8 +88,6 @@ class RareRegimeReplay(Probe):
     # induction over three rows is learned late; numbers on the visits first make it start
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.25, {"cue_flag": True}), (0.75, {}))
     echo_rows = 1
-    crowds = True
-    capacity_axis = "items"
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, RrrConfig)

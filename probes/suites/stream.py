@@ -71,7 +71,6 @@ class OnlineConsistency(Probe):
     }  # fmt: skip
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {"drift": DRIFTS, "noise": (0.0, 0.2, 0.5)}
     trained = False
-    capacity_axis = None
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, StreamConfig)

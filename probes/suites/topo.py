@@ -85,6 +85,7 @@ class TopologyLookup(Probe):
         "control": ("none", "no_graph", "shuffled_graph"),
     }
     layers = 3
+    headline = "topo"
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.2, {"form": "graph"}), (0.8, {}))
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
