@@ -228,10 +228,7 @@ def search_cells(sizes: list[tuple[int, float]]) -> None:
         runs = Read(n_patches, share).runs()
         runs["both_with_masses"]()
         found = {
-            place[0]: {
-                f"{t.rows}x{t.columns}w{t.warps}s{t.stages}": round(ms, 4)
-                for t, ms in sorted(times.items(), key=lambda pair: pair[1])
-            }
+            place[0]: {str(t): round(ms, 4) for t, ms in sorted(times.items(), key=lambda pair: pair[1])}
             for place, times in tiles.timings.items()
         }
         record(f"tiles--T{n_patches}--{round(100 * share)}", {"milliseconds": found})
@@ -261,7 +258,20 @@ def compile_ahead() -> None:
 
 
 def parity() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", "12"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "12",
+        "--durations=4",
+        "--tb=short",
+    ]
     files = ["tests/test_attend_triton.py", "tests/test_compact.py", "tests/test_decode_triton.py"]
     here = Path(__file__).parent.parent
     files = [name for name in files if (here / name).exists()]

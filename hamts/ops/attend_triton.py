@@ -9,9 +9,9 @@ L places of the window, W + N · RP, 4 marks and their parts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ __all__ = ["DTYPES", "HEAD_WIDTHS", "LazyAttended", "attend", "check"]
 HEAD_WIDTHS = (16, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_MARKS = 16
-# programs for each multiprocessor below which the rows of a tile of columns are split
-PROGRAMS = 2
+# early entries are seen by most rows, so their programs run longest: below so many programs for each multiprocessor
+# the rows are split, or the last of the long ones would run alone
+PROGRAMS = 64
 MOST_PARTS = 16
 
 
@@ -170,7 +171,7 @@ class _Sight:
     window: int
     span: int
     words: int
-    present: torch.Tensor  # [B, LC] int8
+    present: torch.Tensor  # [B, LC] bool
     bits: torch.Tensor  # [B, C, words] int32: channel d is bit d % 32 of word d // 32
     since: torch.Tensor | None  # [B, M] int32 in 0 .. N; N for entries that no query sees
     until: torch.Tensor | None  # [B, M] int32 in 0 .. N; 0 for entries that no query sees
@@ -195,21 +196,46 @@ def _sight(
         dead = since >= until  # [B, M]
         since, until = since.masked_fill(dead, N).int(), until.masked_fill(dead, 0).int()  # [B, M]
         source = pad.channel.int().contiguous()  # [B, M]
-    return _Sight(C, window, span, words, present.flatten(1).to(torch.int8).contiguous(), bits, since, until, source)
+    return _Sight(C, window, span, words, present.flatten(1), bits, since, until, source)
 
 
-def _pack(marks: torch.Tensor, padded: int, dtype: torch.dtype) -> torch.Tensor:
-    """Marks as columns of a matrix product: three bfloat16 parts add up to the float32 number, [B, X, RP, 4]."""
-    if dtype == torch.float32 or triton.knobs.runtime.interpret:
-        # the interpreter has no products of bfloat16
-        parts = [marks]
-    else:
-        parts, rest = [], marks
-        for _ in range(3):
-            parts.append(rest.to(torch.bfloat16))
-            rest = rest - parts[-1].float()
-    packed = torch.stack(parts, -1)  # [B, X, R, 3]
-    return torch.nn.functional.pad(packed, (0, 4 - len(parts), 0, padded - marks.shape[-1])).contiguous()
+def _narrow(dtype: torch.dtype) -> bool:
+    """May features be in bfloat16? The interpreter has no products of it."""
+    return dtype != torch.float32 and not triton.knobs.runtime.interpret
+
+
+def _parts(x: torch.Tensor, narrow: bool) -> list[torch.Tensor]:
+    """Three bfloat16 numbers that add up to each float32 number; or the number and two zeros."""
+    if not narrow:
+        return [x, torch.zeros_like(x), torch.zeros_like(x)]
+    high = x.to(torch.bfloat16)
+    middle = (x - high).to(torch.bfloat16)
+    return [high, middle, (x - high - middle).to(torch.bfloat16)]
+
+
+def _column_features(bias: torch.Tensor, narrow: bool) -> torch.Tensor:
+    """What every column adds to its logits, [..., X] -> [..., X, FEATURES]."""
+    parts = _parts(bias, narrow)
+    columns = torch.stack([*parts, *[torch.ones_like(parts[0])] * 3], -1)
+    return torch.nn.functional.pad(columns, (0, kernels.FEATURES.value - 6)).contiguous()
+
+
+def _pack(marks: torch.Tensor, padded: int, narrow: bool) -> torch.Tensor:
+    """Marks as columns of the forward product, [B, X, R] -> [B, X, RP, 4]; the last column is 1."""
+    packed = torch.stack(_parts(marks, narrow), -1)  # [B, X, R, 3]
+    packed = torch.nn.functional.pad(packed, (0, 1, 0, padded - marks.shape[-1])).contiguous()
+    packed[..., -1, -1] = 1
+    return packed
+
+
+def _mark_features(marks: torch.Tensor, padded: int, one_channel: bool, narrow: bool) -> torch.Tensor:
+    """Marks as columns of the backward product, [B, X, R] -> [B, X, DX]; see _slope_features for their partners."""
+    high, middle, low = _parts(marks, narrow)
+    nothing = torch.zeros_like(high)
+    six = [high, high, high, middle, middle, low] if narrow else [high, *[nothing] * 5]
+    packed = torch.stack(six, -1).flatten(-2)  # [B, X, 6 R]
+    ones = packed.new_full((*packed.shape[:2], 3), float(one_channel))  # [B, X, 3]
+    return torch.nn.functional.pad(torch.cat([packed, ones], -1), (0, padded - packed.shape[-1] - 3)).contiguous()
 
 
 class _Read(torch.autograd.Function):
@@ -235,47 +261,61 @@ class _Read(torch.autograd.Function):
         output = q.new_empty(B, T, H, local_v.shape[-1])  # [B, NC, H, V]
         marked = q.new_empty(B, T, H, R, dtype=torch.float32) if R else None  # [B, NC, H, R]
         lse = q.new_empty(B, H, T, dtype=torch.float32)  # [B, H, NC]
-        packed_local = q if local_marks is None else _pack(local_marks, size.padded_marks, q.dtype)
-        packed = q if marks is None else _pack(marks, size.padded_marks, q.dtype)
-        raised = None
+        narrow = _narrow(q.dtype)
+        packed_local = q if local_marks is None else _pack(local_marks, size.padded_marks, narrow)
+        packed = q if marks is None else _pack(marks, size.padded_marks, narrow)
+        local_bias = torch.where(sight.present, 0.0, kernels.ABSENT.value)  # [B, LC]
+        local_columns = _column_features(local_bias, narrow)  # [B, LC, FEATURES]
+        raised = columns = None
         if bias is not None and sight.since is not None and sight.until is not None:
             dead = (sight.since >= sight.until)[..., None]  # [B, M, 1]
-            raised = (bias * math.log2(math.e)).masked_fill(dead, -torch.inf).mT.contiguous()  # [B, H, M]
+            raised = bias.masked_fill(dead, kernels.ABSENT.value).mT.contiguous()  # [B, H, M]
+            columns = _column_features(raised, narrow)  # [B, H, M, FEATURES]
 
         def run(tiles: Tiles) -> None:
             bounds = size.bounds(sight, tiles, q)
             kernels.forward_kernel[(triton.cdiv(T, tiles.rows) * B * H,)](
-                q, local_k, local_v, packed_local, sight.present, _or(k, q), _or(v, q), packed, _or(raised, lse),
-                _or(sight.since, sight.bits), _or(sight.until, sight.bits), _or(sight.source, sight.bits), bounds,
-                sight.bits, channel_bias, output, _or(marked, lse), lse, T, local_k.shape[1], size.entries,
-                sight.window, sight.span, sight.words, **size.widths(), RP=size.padded_marks, ENTRIES=size.entries > 0,
-                **tiles.options(),
+                q, local_k, local_v, packed_local, local_columns, _or(k, q), _or(v, q), packed,
+                _or(columns, local_columns), _or(sight.since, sight.bits), _or(sight.until, sight.bits),
+                _or(sight.source, sight.bits), bounds, sight.bits, channel_bias, output, _or(marked, lse), lse, T,
+                local_k.shape[1], size.entries, sight.window, sight.span, sight.words, **size.widths(),
+                RP=size.padded_marks, ENTRIES=size.entries > 0, **tiles.options(),
             )  # fmt: skip
 
         launch("forward", run, size.key)
-        ctx.save_for_backward(q, local_k, local_v, local_marks, k, v, marks, raised, channel_bias, output, marked, lse)
+        ctx.save_for_backward(
+            q, local_k, local_v, local_marks, k, v, marks, local_columns, columns, channel_bias, output, marked, lse
+        )
         ctx.sight, ctx.size = sight, size
-        masses = {
-            "local_mass": lambda: _mass(q, local_k, None, channel_bias, lse, sight, size).view(
-                B, -1, sight.channels
-            ),  # [B, L, C]
-            "scratch_mass": lambda: None if k is None else _mass(q, k, raised, channel_bias, lse, sight, size),
-        }
-        return output, marked, masses
+
+        def mass(of_entries: bool) -> torch.Tensor | None:
+            if not of_entries:
+                return _mass(q, local_k, local_bias, channel_bias, lse, sight, size).view(B, -1, sight.channels)
+            return None if k is None else _mass(q, k, raised, channel_bias, lse, sight, size)
+
+        return output, marked, {"local_mass": partial(mass, False), "scratch_mass": partial(mass, True)}
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_output: torch.Tensor, grad_marked: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, ...]:
-        q, local_k, local_v, local_marks, k, v, marks, raised, channel_bias, output, marked, lse = ctx.saved_tensors
+        q, local_k, local_v, local_marks, k, v, marks, local_columns, columns, channel_bias, output, marked, lse = (
+            ctx.saved_tensors
+        )
         sight, size = ctx.sight, ctx.size
         B, T, H, _ = q.shape
         grad_output = grad_output.contiguous()
-        grad_marks = lse if marked is None else grad_marked.float().permute(0, 2, 3, 1).contiguous()  # [B, H, R, NC]
-        raw_local = lse if local_marks is None else local_marks.mT.contiguous()  # [B, R, LC]
-        raw = lse if marks is None else marks.mT.contiguous()  # [B, R, M]
-        through = torch.empty_like(lse)  # [B, H, NC]
+        grad_marks = lse if grad_marked is None or marked is None else grad_marked.float().contiguous()  # [B, NC, H, R]
+        local_features = size.mark_features(local_marks, local_k)  # [B, LC, DX]
+        features = None if k is None else size.mark_features(marks, k)  # [B, M, DX]
+        asked = _Asked(
+            grad_output,
+            grad_marks,
+            q_features=local_columns.new_empty(B, H, T, kernels.FEATURES.value),
+            slope_features=local_features.new_empty(B, H, T, size.padded_features),
+            through=torch.empty_like(lse),
+        )
         grad_q = torch.empty_like(q)
         own: list[torch.Tensor] = []
 
@@ -284,21 +324,36 @@ class _Read(torch.autograd.Function):
             n_tiles = triton.cdiv(T, tiles.rows)
             own[:] = [lse.new_empty(B, H, n_tiles)]  # [B, H, Q]
             gradients.query_grad_kernel[(n_tiles * B * H,)](
-                q, local_k, local_v, raw_local, sight.present, _or(k, q), _or(v, q), raw, _or(raised, lse),
-                _or(sight.since, sight.bits), _or(sight.until, sight.bits), _or(sight.source, sight.bits), bounds,
-                sight.bits, channel_bias, output, _or(marked, lse), lse, grad_output, grad_marks, through, grad_q,
-                own[0], T, local_k.shape[1], size.entries, sight.window, sight.span, sight.words, **size.widths(),
-                ENTRIES=size.entries > 0, **tiles.options(),
+                q, local_k, local_v, local_features, local_columns, _or(k, q), _or(v, q),
+                _or(features, local_features), _or(columns, local_columns), _or(sight.since, sight.bits),
+                _or(sight.until, sight.bits), _or(sight.source, sight.bits), bounds, sight.bits, channel_bias, output,
+                _or(marked, lse), lse, grad_output, grad_marks, asked.q_features, asked.slope_features, asked.through,
+                grad_q, own[0], T, local_k.shape[1], size.entries, sight.window, sight.span, sight.words,
+                **size.widths(), DX=size.padded_features, NARROW=_narrow(q.dtype), ENTRIES=size.entries > 0,
+                **tiles.options(),
             )  # fmt: skip
 
         launch("query_grad", run, size.key)
         # keys of one channel alone all carry the bias, which then changes nothing
         grad_channel = own[0].sum((0, 2)) if sight.channels > 1 else torch.zeros_like(channel_bias)  # [H]
-        shared = (sight, size, q, channel_bias, lse, grad_output, grad_marks, through)
+        shared = (sight, size, q, channel_bias, asked)
         needs = ctx.needs_input_grad
-        locals_ = _column_grads(local_k, local_v, raw_local, None, needs[3], *shared)
-        entries = (None,) * 4 if k is None else _column_grads(k, v, raw, raised, needs[6], *shared)
-        return (grad_q, *locals_[:3], *entries, grad_channel, None)
+        of_local = _column_grads(local_k, local_v, local_features, local_columns, (False, needs[3]), *shared)
+        of_entries: tuple[torch.Tensor | None, ...] = (None,) * 4
+        if k is not None:
+            of_entries = _column_grads(k, v, features, columns, (True, needs[6]), *shared)
+        return (grad_q, *of_local[:3], *of_entries, grad_channel, None)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the gradient kernels are asked for, and what the one of queries leaves for those of columns."""
+
+    grad_output: torch.Tensor  # [B, NC, H, V]
+    grad_marks: torch.Tensor  # [B, NC, H, R]
+    q_features: torch.Tensor  # [B, H, NC, FEATURES]
+    slope_features: torch.Tensor  # [B, H, NC, DX]
+    through: torch.Tensor  # [B, H, NC]
 
 
 def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
@@ -338,6 +393,15 @@ class _Sizes:
         return max(4, triton.next_power_of_2(self.marks))
 
     @property
+    def padded_features(self) -> int:
+        return max(16, triton.next_power_of_2(6 * self.marks + 3))
+
+    def mark_features(self, marks: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
+        if marks is None:
+            marks = keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32)  # [B, X, 0]
+        return _mark_features(marks, self.padded_features, self.channels == 1, _narrow(self.dtype))
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What the best tiles depend on."""
         width = max(self.padded(self.key_width), self.padded(self.value_width))
@@ -362,9 +426,8 @@ class _Sizes:
 
     @property
     def precision(self) -> str:
-        """Of products in float32: Tensor Cores round to 10 bits, so only where PyTorch may too."""
-        allowed = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        return "tf32" if allowed else "ieee"
+        """Of products in float32: three on Tensor Cores come near to it; one, of 10 bits, where PyTorch may too."""
+        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def bounds(self, sight: _Sight, tiles: Tiles, q: torch.Tensor) -> torch.Tensor:
         """Which tiles of entries each tile of rows needs, int32 [B, Q, 4]."""
@@ -389,37 +452,35 @@ class _Sizes:
 def _column_grads(
     k: torch.Tensor,
     v: torch.Tensor,
-    raw: torch.Tensor,
-    raised: torch.Tensor | None,
-    with_marks: bool,
+    features: torch.Tensor,
+    columns: torch.Tensor,
+    kind: tuple[bool, bool],
     sight: _Sight,
     size: _Sizes,
     q: torch.Tensor,
     channel_bias: torch.Tensor,
-    lse: torch.Tensor,
-    grad_output: torch.Tensor,
-    grad_marks: torch.Tensor,
-    through: torch.Tensor,
+    asked: _Asked,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of keys, values, marks and biases: of the entries, or of the window's places where raised is None."""
+    """Gradients of keys, values, marks and biases of (entries, else places; with marks?)."""
     (B, X, H, _), T = k.shape, q.shape[1]
-    of_entries = raised is not None
+    of_entries, with_marks = kind
     grads: list[torch.Tensor] = []
 
     def run(tiles: Tiles) -> None:
         parts = size.parts(X, tiles) if of_entries else 1
-        kind = q.dtype if parts == 1 else torch.float32
+        dtype = q.dtype if parts == 1 else torch.float32
         grads[:] = [
-            k.new_empty(parts, *k.shape, dtype=kind),
-            v.new_empty(parts, *v.shape, dtype=kind),
-            lse.new_empty(parts, B, H, size.marks if with_marks else 0, X),
-            lse.new_empty(parts, B, H, X if of_entries else 0),
+            k.new_empty(parts, *k.shape, dtype=dtype),
+            v.new_empty(parts, *v.shape, dtype=dtype),
+            asked.through.new_empty(parts, B, H, size.marks if with_marks else 0, X),
+            asked.through.new_empty(parts, B, H, X if of_entries else 0),
         ]
         gradients.column_grad_kernel[(triton.cdiv(X, tiles.columns) * B * H, parts)](
-            q, k, v, raw, sight.present, _or(raised, lse), _or(sight.since, sight.bits), _or(sight.until, sight.bits),
-            _or(sight.source, sight.bits), sight.bits, channel_bias, lse, grad_output, grad_marks, through, grads[0],
-            grads[1], grads[3], grads[2], T, X, sight.window, sight.span, sight.words, **size.widths(),
-            RM=max(16, size.padded_marks), ENTRIES=of_entries, MARKS_GRAD=with_marks, PARTS=parts, **tiles.options(),
+            q, k, v, features, columns, _or(sight.since, sight.bits), _or(sight.until, sight.bits),
+            _or(sight.source, sight.bits), sight.bits, channel_bias, asked.grad_output, asked.grad_marks,
+            asked.q_features, asked.slope_features, asked.through, grads[0], grads[1], grads[3], grads[2], T, X,
+            sight.window, sight.span, sight.words, **size.widths(), RM=max(16, size.padded_marks),
+            DX=size.padded_features, ENTRIES=of_entries, MARKS_GRAD=with_marks, PARTS=parts, **tiles.options(),
         )  # fmt: skip
 
     launch("entry_grad" if of_entries else "local_grad", run, size.key)
@@ -435,15 +496,15 @@ def _column_grads(
 def _mass(
     q: torch.Tensor,
     k: torch.Tensor,
-    raised: torch.Tensor | None,
+    bias: torch.Tensor,
     channel_bias: torch.Tensor,
     lse: torch.Tensor,
     sight: _Sight,
     size: _Sizes,
 ) -> torch.Tensor:
-    """Probability each key received, summed over queries and heads, [B, X]."""
+    """Probability each key received, summed over queries and heads, [B, X]; bias [B, H, M] of entries, [B, LC] else."""
     (B, X, H, _), T = k.shape, q.shape[1]
-    of_entries = raised is not None
+    of_entries = bias.ndim == 3
     masses: list[torch.Tensor] = []
     widths = {name: x for name, x in size.widths().items() if name not in ("V", "BV", "R")}
 
@@ -451,9 +512,9 @@ def _mass(
         parts = size.parts(X, tiles) if of_entries else 1
         masses[:] = [lse.new_empty(parts, B, H, X)]
         gradients.mass_kernel[(triton.cdiv(X, tiles.columns) * B * H, parts)](
-            q, k, sight.present, _or(raised, lse), _or(sight.since, sight.bits), _or(sight.until, sight.bits),
-            _or(sight.source, sight.bits), sight.bits, channel_bias, lse, masses[0], T, X, sight.window, sight.span,
-            sight.words, **widths, ENTRIES=of_entries, PARTS=parts, **tiles.options(),
+            q, k, bias, _or(sight.since, sight.bits), _or(sight.until, sight.bits), _or(sight.source, sight.bits),
+            sight.bits, channel_bias, lse, masses[0], T, X, sight.window, sight.span, sight.words, **widths,
+            ENTRIES=of_entries, PARTS=parts, **tiles.options(),
         )  # fmt: skip
 
     launch("mass", run, size.key)

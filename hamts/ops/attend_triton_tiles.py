@@ -15,41 +15,52 @@ __all__ = ["CANDIDATES", "Tiles", "forget", "launch", "timings", "use"]
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel is cut up: rows and columns of a tile, warps of a program, stages of its pipeline of loads."""
+    """How a kernel is cut up: rows and columns of a tile, warps of a program, stages of its pipeline of loads.
+
+    ``registers`` bounds those of a thread, so that more programs fit a multiprocessor; 0 leaves it to the compiler.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
-        return {"BM": self.rows, "BN": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+        chosen = {"BM": self.rows, "BN": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+        return chosen | ({"maxnreg": self.registers} if self.registers else {})
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}w{self.warps}s{self.stages}r{self.registers}"
 
 
 CANDIDATES: dict[str, tuple[Tiles, ...]] = {
     "forward": (
         Tiles(128, 64, 4, 3),
-        Tiles(128, 64, 8, 3),
-        Tiles(128, 128, 8, 2),
-        Tiles(64, 64, 4, 3),
+        Tiles(128, 64, 4, 2),
+        Tiles(128, 64, 4, 4),
+        Tiles(64, 64, 4, 3, 168),
+        Tiles(128, 32, 4, 4),
         Tiles(64, 32, 4, 2),
     ),
     "query_grad": (
-        Tiles(128, 64, 8, 2),
-        Tiles(128, 64, 8, 3),
         Tiles(64, 64, 4, 3),
+        Tiles(64, 64, 4, 2),
+        Tiles(64, 64, 4, 2, 168),
         Tiles(128, 32, 4, 3),
+        Tiles(128, 64, 8, 3),
         Tiles(64, 32, 4, 2),
     ),
     "entry_grad": (
-        Tiles(64, 128, 8, 2),
-        Tiles(64, 128, 8, 3),
         Tiles(64, 64, 4, 3),
-        Tiles(128, 64, 8, 2),
+        Tiles(64, 64, 4, 2),
+        Tiles(64, 64, 4, 2, 168),
+        Tiles(64, 128, 8, 3),
+        Tiles(64, 128, 8, 2),
         Tiles(32, 64, 4, 2),
     ),
-    "local_grad": (Tiles(64, 64, 4, 2), Tiles(32, 32, 4, 2)),
-    "mass": (Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 32, 4, 2)),
+    "local_grad": (Tiles(64, 64, 4, 2), Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2, 168), Tiles(32, 32, 4, 2)),
+    "mass": (Tiles(64, 64, 4, 2), Tiles(64, 128, 4, 3), Tiles(32, 32, 4, 2)),
 }
 SMALL = Tiles(32, 16, 4, 2)
 # by compute capability, kernel, padded head width and bytes of a number
