@@ -79,13 +79,23 @@ def doubled(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(gated_delta_fla, "error_path", lambda device: request.param)
+    monkeypatch.setattr(gated_delta_fla, "error_path", lambda device, dtype: request.param)
     return request.param
 
 
-@pytest.mark.parametrize("N", [1, 64, 65, 130])
+@pytest.mark.parametrize("N", [1, 32, 33, 130])
 def test_results_and_gradients_equal_the_naive_ones(way: str, N: int, generator: torch.Generator) -> None:
     given = inputs(generator, B=2, N=N, H=2, K=32, V=16)
+    true = parts_and_gradients(naive.gated_delta, doubled(given))
+    assert_alike(parts_and_gradients(gated_delta_fla.gated_delta, given), true, TOLERANCE)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="chunks of 64 are inverted in TF32 on a GPU; bfloat16 has them there")
+def test_chunks_of_the_other_dtype_equal_the_naive_ones_too(
+    way: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    monkeypatch.setitem(gated_delta_fla.CHUNKS, torch.float32, gated_delta_fla.CHUNKS[torch.bfloat16])
+    given = inputs(generator, B=1, N=130, H=2, K=32, V=16)
     true = parts_and_gradients(naive.gated_delta, doubled(given))
     assert_alike(parts_and_gradients(gated_delta_fla.gated_delta, given), true, TOLERANCE)
 
@@ -186,13 +196,13 @@ def test_what_the_kernels_do_not_have_is_refused_with_what_they_have(generator: 
 def test_internals_that_changed_are_noticed_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from fla.ops.common import chunk_o
 
-    assert gated_delta_fla._self_test(DEVICE) is None
+    assert gated_delta_fla._self_test(DEVICE, torch.float32) is None
     right = chunk_o.chunk_fwd_o
     monkeypatch.setattr(chunk_o, "chunk_fwd_o", lambda **options: 1.1 * right(**options))
     gated_delta_fla.error_path.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="they are off by"):
-            assert gated_delta_fla.error_path(DEVICE) == "shifted query"
+            assert gated_delta_fla.error_path(DEVICE, torch.float32) == "shifted query"
     finally:
         gated_delta_fla.error_path.cache_clear()
 
