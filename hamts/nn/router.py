@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hamts.config import ModelConfig
 from hamts.nn.inner import Inner, InnerHead
@@ -112,6 +113,13 @@ class Router(nn.Module):
             carried = replace(carried, streams=like.new_zeros(items, channels, len(self.names), 3))
         return carried
 
+    def _compared(
+        self, error: torch.Tensor, prediction: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error and surprise of every head, [B, C, N, H, V] each -> 2 x [B, C, N, H], float32 at least."""
+        kind = compute_dtype(error)
+        return error.to(kind).square().sum(-1), surprise(prediction.to(kind), values.to(kind))
+
     def _over_heads(self, score: torch.Tensor) -> torch.Tensor:
         """[B, C, N, H] -> [B, C, N]."""
         if self.reduction == "mean":
@@ -141,15 +149,16 @@ class Router(nn.Module):
         """
         # scores are compared with thresholds: under mixed precision too they have all digits
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            error = recurrent.error.to(compute_dtype(recurrent.error))  # [B, C, N, H, V]
-            squared = error.square().sum(-1).to(x.dtype)  # [B, C, N, H]
+            error = recurrent.error  # [B, C, N, H, V]
+            squared, unlike = self._compared(error, recurrent.prediction, values)  # 2 x [B, C, N, H]
+            squared = squared.to(x.dtype)  # [B, C, N, H]
             running, after = causal_error_mean(squared, tokens.heard > 0, error_mean)  # [B, C, N, H], [B, C, H, 2]
             available = {
                 "innovation": self._over_heads(innovation(squared, running)),
-                "surprise": self._over_heads(surprise(recurrent.prediction, values)),
+                "surprise": self._over_heads(unlike),
             }  # [B, C, N] each
             if "error" in self.names or self.mixed is not None:
-                available["error"] = self._over_heads(normalised_error(error.to(x.dtype), values))
+                available["error"] = self._over_heads(normalised_error(error.to(x.dtype), values.to(x.dtype)))
             if "write" in self.names or self.mixed is not None:
                 available["write"] = self._over_heads(write_size(error.to(x.dtype), beta))
         inner, carried = self._expect(x, recurrent, tokens, carried)
@@ -184,11 +193,11 @@ class Router(nn.Module):
         if self.learned is not None:
             features = [torch.log1p(available["innovation"]), available["surprise"], *facts]  # 6 x [B, C, N]
             chosen = features if self.learned_features == "state" else []
-            logits["learned"] = _logit(self.learned, _beside(x, chosen))  # [B, C, N]
+            logits["learned"] = _logit(self.learned, x, chosen)  # [B, C, N]
         if self.mixed is not None:
             # errors have long tails
             features = [torch.log1p(available[name].detach()) for name in MIXED]  # 6 x [B, C, N]
-            logits["mix"] = _logit(self.mixed, _beside(x, [*features, *facts]))  # [B, C, N]
+            logits["mix"] = _logit(self.mixed, x, [*features, *facts])  # [B, C, N]
         return logits
 
     def _expect(
@@ -226,16 +235,18 @@ class Router(nn.Module):
         return relative, replace(carried, streams=after)
 
 
-def _beside(x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-    """The token and some numbers about it, [B, C, N, D + features]."""
-    return torch.cat([x, torch.stack(features, dim=-1)], -1) if features else x
+def _logit(learner: nn.Sequential, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+    """A learner's score of the token and some numbers about it, its last sum in full precision, [B, C, N].
 
-
-def _logit(learner: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
-    """A learner's score, its last sum in full precision, [B, C, N, I] -> [B, C, N]."""
-    hidden = learner[:-1](features)  # [B, C, N, hidden]
-    with torch.autocast(features.device.type, enabled=False):
-        return learner[-1](hidden.to(learner[-1].weight.dtype)).squeeze(-1)
+    The first map is taken in two: a token joined to a few numbers would be copied, and as wide as no fast product is.
+    """
+    first, last, D = learner[0], learner[-1], x.shape[-1]
+    hidden = F.linear(x, first.weight[:, :D], first.bias)  # [B, C, N, hidden]
+    if features:
+        hidden = hidden + F.linear(torch.stack(features, -1), first.weight[:, D:])  # [B, C, N, hidden]
+    hidden = learner[1:-1](hidden)  # [B, C, N, hidden]
+    with torch.autocast(x.device.type, enabled=False):
+        return last(hidden.to(last.weight.dtype)).squeeze(-1)
 
 
 def loudest_channel(scores: torch.Tensor, routable: torch.Tensor) -> torch.Tensor:
