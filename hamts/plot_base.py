@@ -32,8 +32,13 @@ REASONS = {
     "innovation": ("#009E73", "v"),
     "learned": ("#0072B2", "o"),
     "mix": ("#000000", "P"),
+    # eight colours are all that can be told apart: the rest differ in lightness and marker
+    "error": ("#8c510a", "<"),
+    "write": ("#7a7a7a", ">"),
+    "uncertainty": ("#5e3c99", "X"),
+    "residual": ("#a6761d", "p"),
 }
-ANY_REASON = ("#000000", "P")
+ANY_REASON = ("#000000", "*")
 ID_NAMES, TIME_NAMES = ("unique_id", "item_id"), ("ds", "timestamp")
 # points of a line beyond which more cannot be seen
 MOST_POINTS = 4000

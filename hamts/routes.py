@@ -28,19 +28,30 @@ from hamts.nn.trace import LayerTrace
 from hamts.reader import HAMNetwork
 from hamts.refusals import refuse_rival
 from hamts.rollout import Rollout, roll
-from hamts.routes_columns import Times, layer_names, observed_values
+from hamts.routes_columns import Times, layer_names, observed_values, tags_of
 from hamts.routes_fates import arrivals_of, eviction_patches, with_later_tags
 from hamts.routes_reads import add_reads
-from hamts.routes_sets import SetWorth, worth_together
-from hamts.routes_summary import Overlap, check_group, judge_worth, overlap, summarise, tagged_not_kept, worth_nothing
+from hamts.routes_sets import SetWorth, worth_by_reason, worth_together
+from hamts.routes_summary import (
+    Overlap,
+    check_group,
+    inside_share,
+    judge_worth,
+    overlap,
+    overlap_by_reason,
+    summarise,
+    tagged_not_kept,
+    worth_nothing,
+)  # fmt: skip
 from hamts.routes_worth import add_worth
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
 
 __all__ = [
-    "By", "Overlap", "SetWorth", "add_reads", "add_worth", "forecaster_routes", "judge_worth", "overlap",
-    "routes_table", "tagged_not_kept", "worth_nothing", "worth_together",
+    "By", "Overlap", "SetWorth", "add_reads", "add_worth", "forecaster_routes", "inside_share", "judge_worth",
+    "overlap", "overlap_by_reason", "routes_table", "tagged_not_kept", "worth_by_reason", "worth_nothing",
+    "worth_together",
 ]  # fmt: skip
 
 By = Literal["entry", "channel", "hour", "weekday", "tag", "layer", "reason"]
@@ -329,7 +340,7 @@ def _entry_rows(
     n_steps, value = observed_values(
         store, ledger.row, ledger.channel, np.array([c.kind == "categorical" for c in channels])
     )
-    tag, is_event = _tags(store, panel, ledger.row)
+    tag, is_event = tags_of(store, panel, ledger.row)
     best = _best(network, ledger)
     reason = np.where(ledger.must_keep, np.where(is_event, "event", "action"), best["reason"]).astype(object)
     own = np.where(held[:, None], fate.held, np.where(dropped[:, None], fate.gone, False))  # [T, L]
@@ -356,17 +367,6 @@ def _entry_rows(
             "bytes": fate.held.sum(1) * entry_bytes,
         }
     )
-
-
-def _tags(store: PatchStore, panel: Panel, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Names of the channels tagged in each token's patch, and whether one of them is an event: 2 x [T]."""
-    tagged = (store.tags & ~torch.isnan(store.values)).any(1).numpy()  # [R, C]
-    sets, code = np.unique(tagged, axis=0, return_inverse=True)  # [U, C], [R]
-    channels = panel.schema.channels
-    text = np.array([",".join(c.name for c, on in zip(channels, line, strict=True) if on) for line in sets], object)
-    event = (sets & np.array([c.role == "event" for c in channels])).any(1)  # [U]
-    own = code.reshape(-1)[row]  # [T]
-    return text[own], event[own]
 
 
 def _best(network: HAMNetwork, ledger: Ledger) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
-"""Columns of the routed-steps table that are read off the rows: times, values and names of layers.
+"""Columns of the routed-steps table that are read off the rows: times, values, tags and layers.
 
 T tokens with something observed · P steps in a patch · L layers
+R rows of the store · C channels · U sets of tags
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 from hamts.data.clock import as_numbers, as_times, step_times
 from hamts.data.panel import Panel
 from hamts.data.patches import PatchStore
 
-__all__ = ["Times", "layer_names", "observed_values"]
+__all__ = ["Times", "layer_names", "observed_values", "tags_of"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,14 @@ def layer_names(own: np.ndarray) -> np.ndarray:
     sets, code = np.unique(own, axis=0, return_inverse=True)  # [U, L], [T]
     text = np.array([",".join(str(layer) for layer in np.flatnonzero(line)) for line in sets], dtype=object)
     return text[code.reshape(-1)]
+
+
+def tags_of(store: PatchStore, panel: Panel, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Names of the channels tagged in each token's patch, and whether one of them is an event: 2 x [T]."""
+    tagged = (store.tags & ~torch.isnan(store.values)).any(1).numpy()  # [R, C]
+    sets, code = np.unique(tagged, axis=0, return_inverse=True)  # [U, C], [R]
+    channels = panel.schema.channels
+    text = np.array([",".join(c.name for c, on in zip(channels, line, strict=True) if on) for line in sets], object)
+    event = (sets & np.array([c.role == "event" for c in channels])).any(1)  # [U]
+    own = code.reshape(-1)[row]  # [T]
+    return text[own], event[own]

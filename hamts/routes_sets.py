@@ -8,7 +8,7 @@ S tokens of a set · E tokens held by one item · D random draws
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from hamts.routes_worth import CHANGE, LOSS, Dropper, Effects, Held, held_entrie
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
 
-__all__ = ["SetWorth", "worth_of_rows", "worth_together"]
+__all__ = ["SetWorth", "worth_by_reason", "worth_of_rows", "worth_together"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,21 @@ def worth_together(
         rows, network, store, panel, cutoffs=steps, steps=plan.h,
         policies=network.policy(torch.tensor([model._share(budget_share)])), seed=seed, random_draws=random_draws,
     )  # fmt: skip
+
+
+def worth_by_reason(model: HAMForecaster, df: Any, rows: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    """``worth_together`` of the rows of each reason, one line each.
+
+    Args:
+        options: arguments of ``worth_together``, ``cutoffs`` among them.
+    """
+    if rows.empty:
+        raise DataError("E-EMPTY", "There is no row whose worth could be told.", fix="Pass rows of model.routes(df).")
+    lines = []
+    for reason, own in rows.groupby("reason", sort=True):
+        found = worth_together(model, df, own, **options)
+        lines.append({"reason": reason, **asdict(found), "words": found.words})
+    return pd.DataFrame(lines)
 
 
 def worth_of_rows(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,10 @@ from hamts.errors import DataError
 __all__ = [
     "Overlap",
     "check_group",
+    "inside_share",
     "judge_worth",
     "overlap",
+    "overlap_by_reason",
     "summarise",
     "tagged_not_kept",
     "time_numbers",
@@ -199,6 +202,34 @@ def overlap(
     total = float((weight * inside).sum())
     recall = hits[0] / total if total > 0 else np.nan
     return _corrected(int(kept[0]), float(precision[0]), float(recall), precision[1:])
+
+
+def overlap_by_reason(table: pd.DataFrame, windows: pd.DataFrame, *, seed: int, **options: Any) -> pd.DataFrame:
+    """``overlap`` of what each router or kind of tag kept: one row per reason, and one for all of them together.
+
+    Args:
+        options: further arguments of ``overlap``; ``statuses`` says which rows count as kept.
+    """
+    statuses = options.get("statuses", ("kept",))
+    kept = table["status"].isin(list(statuses))
+    lines = []
+    for reason in [*sorted(set(table.loc[kept, "reason"])), "all"]:
+        own = (
+            table
+            if reason == "all"
+            else table.assign(status=table["status"].where(table["reason"].eq(reason), "below"))
+        )
+        lines.append({"reason": reason, **asdict(overlap(own, windows, seed=seed, **options))})
+    return pd.DataFrame(lines)
+
+
+def inside_share(table: pd.DataFrame, windows: pd.DataFrame) -> pd.Series:
+    """Share of the steps of each row that lie in a labelled window of its item, in the order of the table."""
+    order = table.sort_values(["unique_id", "ds_start"], kind="stable")
+    keys = order[["unique_id", "ds_start", "ds_end"]].drop_duplicates()
+    share = keys.assign(inside=_share_inside(keys.reset_index(drop=True), windows))
+    merged = table[["unique_id", "ds_start", "ds_end"]].merge(share, how="left")
+    return pd.Series(merged["inside"].to_numpy(), index=table.index, name="inside")
 
 
 def _corrected(kept_steps: int, precision: float, recall: float, shifted: np.ndarray) -> Overlap:

@@ -18,7 +18,18 @@ from hamts.nn.head import pinball
 from hamts.ops import kernels, naive
 from hamts.ops.types import Attended
 from hamts.rollout import forecast_from
-from hamts.routes import add_reads, judge_worth, routes_table, tagged_not_kept, worth_nothing, worth_together
+from hamts.routes import (
+    add_reads,
+    inside_share,
+    judge_worth,
+    overlap,
+    overlap_by_reason,
+    routes_table,
+    tagged_not_kept,
+    worth_by_reason,
+    worth_nothing,
+    worth_together,
+)  # fmt: skip
 from hamts.routes_reads import forecast_reads, read_table
 from hamts.routes_sets import worth_of_rows
 from hamts.routes_summary import summarise
@@ -211,3 +222,40 @@ def test_summaries_carry_worth_and_attention(here: World) -> None:
     kept = table[table["status"] == "kept"].groupby("channel")["read_mass"].mean()
     pd.testing.assert_series_equal(summary["read_mass"].dropna(), kept)
     assert (summary["worth"].dropna() == 2.0).all()
+
+
+def test_overlap_of_each_reason_and_the_share_of_rows_inside_windows(here: World) -> None:
+    table = here.table()
+    windows = pd.DataFrame({
+        "unique_id": ["a"], "start": [pd.Timestamp("2024-04-02 03:00", tz="Europe/Berlin")],
+        "end": [pd.Timestamp("2024-04-08 20:00", tz="Europe/Berlin")],
+    })  # fmt: skip
+    ever = ("kept", "evicted", "quota_full")
+    lines = overlap_by_reason(table, windows, seed=0, statuses=ever, draws=50).set_index("reason")
+    kept = table[table["status"].isin(ever)]
+    assert set(lines.index) == {*kept["reason"], "all"}
+    assert lines.loc["all", "kept_steps"] == overlap(table, windows, seed=0, statuses=ever).kept_steps
+    inside = inside_share(table, windows)
+    own = table["unique_id"].eq("a")
+    assert (inside[~own] == 0).all()
+    starts, ends = table["ds_start"], table["ds_end"]
+    within = own & (starts >= windows["start"][0]) & (ends <= windows["end"][0])
+    assert (inside[within] == 1).all() and within.sum() > 20
+    assert (inside[own & ((ends < windows["start"][0]) | (starts > windows["end"][0]))] == 0).all()
+    # one channel's patches, by hand
+    event = kept[kept["reason"] == "event"].drop_duplicates(["unique_id", "ds_start"])
+    steps = table.groupby(["unique_id", "ds_start"])["n_steps"].max()
+    weight = steps.loc[pd.MultiIndex.from_frame(event[["unique_id", "ds_start"]])].to_numpy()
+    assert lines.loc["event", "precision"] == pytest.approx((inside[event.index] * weight).sum() / weight.sum())
+
+
+def test_worth_by_reason_has_a_line_for_each_reason() -> None:
+    df = sine_frame(items=1, steps=300)
+    model = quick(df, 12, budget_share=0.4, router="surprise+innovation")
+    kept = model.routes(df).query("status == 'kept'")
+    cutoffs = [df["ds"].max() - pd.Timedelta(hours=24)]
+    lines = worth_by_reason(model, df, kept, cutoffs=cutoffs, seed=3)
+    assert lines["reason"].tolist() == sorted(set(kept["reason"]))
+    for line in lines.itertuples():
+        alone = worth_together(model, df, kept[kept["reason"] == line.reason], cutoffs=cutoffs, seed=3)
+        assert (line.worth, line.random_low, line.words) == (alone.worth, alone.random_low, alone.words)
