@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hamts.cost import bytes_within
 from hamts.data.calendar import calendar_features, supported_phases
 from hamts.data.clock import step_times
 from hamts.data.panel import Panel, Schema
@@ -143,6 +144,22 @@ def new_network(panel: Panel, plan: Plan, ends: np.ndarray) -> HAMNetwork:
     return network
 
 
+def within_cost(panel: Panel, plan: Plan, ends: np.ndarray) -> Plan:
+    """A plan whose bytes also keep its budgets of operations and milliseconds, as counted and timed on this machine.
+
+    Raises DataError E-OPTION: a budget below the cost of one entry.
+    """
+    memory = plan.memory
+    if (memory.budget_flops is None and memory.budget_ms is None) or plan.model.mixer != "ham":
+        return plan
+    network = new_network(panel, plan, ends)
+    try:
+        room = bytes_within(network, memory.budget_bytes, flops=memory.budget_flops, ms=memory.budget_ms)
+    except ValueError as error:
+        raise DataError("E-OPTION", str(error), fix="Raise the budget, or choose a smaller preset.") from error
+    return replace(plan, memory=replace(memory, budget_bytes=room))
+
+
 def training_days(panel: Panel, ends: np.ndarray) -> float:
     """Days from the first training row of all items to the last; 0 on an integer clock."""
     if panel.schema.frequency.kind == "integer":
@@ -223,6 +240,7 @@ def fit_panel(
 ) -> Fitted:
     """Train, then read every item to its end and rank the residuals of its last windows."""
     h = plan.h
+    plan = within_cost(panel, plan, tail.ends)
     network = new_network(panel, plan, tail.ends)
     panel = fill_static(panel, network)
     store = build_store(panel, patch_steps=plan.model.patch_steps, extra_steps=h, time_unit=plan.time_unit)

@@ -33,9 +33,9 @@ def item_groups(panel: Panel, by: str | None, group_col: str | None) -> np.ndarr
     column = panel.schema.static[categorical[0]]
     assert panel.static_values is not None
     codes = panel.static_values[:, categorical[0]]  # [I]
-    names = np.array([*map(str, column.levels), "unknown"], dtype=object)
-    place = np.where(np.isnan(codes) | (codes < 0) | (codes >= len(column.levels)), len(column.levels), codes)
-    return names[place.astype(np.int64)]
+    # code 0 is a category that fitting did not see
+    names = np.array(["unknown", *map(str, column.levels)], dtype=object)
+    return names[np.nan_to_num(codes, nan=0.0).astype(np.int64)]
 
 
 def mark_worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

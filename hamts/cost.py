@@ -1,0 +1,190 @@
+"""What reading one patch costs, and so how many entries a budget of operations or milliseconds allows.
+
+The cost is counted, or timed, on this machine with scratchpads of several sizes, and a line is fitted through it: all
+of a layer's work but the read is the same at any size, and the read grows with the entries.
+
+C channels · M entries · L layers
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hamts.data.patches import Chunk
+from hamts.nn.scratchpad import Entries
+from hamts.reader import HAMNetwork, StreamMemory
+
+__all__ = ["CostModel", "bytes_within", "fit_cost", "measure"]
+
+UNITS = ("flops", "ms")
+# the empty scratchpad is read by a way of its own
+SIZES = (32, 128, 512, 1024, 2048)
+WARM_RUNS, FEWEST_RUNS, MOST_RUNS, SECONDS_A_SIZE = 3, 10, 200, 0.4
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost of reading one patch of every channel of ``items`` items side by side, as a line over entries.
+
+    Attributes:
+        unit: ``flops``, those of matrix products, or ``ms``.
+        base: of the rest, with a scratchpad that is there but has no entries.
+        per_entry: of one more entry in every layer of every item.
+        entries, costs: what the line was fitted to.
+    """
+
+    unit: str
+    base: float
+    per_entry: float
+    items: int
+    entries: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    def cost(self, entries: float) -> float:
+        """Cost at so many entries in each layer of each item."""
+        return self.base + self.per_entry * entries
+
+    def within(self, budget: float) -> int:
+        """Most entries of a layer whose cost is within a budget.
+
+        Raises ValueError: the budget is below the cost of one entry.
+        """
+        if budget < self.cost(1):
+            raise ValueError(
+                f"budget_{self.unit} must be at least {self.cost(1):.4g}, which one entry costs. Got {budget:g}."
+                f" Choose budget_{self.unit}={self.cost(1) * 1.01:.4g} or more, or a smaller network."
+            )
+        return int((budget - self.base) / max(self.per_entry, 1e-30) + 1e-6)
+
+
+def fit_cost(
+    network: HAMNetwork, unit: str, *, items: int = 1, sizes: Sequence[int] = SIZES, seed: int = 0
+) -> CostModel:
+    """Count or time a network at several sizes of scratchpad, and fit a line through them.
+
+    Args:
+        unit: ``flops`` or ``ms``.
+        items: streams side by side.
+        sizes: entries of each layer.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"Unknown unit {unit!r}. Available: {sorted(UNITS)}.")
+    costs = [measure(network, unit, entries=size, items=items, seed=seed) for size in sizes]
+    # relative errors count, so that small scratchpads are told as well as large ones
+    weight = 1.0 / np.asarray(costs)  # [sizes]
+    table = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=np.float64)], 1)  # [sizes, 2]
+    (base, slope), *_ = np.linalg.lstsq(table * weight[:, None], np.ones(len(sizes)), rcond=None)
+    return CostModel(unit, float(base), max(float(slope), 0.0), items, tuple(sizes), tuple(costs))
+
+
+def measure(network: HAMNetwork, unit: str, *, entries: int, items: int = 1, seed: int = 0) -> float:
+    """Cost of reading one patch with so many entries in each layer's scratchpad: operations, or median milliseconds."""
+    device, was_training = network.head.project.weight.device, network.training
+    network.eval()
+    memory, chunk = filled_memory(network, items, entries, seed), random_chunk(network, items, seed)
+    policy = replace(network.policy(torch.full((items,), 0.1), capped=False), threshold="fixed")
+
+    def read() -> None:
+        with torch.no_grad():
+            network(chunk, memory, policy, stepwise=True, decode=False)
+
+    if unit == "flops":
+        counter = FlopCounterMode(display=False)
+        with counter:
+            read()
+        cost = float(counter.get_total_flops())
+    else:
+        cost = _median_ms(read, device)
+    network.train(was_training)
+    return cost
+
+
+def _median_ms(run: Callable[[], None], device: torch.device) -> float:
+    """Median wall-clock milliseconds of a call, after a few to warm up."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for _ in range(WARM_RUNS):
+        once()
+    times, spent = [], 0.0
+    while len(times) < FEWEST_RUNS or (spent < SECONDS_A_SIZE and len(times) < MOST_RUNS):
+        times.append(once())
+        spent += times[-1]
+    return 1e3 * statistics.median(times)
+
+
+def filled_memory(network: HAMNetwork, items: int, entries: int, seed: int) -> StreamMemory:
+    """A memory whose scratchpads hold so many entries each, of random content and older than the window."""
+    empty = network.empty_memory(items)
+    generator = torch.Generator().manual_seed(seed)
+    channels = len(network.spec.roles)
+
+    def fill(pad: Entries) -> Entries:
+        def random(like: torch.Tensor) -> torch.Tensor:
+            shape = (items, entries, *like.shape[2:])
+            if like.dtype == torch.bool or not like.dtype.is_floating_point:
+                return torch.zeros(shape, dtype=like.dtype, device=like.device)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+        names = [name for name, value in vars(pad).items() if value is not None]
+        filled = Entries(**{name: random(getattr(pad, name)) for name in names})
+        place = torch.arange(entries, device=pad.alive.device).expand(items, entries)  # [B, M]
+        return replace(
+            filled,
+            alive=torch.ones_like(filled.alive),
+            channel=place % channels,
+            position=(place // channels - entries - network.config.window_patches).to(filled.position),
+        )
+
+    layers = [replace(layer, scratchpad=fill(layer.scratchpad)) for layer in empty.layers]
+    return replace(empty, layers=layers)
+
+
+def random_chunk(network: HAMNetwork, items: int, seed: int) -> Chunk:
+    """One observed patch of every channel."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    spec, P = network.spec, network.config.patch_steps
+    grid = (items, len(spec.roles), 1, P)
+    values = torch.randn(grid, generator=generator, dtype=torch.float64)  # [B, C, 1, P]
+    coded = torch.tensor([n > 0 for n in spec.levels])[:, None, None]  # [C, 1, 1]
+    values = torch.where(coded, 0.0, values)  # [B, C, 1, P]
+    nothing = torch.zeros(grid, dtype=torch.bool)
+    return Chunk(
+        values=values,
+        observed=~nothing,
+        tags=nothing,
+        event_offset=torch.zeros(grid),
+        calendar=torch.zeros(items, 1, spec.calendar_features),
+        present=torch.ones(items, 1, dtype=torch.bool),
+        complete=torch.ones(items, len(spec.roles), 1, dtype=torch.bool),
+        position=torch.zeros(items, 1, dtype=torch.float64),
+        elapsed=torch.ones(items, 1),
+        static_values=torch.zeros(items, spec.static_numeric),
+        static_codes=torch.zeros(items, len(spec.static_levels), dtype=torch.int64),
+        truth=values,
+    )
+
+
+def bytes_within(network: HAMNetwork, policy_bytes: int, *, flops: float | None, ms: float | None) -> int:
+    """The smallest of a budget of bytes and what budgets of operations and milliseconds allow, in bytes.
+
+    Raises ValueError: a budget below the cost of one entry.
+    """
+    allowed = policy_bytes
+    for unit, budget in (("flops", flops), ("ms", ms)):
+        if budget is not None:
+            entries = fit_cost(network, unit).within(budget)
+            allowed = min(allowed, entries * network.entry_bytes() * network.config.layers)
+    return allowed

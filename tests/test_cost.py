@@ -1,0 +1,67 @@
+"""The cost model: operations are counted, the line holds between its points, and budgets become entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import make_config, make_network
+
+from hamts.cost import CostModel, bytes_within, filled_memory, fit_cost, measure
+from hamts.reader import HAMNetwork
+
+
+def small() -> HAMNetwork:
+    return make_network(make_config(), dtype=torch.float32)
+
+
+def test_operations_asked_for_are_those_counted() -> None:
+    network = small()
+    model = fit_cost(network, "flops")
+    assert model.per_entry > 0 and model.base > 0
+    for asked in (model.cost(100), model.cost(700), model.cost(1800)):
+        entries = model.within(asked)
+        counted = measure(network, "flops", entries=entries)
+        assert abs(counted - asked) <= 0.1 * asked
+        # one more entry would not fit
+        assert model.cost(entries + 1) > asked >= 0.999999 * model.cost(entries)
+
+
+def test_operations_grow_by_the_products_of_the_read() -> None:
+    network = small()
+    more = [measure(network, "flops", entries=n + 100) - measure(network, "flops", entries=n) for n in (200, 900)]
+    assert more[0] == more[1]
+    H, K, C, R, layers = 2, 8, len(network.spec.roles), 3, network.config.layers
+    # keys with a bias for the entry and for each channel, values with marks for each channel
+    products = 100 * layers * C * H * 2 * ((K + 1 + C) + (K + C * R))
+    assert products <= more[0] <= 1.05 * products
+
+
+def test_a_filled_memory_holds_what_it_says() -> None:
+    network = small()
+    memory = filled_memory(network, 2, 37, 0)
+    for layer in memory.layers:
+        assert layer.scratchpad.alive.sum(1).tolist() == [37, 37]
+        assert (layer.scratchpad.position < 0).all() and layer.scratchpad.keys.isfinite().all()
+
+
+def test_milliseconds_are_positive_and_fitted_by_a_line() -> None:
+    model = fit_cost(small(), "ms", sizes=(32, 2048))
+    assert model.unit == "ms" and model.base > 0 and len(model.costs) == 2
+    assert all(cost > 0 for cost in model.costs)
+
+
+def test_budgets_become_bytes_and_the_smallest_holds() -> None:
+    network = small()
+    model = fit_cost(network, "flops")
+    size = network.entry_bytes() * network.config.layers
+    assert bytes_within(network, 10**9, flops=model.cost(50), ms=None) == pytest.approx(50 * size, abs=size)
+    assert bytes_within(network, 20 * size, flops=model.cost(50), ms=None) == 20 * size
+    assert bytes_within(network, 123, flops=None, ms=None) == 123
+
+
+def test_a_budget_below_one_entry_says_the_smallest_that_works() -> None:
+    model = CostModel("ms", base=2.0, per_entry=0.01, items=1, entries=(0,), costs=(2.0,))
+    with pytest.raises(ValueError, match=r"budget_ms must be at least 2.01, which one entry costs. Got 1.5"):
+        model.within(1.5)
+    with pytest.raises(ValueError, match=r"Unknown unit 'watts'. Available: \['flops', 'ms'\]"):
+        fit_cost(small(), "watts")
