@@ -1,8 +1,8 @@
 """Compiling the parts of a network that are many small operations in a row.
 
 The recurrence and the read are kernels already; between them lie convolutions, norms, rotations and gates, each a pass
-over memory of its own unless they are fused. Sizes that change, like the number of restarted streams, are compiled as symbols
-at their second value, and nothing is compiled anew after that.
+over memory of its own unless they are fused. Sizes that change, like the number of restarted streams, are compiled as
+symbols at their second value, and nothing is compiled anew after that.
 """
 
 from __future__ import annotations
