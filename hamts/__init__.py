@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hamts.config import ModelConfig
     from hamts.data.catalog import list_datasets, load_dataset
     from hamts.data.frame import split
-    from hamts.errors import DataError, DataWarning, ModelFolderError
+    from hamts.errors import DataError, DataWarning, ModelFolderError, StateFolderError
     from hamts.forecast import Forecast
     from hamts.forecaster import HAMForecaster, fit, load
     from hamts.stream import Stream
@@ -26,6 +26,7 @@ __all__ = [
     "HAMForecaster",
     "ModelConfig",
     "ModelFolderError",
+    "StateFolderError",
     "Stream",
     "fit",
     "list_datasets",
@@ -41,6 +42,7 @@ _HOME = {
     "HAMForecaster": "hamts.forecaster",
     "ModelConfig": "hamts.config",
     "ModelFolderError": "hamts.errors",
+    "StateFolderError": "hamts.errors",
     "Stream": "hamts.stream",
     "fit": "hamts.forecaster",
     "list_datasets": "hamts.data.catalog",
@@ -51,6 +53,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "probes":
+        # a package of its own beside this one, reached through it
+        return import_module("probes")
     if name not in _HOME:
         raise AttributeError(f"module 'hamts' has no attribute {name!r}. Available: {', '.join(__all__)}.")
     value = getattr(import_module(_HOME[name]), name)
