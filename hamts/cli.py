@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -51,11 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("always", DataWarning)
         warnings.showwarning = show_warning
         try:
+            add_commands()
             app(args=None if arguments is None else list(arguments), prog_name="hamts")
         except DataError as error:
             error.fix = FIXES.get(error.code, error.fix)
             show_error(error)
             sys.exit(EXIT_BAD_INPUT)
+
+
+def add_commands() -> None:
+    """Groups of commands of other packages: entry points of the group ``hamts.commands``, each a typer app."""
+    known = {group.name for group in app.registered_groups}
+    for entry in entry_points(group="hamts.commands"):
+        if entry.name not in known:
+            app.add_typer(entry.load(), name=entry.name)
 
 
 def names(text: str | None) -> list[str] | None:

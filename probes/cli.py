@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -112,6 +112,7 @@ def run(  # noqa: PLR0913 - one option for each argument
 
     asked = chosen(names, everything)
     smoke = preset == "smoke"
+    options: dict[str, Any] = {"readout": readout, "steps": steps} if tier == "T1" else {}
     with usage():
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
@@ -121,7 +122,7 @@ def run(  # noqa: PLR0913 - one option for each argument
             routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
             budgets=tuple(float(b) for b in words(budgets)) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),
             seeds=seeds or (SMOKE_SEEDS if smoke else PRESETS[preset].train_seeds),
-            **({"readout": readout, "steps": steps} if tier == "T1" else {}),
+            **options,
         )  # fmt: skip
     console().print(load_report(out).to_markdown(), markup=False)
     console().print(f"next: hamts probes report {out}")

@@ -96,6 +96,8 @@ def _score_stream(
     }  # fmt: skip
     fixed, exact = memory_bytes(context.memory)
     metrics |= {"bytes_state": fixed, "bytes_kv": exact, "bytes_total": fixed + exact}
+    if "baseline" in batch.extra:
+        metrics |= _counterfactual(answer, batch)
     chosen, layers = _selected(net, batch, context, metrics)
     metrics["skill_flags_permuted"] = _permuted_skill(net, batch, rows, float(floor.nanmean()))
     kept_any = chosen.any_row if chosen is not None else torch.zeros_like(batch.asked)
@@ -145,6 +147,18 @@ def _selected(
             row["auroc"] = ranks_auroc(trace.scores[:, 0, :, 0], batch.crit[:, :T])
         layers.append(row)
     return chosen, layers
+
+
+def _counterfactual(answer: torch.Tensor, batch: ProbeBatch) -> dict[str, float]:
+    """Effect error by rows ahead, and value lost by choosing plans on the answers."""
+    from probes.suites.cfr import CHANNELS, effect_by_tau, plan_regret
+
+    horizon = batch.extra["baseline"].shape[1]
+    found = {f"effect_tau_{t + 1}": float(v) for t, v in enumerate(effect_by_tau(answer, batch, horizon))}
+    found["regret_cost"] = float(plan_regret(answer, batch, horizon).mean())
+    if batch.y.shape[-1] > horizon * CHANNELS:
+        found["regret_reward"] = float(plan_regret(answer, batch, horizon, by="reward").mean())
+    return found
 
 
 def _slices(
