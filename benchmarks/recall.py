@@ -33,6 +33,7 @@ from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
 from hamts.nn.backbone import Block
 from hamts.nn.controls import Control
+from hamts.nn.ham import HAMLayer
 from hamts.nn.mixers import layer_makers
 from hamts.nn.tokens import Policy, Tokens
 from hamts.ops.attend import attend
@@ -56,20 +57,30 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned-token": {"router": "learned", "learned_features": "token"},
     "surprise": {"router": "surprise", "head_reduction": "min"},
     "error": {"router": "error", "head_reduction": "min"},
+    "learned-shared": {"router": "learned"},
+    "learned-token-shared": {"router": "learned", "learned_features": "token"},
+    "surprise-shared": {"router": "surprise", "head_reduction": "min"},
 }
+# variants whose scratchpad holds the keys and values that the state is written with, after the short convolution
+SHARED = "-shared"
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One length of the ladder."""
+    """One length of the ladder; ``tokens_per_pair`` may be fewer in training, so that a state overflows early."""
 
     length: int
     sequences: int
     steps: int
+    tokens_per_pair: int = TOKENS_PER_PAIR
 
 
-LADDER = (Rung(64, 256, 900), Rung(256, 96, 500), Rung(1024, 32, 300), Rung(4096, 12, 160))
-SMOKE = (Rung(32, 8, 3), Rung(64, 4, 2))
+# the rate falls from the beginning, or only at the end
+LADDERS: dict[str, tuple[Rung, ...]] = {
+    "registered": (Rung(64, 256, 800), Rung(256, 96, 400), Rung(1024, 32, 250), Rung(4096, 12, 120)),
+    "dense": (Rung(64, 128, 350, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
+}
+SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,12 @@ class WideBlocks(Kernels):
 # --- data
 
 
-def draw_recall(length: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_recall(
+    length: int, count: int, generator: torch.Generator, tokens_per_pair: int = TOKENS_PER_PAIR
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences and what is right at each place, -1 where nothing is asked: 2 x [B, L]."""
     device = generator.device
-    pairs = length // TOKENS_PER_PAIR
+    pairs = length // tokens_per_pair
     ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (count, length), generator=generator, device=device)
 
     def chosen(most: int) -> torch.Tensor:
@@ -105,7 +118,9 @@ def draw_recall(length: int, count: int, generator: torch.Generator) -> tuple[to
     return ids, right
 
 
-def draw_needle(length: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_needle(
+    length: int, count: int, generator: torch.Generator, tokens_per_pair: int = TOKENS_PER_PAIR
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One marked pair, and its key again at the end: 2 x [B, L]."""
     device = generator.device
     ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (count, length), generator=generator, device=device)
@@ -125,14 +140,32 @@ TASKS = {"recall": draw_recall, "needle": draw_needle}
 # --- model
 
 
+class SharedKeys(HAMLayer):
+    """HAM whose scratchpad holds what its state is written with: keys and values after the short convolution.
+
+    The equations of the paper use one key and one value for both; ``HAMLayer`` keeps them from before the convolution.
+    """
+
+    def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        queries, keys, values = super()._convolved(padded)
+        self.written = keys, values  # 2 x [B C, N, H, K]
+        return queries, keys, values
+
+    def _local(self, raw_keys: torch.Tensor, raw_values: torch.Tensor, *rest: Any) -> Any:
+        keys, values = (x.reshape(raw_keys.shape) for x in self.written)
+        return super()._local(keys, values, *rest)
+
+
 class TokenModel(nn.Module):
     """Embedding, blocks of a memory layer and a gated MLP, and a head over the vocabulary."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, shared: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(MARKER + 1, config.width)
         makers = layer_makers(config, channels=1, budget_bytes=ROOMY_BYTES)
+        if shared:
+            makers = [lambda: SharedKeys(config)] * config.layers
         self.blocks = nn.ModuleList(Block(config, make) for make in makers)
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, VALUES)
@@ -192,8 +225,17 @@ def policies_of(model: TokenModel, share: torch.Tensor, **changes: Any) -> list[
 # --- training
 
 
-def train(model: TokenModel, ladder: tuple[Rung, ...], *, rate: float, seed: int, device: str) -> list[dict[str, Any]]:
-    """Up the ladder; the curve of it."""
+def train(
+    model: TokenModel,
+    ladder: tuple[Rung, ...],
+    *,
+    rate: float,
+    seed: int,
+    device: str,
+    late: bool,
+    after: Callable[[int, list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
     generator = torch.Generator(device=device).manual_seed(seed)
     explore = torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -203,7 +245,7 @@ def train(model: TokenModel, ladder: tuple[Rung, ...], *, rate: float, seed: int
         for step in range(rung.steps):
             done += 1
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(done / 50, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done / total)))
+                group["lr"] = rate * min(done / 50, 1.0) * rate_left(done / total, late=late)
             ids, right, share = draw_batch(rung, generator)
             policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
             logits, traces = model(ids, policies)
@@ -220,13 +262,21 @@ def train(model: TokenModel, ladder: tuple[Rung, ...], *, rate: float, seed: int
                 point = {"step": done, "length": rung.length, "loss": round(float(loss.detach()), 4)}
                 curve.append(point | {"s": round(time.perf_counter() - began, 1)})
                 print(json.dumps(curve[-1]), flush=True)
+        after(rung.length, curve)
     return curve
+
+
+def rate_left(done: float, *, late: bool) -> float:
+    """Share of the learning rate: a half cosine over the whole ladder; or all of it until the last third."""
+    if late:
+        return min(1.0, max(0.1, (1.0 - done) * 3))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Half of each task; half of the streams at the usage of the claim, the others at any."""
     half = rung.sequences // 2
-    parts = [draw(rung.length, half, generator) for draw in TASKS.values()]
+    parts = [draw(rung.length, half, generator, rung.tokens_per_pair) for draw in TASKS.values()]
     ids, right = (torch.cat(both) for both in zip(*parts, strict=True))
     anything = torch.rand(len(ids), generator=generator, device=ids.device)  # [B]
     share = torch.where(torch.arange(len(ids), device=ids.device) % 2 == 0, SHARE, anything)
@@ -244,7 +294,7 @@ def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: st
     ham = model.config.mixer == "ham"
     for length in lengths:
         generator = torch.Generator(device=device).manual_seed(10_000)
-        side = max(1, min(sequences, 2**15 // length))
+        side = max(1, min(sequences, 2**16 // length))
         batches = {
             task: [draw(length, side, generator) for _ in range(-(-sequences // side))] for task, draw in TASKS.items()
         }
@@ -295,50 +345,65 @@ def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, devic
     }
 
 
-def run_one(name: str, *, rate: float, seed: int, smoke: bool, folder: Path) -> dict[str, Any]:
+def run_one(name: str, *, rate: float, seed: int, ladder_name: str, folder: Path) -> dict[str, Any]:
     """Train and measure one model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ladder = SMOKE if smoke else LADDER
+    smoke = ladder_name == "smoke"
+    ladder = SMOKE if smoke else LADDERS[ladder_name]
     sizes = {"width": 64, "layers": 2, "heads": 2, "patch_steps": 1, "dropout": 0.0, "router": "learned"}
     config = ModelConfig(**(sizes | MODELS[name]))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = TokenModel(config)
+        model = TokenModel(config, shared=name.endswith(SHARED))
     model.to(device)
     began = time.perf_counter()
-    curve = train(model, ladder, rate=rate, seed=seed, device=device)
-    train_s = time.perf_counter() - began
-    lengths = [rung.length for rung in ladder]
     cell = {
-        "model": name, "rate": rate, "seed": seed, "train_s": round(train_s, 1),
-        "weights": sum(p.numel() for p in model.parameters()), "ladder": [vars(rung) for rung in ladder],
+        "model": name, "rate": rate, "seed": seed, "weights": sum(p.numel() for p in model.parameters()),
+        "ladder_name": ladder_name, "ladder": [vars(rung) for rung in ladder],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "curve": curve, "rows": measure(model, lengths, sequences=8 if smoke else 256, device=device),
-        "s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = cell_path(folder, name, rate, seed)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(cell, indent=1) + "\n")
-    partial_path.replace(path)
+    path = cell_path(folder, name, rate, seed, ladder_name)
+    sequences = 8 if smoke else 128
+
+    def note(length: int, curve: list[dict[str, Any]]) -> None:
+        """What is known on each rung but the last, in case that is never reached."""
+        if length == ladder[-1].length:
+            return
+        rows = measure(model, [length], sequences=sequences, device=device)
+        write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
+        model.train()
+
+    curve = train(model, ladder, rate=rate, seed=seed, device=device, late=ladder_name == "dense", after=note)
+    rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
+    cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}
+    write(path, cell)
+    path.with_suffix(".rung").unlink(missing_ok=True)
     return cell
 
 
-def cell_path(folder: Path, name: str, rate: float, seed: int) -> Path:
-    return folder / f"{name}--lr{rate:g}--seed{seed}.json"
+def write(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(content, indent=1) + "\n")
+    partial_path.replace(path)
 
 
-def run_side_by_side(jobs: list[tuple[str, float, int]], *, folder: Path, most: int, limit_s: float) -> None:
+def cell_path(folder: Path, name: str, rate: float, seed: int, ladder: str) -> Path:
+    return folder / f"{ladder}--{name}--lr{rate:g}--seed{seed}.json"
+
+
+def run_side_by_side(jobs: list[tuple[str, float, int, str]], *, folder: Path, most: int, limit_s: float) -> None:
     """Each job in a process of its own on the one GPU; those that are not done in time are ended."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting, running, began = list(jobs), [], time.monotonic()
     while waiting or running:
         while waiting and len(running) < most:
-            name, rate, seed = waiting.pop(0)
+            name, rate, seed, ladder = waiting.pop(0)
             command = [sys.executable, "-m", "benchmarks.recall", "--one", name, "--rates", str(rate)]
-            command += ["--seeds", str(seed), "--folder", str(folder)]
-            log = (folder / f"{name}--lr{rate:g}--seed{seed}.log").open("w")
+            command += ["--seeds", str(seed), "--folder", str(folder), "--ladder", ladder]
+            log = cell_path(folder, name, rate, seed, ladder).with_suffix(".log").open("w")
             running.append((name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
         time.sleep(0.5)
         running = [(name, process) for name, process in running if process.poll() is None]
@@ -352,8 +417,8 @@ def run_side_by_side(jobs: list[tuple[str, float, int]], *, folder: Path, most: 
 def table(folder: Path) -> str:
     """Accuracy by model, memory and length, as Markdown."""
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    lines = ["| model | lr | seed | task | memory | usage | length: accuracy | kept by layer | scratchpad attention |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines = ["| ladder | model | lr | seed | task | memory | usage | length: accuracy | kept by layer | attention |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for cell in cells:
         seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in cell["rows"]:
@@ -364,7 +429,7 @@ def table(folder: Path) -> str:
             label = memory if allocation == "uniform" else f"{memory}, one threshold"
             kept = " ".join(f"{x:.2f}" for x in last["kept_by_layer"])
             mass = " ".join(f"{x:.2f}" for x in last["scratchpad_attention_by_layer"])
-            which = f"{cell['model']} | {cell['rate']:g} | {cell['seed']}"
+            which = f"{cell['ladder_name']} | {cell['model']} | {cell['rate']:g} | {cell['seed']}"
             lines.append(f"| {which} | {task} | {label} | {usage:g} | {said} | {kept} | {mass} |")
     return "\n".join(lines)
 
@@ -378,15 +443,17 @@ def main() -> None:
     parser.add_argument("--side-by-side", type=int, default=8, help="processes on the one GPU")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which what runs is ended")
     parser.add_argument("--one", choices=list(MODELS), help="train this model here")
+    parser.add_argument("--ladder", choices=list(LADDERS), default="registered")
     parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
-    jobs = [(name, rate, seed) for seed in options.seeds for rate in options.rates for name in options.models]
+    ladder = "smoke" if options.smoke else options.ladder
+    jobs = [(name, rate, seed, ladder) for seed in options.seeds for rate in options.rates for name in options.models]
     if options.one or options.smoke:
         names = [options.one] if options.one else options.models
         for name in names:
-            run_one(name, rate=options.rates[0], seed=options.seeds[0], smoke=options.smoke, folder=options.folder)
+            run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
     elif not options.table:
         missing = [job for job in jobs if options.again or not cell_path(options.folder, *job).exists()]
         run_side_by_side(missing, folder=options.folder, most=options.side_by_side, limit_s=options.limit)
