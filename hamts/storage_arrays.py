@@ -47,8 +47,8 @@ def pack_arrays(arrays: Mapping[str, np.ndarray | torch.Tensor]) -> tuple[bytes,
             array = _as_array(name, array)
         if array.dtype.name not in KINDS.values():
             raise ValueError(f"Array {name!r} must hold one of {sorted(KINDS.values())}. Got {array.dtype}.")
-        # safetensors takes memory as it lies
-        plain[name] = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        # safetensors takes memory as it lies; nothing is copied that lies well
+        plain[name] = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
     return save(plain), sorted(tensors)
 
 

@@ -76,7 +76,8 @@ def open_stream(
         model: a fitted model, or its folder. A new stream needs one and keeps a copy; later it may be left out, and
             one that is given must be the same.
         history: rows to start a new stream from; default what the model remembers. A stream that goes on ignores it.
-        commit_every: rows (1000) or time ("30s") after which an update commits; None: only ``commit`` and ``close``.
+        commit_every: rows (1000) or time ("30s") after which an update commits; None: only ``commit`` and ``close``. A
+            commit writes the whole state and waits for the disk: choose it by the state's size.
         sink: where forecasts and alerts come out with each commit.
         read_only: look at the last commit, even while another process writes; nothing can be committed.
         options: of ``HAMForecaster.stream`` for a new stream.

@@ -284,6 +284,86 @@ def test_what_a_generation_that_was_given_up_said_is_set_aside_and_said_again(tm
     assert (out / "said-00000003.jsonl.retracted").exists()
 
 
+def fail_on(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, when: Any) -> None:
+    """Let a function of a module fail for some of its first arguments."""
+    real = getattr(module, name)
+
+    def failing(first: Any, *rest: Any, **more: Any) -> Any:
+        if when(first):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(first, *rest, **more)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+def test_what_cannot_be_written_is_not_committed_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    sink = FolderSink(tmp_path / "out")
+    with fake(tmp_path / "state", commit_every=None, sink=sink) as stream:
+        sink.add("said", [{"row": 1}])
+        stream.update([1.0])
+        with monkeypatch.context() as patch:
+            fail_on(patch, os, "fsync", lambda _: True)
+            with pytest.raises(DataError, match="E-OUTPUT-WRITE.*not committed either"):
+                stream.commit()
+        assert stream.last_commit.generation == 0
+        sink.add("said", [{"row": 2}])
+        stream.update([2.0])
+    assert lines_of(tmp_path / "out") == {"said-00000001.jsonl": [{"row": 1}, {"row": 2}]}
+
+
+def test_what_was_committed_but_could_not_come_out_comes_out_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    sink = FolderSink(tmp_path / "out")
+    stream = fake(tmp_path / "state", commit_every=None, sink=sink)
+    sink.add("said", [{"row": 1}])
+    stream.update([1.0])
+    with monkeypatch.context() as patch:
+        fail_on(patch, os, "replace", lambda path: str(path).endswith(".staged"))
+        with pytest.raises(DataError, match="E-OUTPUT-WRITE.*next commit or start"):
+            stream.commit()
+    stream.store.close()
+    assert lines_of(tmp_path / "out") == {}
+    fake(tmp_path / "state", sink=FolderSink(tmp_path / "out")).close()
+    assert lines_of(tmp_path / "out") == {"said-00000001.jsonl": [{"row": 1}]}
+
+
+def test_after_a_disk_failed_at_the_last_step_the_next_start_knows_what_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CURRENT.json was renamed, the flush of its folder failed: rows must be neither lost nor said twice."""
+    import hamts.stream_store as module
+
+    sink = FolderSink(tmp_path / "out")
+    with pytest.raises(StateFolderError, match="E-STATE-UNSURE"):  # noqa: SIM117
+        with fake(tmp_path / "state", commit_every=None, sink=sink) as stream:
+            sink.add("said", [{"row": 1}])
+            stream.update([1.0], position={"row": 1})
+            flushes = iter((False, True))
+            fail_on(monkeypatch, module, "sync_folder", lambda _: next(flushes))
+            stream.commit()
+    monkeypatch.undo()
+    assert lines_of(tmp_path / "out") == {}
+    with fake(tmp_path / "state", sink=FolderSink(tmp_path / "out")) as stream:
+        assert stream.position == {"row": 1}
+    assert lines_of(tmp_path / "out") == {"said-00000001.jsonl": [{"row": 1}]}
+
+
+def test_reading_leaves_no_trace(tmp_path: Path) -> None:
+    fake(tmp_path).close()
+    (tmp_path / "LOCK").unlink()
+    (tmp_path / ".CURRENT.writing-1-00000000").write_bytes(b"of a writer")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert StateStore(tmp_path, read_only=True).load(FakeStream.model_hash) is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_a_new_stream_does_not_mix_with_what_another_one_said(tmp_path: Path) -> None:
     for name in ("one", "two"):
         with pytest.raises(DataError, match="E-EXISTS") if name == "two" else warnings.catch_warnings():
