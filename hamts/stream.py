@@ -30,9 +30,9 @@ from hamts.stream_report import UpdateReport, notes_of
 from hamts.stream_rows import judge_rows
 from hamts.stream_spill import Spill
 from hamts.stream_state import ItemTable, MemoryStore, StreamItems, item_columns
-from hamts.stream_step import Stepper
+from hamts.stream_step import PatchRows, Stepper
 from hamts.stream_tables import memory_table, routes_table, stats_table, surprise_table, usage_table
-from hamts.stream_update import Advance, Scored
+from hamts.stream_update import Advance, Scored, open_tail
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
@@ -351,6 +351,18 @@ class Stream:
                 fix="Pass update their rows.",
             )
         self._items.append(ids, rows, memory)
+
+    def _open_rows(self, slots: np.ndarray) -> PatchRows:
+        """The unfinished patch of some items as it stands."""
+        table = self._items.table
+        patch, begun = np.divmod(table["lead"][slots] + table["lengths"][slots], self._network.config.patch_steps)
+        tail = open_tail(table["tail_values"][slots], patch, table["lead"][slots], begun, self.schema)
+        return PatchRows(
+            values=tail,
+            offset=table["tail_offset"][slots] if "tail_offset" in table.columns else None,
+            patch=patch,
+            **{name: table[name][slots] for name in ("action_before", "starts", "lead", "static")},
+        )
 
     def _idle(self, steps: int) -> np.ndarray:
         table = self._items.table
