@@ -1,4 +1,4 @@
-"""The command line: ``hamts demo | fit | predict | stream | routes | report | datasets | doctor``.
+"""The command line: ``hamts demo | fit | predict | stream | routes | report | frontier | datasets | doctor``.
 
 Heavy libraries are imported inside the commands, so that ``hamts --help`` answers at once. A DataError is shown as a
 panel and ends with exit code 2; nothing is written over without --force.
@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from hamts.cli_frontier import frontier
 from hamts.cli_report import report
 from hamts.cli_show import console, show_dataset, show_error, show_list, show_sections, show_warning
 from hamts.cli_stream import stream
@@ -223,6 +224,7 @@ def predict(
 
 app.command()(stream)
 app.command()(report)
+app.command()(frontier)
 
 
 @app.command()

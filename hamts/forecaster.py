@@ -25,6 +25,7 @@ from hamts.errors import DataError, DataWarning
 from hamts.fitting import Fitted, fill_static, fit_panel, refuse_extremes, validation_tail
 from hamts.forecast import Forecast, resolve_levels
 from hamts.forecaster_evaluate import forecaster_evaluate
+from hamts.frontier import forecaster_frontier
 from hamts.persistence import load_fitted, save_fitted
 from hamts.refusals import refuse_non_finite, refuse_rival, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
@@ -297,6 +298,8 @@ class HAMForecaster:
 
     # which steps were kept, when and why; what a long history is worth
     routes, errors_by_age = forecaster_routes, forecaster_ages
+    # error against bytes and time, under every budget
+    frontier = forecaster_frontier
     # rows as they come, for months, without reading the history again
     stream = forecaster_stream
 
