@@ -5,7 +5,8 @@ Every trial is a process that reads drops (or a Kafka topic of the client librar
 what surprised it; it is ended with exit code 9 at a named step, or by SIGKILL at a random moment, then started again
 until it has read everything. Checked after each kill: the state loads without a warning, its hash is that of the
 uninterrupted run at the same position, and it is no older than the last commit that had returned. Checked at the end:
-the same hash, every row read once and written once. ``damage`` flips bits of a committed state and cuts its files.
+the same hash, every row read once and written once. ``damage`` flips bits of a committed state and cuts its files;
+``cost`` says how long a commit and a start take (medians; whoever else uses the machine makes them longer).
 
 SIGKILL leaves what was written in the system's cache: it shows that the order of writes is right, not that the disk
 obeys fsync. The tests let fsync, rename and write fail instead.
@@ -44,12 +45,13 @@ from hamts.sinks import FolderSink
 from hamts.sources import FolderSource, Source
 from hamts.stream import Stream
 from hamts.stream_open import DurableStream
-from hamts.stream_store import CRASH_AT, MOMENTS
+from hamts.stream_store import CRASH_AT, MOMENTS, StateStore
 
 RESULTS = Path(__file__).parent / "results" / "crash"
 ITEMS, STEPS, NEW, DROPS, POLL = 4, 240, 120, 6, 20
 COMMIT_ROWS = 40
 KAFKA_KILLS = 8
+COST_REPEATS = 5
 
 BROKER = """
 import json, sys
@@ -310,11 +312,41 @@ def is_noticed(place: Place, state: Path, *, none_left: bool) -> bool:
     return not none_left and warned and place.hashes[key_of(found.last_commit.position)] == found.state_hash()
 
 
+def cost_cell(place: Place, _: int) -> list[dict[str, Any]]:
+    """Milliseconds of a commit and of a start, by the size of the state."""
+    found = []
+    for items in (1, 100, 1000):
+        names = [f"n{k}" for k in range(items)]
+        one = waves(STEPS).query("unique_id == 'i0'")
+        stream = place.model.stream(pd.concat([one.assign(unique_id=name) for name in names], ignore_index=True))
+        state = place.folder / f"cost-{items}"
+        after = one["ds"].max()
+        commits, starts = [], []
+        with DurableStream(stream, StateStore(state), commit_every=None) as durable:
+            for step in range(1, 1 + COST_REPEATS):
+                durable.update(
+                    {"unique_id": names, "ds": [after + pd.Timedelta(hours=step)] * items, "y": [0.5] * items}
+                )
+                start = time.perf_counter()
+                durable.commit()
+                commits.append(1000 * (time.perf_counter() - start))
+        for _ in range(COST_REPEATS):
+            start = time.perf_counter()
+            loaded = StateStore(state, read_only=True).load(stream.model_hash)
+            Stream.from_state(place.model, loaded.arrays, loaded.meta)
+            starts.append(1000 * (time.perf_counter() - start))
+        size = loaded.commit.arrays.size + loaded.commit.document.size
+        facts = {"bytes": size, "commit_ms": float(np.median(commits)), "start_ms": float(np.median(starts))}
+        found.append({"killed_at": f"{items} items", **facts})
+    return found
+
+
 CELLS: dict[str, Callable[[Place, int], list[dict[str, Any]]]] = {
     "steps": steps_cell,
     "random": random_cell,
     "kafka": kafka_cell,
     "damage": damage_cell,
+    "cost": cost_cell,
 }
 
 
@@ -389,13 +421,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def show(name: str, cell: dict[str, Any]) -> None:
     print(f"\n{name}: {len(cell['trials'])} trials, {cell['seconds']:.0f} s")
-    print("  " + ", ".join(f"{key} {value}" for key, value in cell["summary"].items()))
+    if cell["summary"]:
+        print("  " + ", ".join(f"{key} {value}" for key, value in cell["summary"].items()))
     for row in cell["trials"]:
         broken = [key for key in HOLDS if row.get(key) is False]
-        generation = "" if "generation" not in row else f"generation {row['generation']}"
+        verdict = "BROKEN " + ", ".join(broken) if broken else "holds"
+        facts = "" if "generation" not in row else f"generation {row['generation']}"
         if "noticed" in row:
-            generation = ", ".join(f"{row['noticed'][kind]}/{asked} {kind}s" for kind, asked in row["asked"].items())
-        print(f"  {row['killed_at']:44s} {generation:24s} {'BROKEN ' + ', '.join(broken) if broken else 'holds'}")
+            facts = ", ".join(f"{row['noticed'][kind]}/{asked} {kind}s" for kind, asked in row["asked"].items())
+        if "bytes" in row:
+            facts = f"{row['bytes'] / 2**20:.1f} MiB, commit {row['commit_ms']:.0f} ms, start {row['start_ms']:.0f} ms"
+            verdict = ""
+        print(f"  {row['killed_at']:44s} {facts:24s} {verdict}")
 
 
 def main() -> None:
