@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 from model_frames import ROLES, quick, rich_frames, sine_frame
-from networks import open_scratchpad, perturb
+from networks import calibrate_on, open_scratchpad, perturb
 
 import hamts
+from hamts.data.patches import build_store
 from hamts.stream import Stream
 
 
@@ -45,6 +46,7 @@ def shaken(model: hamts.HAMForecaster) -> hamts.HAMForecaster:
     perturb(network, torch.Generator().manual_seed(3), size=0.1)
     for layer in network.backbone.layers():
         open_scratchpad(layer)
+    calibrate_on(network, build_store(model._panel, patch_steps=model.config.patch_steps, extra_steps=0))
     again = type(model)(model._fitted, model._panel)
     remembered, *_ = again._read(rows_of(model), model._fitted.remembered.share, *asides_of(model))
     return type(model)(replace(model._fitted, remembered=remembered), model._panel)
