@@ -94,12 +94,15 @@ def run(  # noqa: PLR0913 - one option for each argument
     readout: Annotated[str, typer.Option(help="query or echo.")] = "query",
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int, typer.Option(help="Cells side by side, each in a process of its own.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Cells side by side, each in a process of its own; default as many as fit.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
 ) -> None:
     """Run probes; call it again to go on where it stopped."""
     from probes.api import load_report, run_probes
     from probes.contract import PRESETS
+    from probes.runner import side_by_side
     from probes.runner_plan import (
         DEFAULT_BUDGETS,
         DEFAULT_MODELS,
@@ -117,7 +120,8 @@ def run(  # noqa: PLR0913 - one option for each argument
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
         run_probes(
-            asked, tier=tier, preset=preset, out=out, device=device, workers=workers, progress=not quiet,
+            asked, tier=tier, preset=preset, out=out, device=device, workers=workers or side_by_side(device),
+            progress=not quiet,
             models=words(models) or (SMOKE_MODELS if smoke else DEFAULT_MODELS),
             routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
             budgets=tuple(float(b) for b in words(budgets)) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),

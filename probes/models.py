@@ -127,6 +127,8 @@ class ProbeNet(nn.Module):
     def __init__(self, config: NetConfig, *, inputs: int, channels: int, answers: int, auxiliary: int = 0) -> None:
         super().__init__()
         self.config, self.channels = config, channels
+        # what the clock showed at the first row; nothing but rotary positions reads it
+        self.origin_rows = 0
         D = config.width
         self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
         layer_config = config.layer_config(channels)
@@ -162,7 +164,7 @@ class ProbeNet(nn.Module):
         advance: bool = True,
     ) -> Reading:
         """Read some rows of a batch, going on from a memory."""
-        tokens = row_tokens(batch, rows)
+        tokens = row_tokens(batch, rows, origin=self.origin_rows)
         x = self.embed(batch.inputs()[:, rows])[:, None]  # [B, 1, N, D]
         after, traces = [], []
         for block, before, policy in zip(self.blocks, memory, policies, strict=True):
@@ -233,7 +235,7 @@ class ProbeNet(nn.Module):
 EXPLORE_SHARE = 0.05
 
 
-def row_tokens(batch: ProbeBatch, rows: slice) -> Tokens:
+def row_tokens(batch: ProbeBatch, rows: slice, *, origin: int = 0) -> Tokens:
     """Rows as tokens of one channel; rows that ask write nothing, decay nothing and are never kept."""
     x = batch.x[:, rows]  # [B, N, C]
     B, N, C = x.shape
@@ -242,7 +244,7 @@ def row_tokens(batch: ProbeBatch, rows: slice) -> Tokens:
     told = there.any(-1) | (batch.events[:, rows].abs().sum(-1) > 0) | (batch.actions[:, rows].abs().sum(-1) > 0)
     heard = told & ~asks  # [B, N]
     tags = batch.tags[:, rows] & ~asks  # [B, N]
-    time = torch.arange(batch.x.shape[1], dtype=torch.float64, device=x.device)[rows]  # [N]
+    time = torch.arange(batch.x.shape[1], dtype=torch.float64, device=x.device)[rows] + origin  # [N]
     blank = x.new_zeros(B, 1, N, 0)
     return Tokens(
         values=torch.nan_to_num(x)[:, None],  # [B, 1, N, C]

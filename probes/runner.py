@@ -76,6 +76,12 @@ def check_device(device: str) -> None:
         ) from error
 
 
+def side_by_side(device: str) -> int:
+    """How many cells run at a time: one a core; on a GPU, where a cell leaves most of it idle, up to 12."""
+    cores = os.cpu_count() or 1
+    return min(12, cores) if device.startswith("cuda") else cores
+
+
 def paths(cell: Cell, root: Path) -> list[Path]:
     """The documents of a cell, one a budget."""
     return [root / cell.probe / cell.file_name(budget) for budget in cell.budgets]
