@@ -8,10 +8,10 @@ C channels · M entries · L layers
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ __all__ = ["CostModel", "bytes_within", "fit_cost", "measure"]
 UNITS = ("flops", "ms")
 # the empty scratchpad is read by a way of its own
 SIZES = (32, 128, 512, 1024, 2048)
-WARM_RUNS, FEWEST_RUNS, MOST_RUNS, SECONDS_A_SIZE = 3, 10, 200, 0.4
+# starting kernels hides the read of a few thousand
+GPU_SIZES = (1024, 8192, 32768, 65536)
+WARM_RUNS, FEWEST_RUNS, MOST_RUNS, SECONDS_A_SIZE = 3, 10, 400, 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class CostModel:
     """Cost of reading one patch of every channel of ``items`` items side by side, as a line over entries.
 
     Attributes:
-        unit: ``flops``, those of matrix products, or ``ms``.
+        unit: ``flops``, those of matrix products, or ``ms``, of an undisturbed machine.
         base: of the rest, with a scratchpad that is there but has no entries.
         per_entry: of one more entry in every layer of every item.
         entries, costs: what the line was fitted to.
@@ -61,22 +63,27 @@ class CostModel:
                 f"budget_{self.unit} must be at least {self.cost(1):.4g}, which one entry costs. Got {budget:g}."
                 f" Choose budget_{self.unit}={self.cost(1) * 1.01:.4g} or more, or a smaller network."
             )
-        return int((budget - self.base) / max(self.per_entry, 1e-30) + 1e-6)
+        if self.per_entry <= 0.0:
+            # entries cost nothing that could be told: no more than were tried
+            return max(self.entries)
+        return int((budget - self.base) / self.per_entry + 1e-6)
 
 
 def fit_cost(
-    network: HAMNetwork, unit: str, *, items: int = 1, sizes: Sequence[int] = SIZES, seed: int = 0
+    network: HAMNetwork, unit: str, *, items: int = 1, sizes: Sequence[int] | None = None, seed: int = 0
 ) -> CostModel:
     """Count or time a network at several sizes of scratchpad, and fit a line through them.
 
     Args:
         unit: ``flops`` or ``ms``.
         items: streams side by side.
-        sizes: entries of each layer.
+        sizes: entries of each layer; None: as many as tell on this device.
     """
+    if sizes is None:
+        sizes = SIZES if network.head.project.weight.device.type == "cpu" else GPU_SIZES
     if unit not in UNITS:
         raise ValueError(f"Unknown unit {unit!r}. Available: {sorted(UNITS)}.")
-    costs = [measure(network, unit, entries=size, items=items, seed=seed) for size in sizes]
+    costs = measure(network, unit, entries=sizes, items=items, seed=seed)
     # relative errors count, so that small scratchpads are told as well as large ones
     weight = 1.0 / np.asarray(costs)  # [sizes]
     table = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=np.float64)], 1)  # [sizes, 2]
@@ -84,32 +91,38 @@ def fit_cost(
     return CostModel(unit, float(base), max(float(slope), 0.0), items, tuple(sizes), tuple(costs))
 
 
-def measure(network: HAMNetwork, unit: str, *, entries: int, items: int = 1, seed: int = 0) -> float:
-    """Cost of reading one patch with so many entries in each layer's scratchpad: operations, or median milliseconds."""
+def measure(network: HAMNetwork, unit: str, *, entries: Sequence[int], items: int = 1, seed: int = 0) -> list[float]:
+    """Cost of reading one patch with so many entries in each layer's scratchpad, for each number of entries.
+
+    Operations are counted. Milliseconds are the lower quartile of many runs, what a patch takes when nothing else
+    disturbs it; sizes are timed in turn, so that a machine that slows down does so for all of them.
+    """
     device, was_training = network.head.project.weight.device, network.training
     network.eval()
-    memory, chunk = filled_memory(network, items, entries, seed), random_chunk(network, items, seed)
+    chunk = random_chunk(network, items, seed)
     policy = replace(network.policy(torch.full((items,), 0.1), capped=False), threshold="fixed")
+    memories = [filled_memory(network, items, size, seed) for size in entries]
 
-    def read() -> None:
+    def read(memory: StreamMemory) -> None:
         with torch.no_grad():
             network(chunk, memory, policy, stepwise=True, decode=False)
 
     if unit == "flops":
-        counter = FlopCounterMode(display=False)
-        with counter:
-            read()
-        cost = float(counter.get_total_flops())
+        costs = []
+        for memory in memories:
+            with FlopCounterMode(display=False) as counter:
+                read(memory)
+            costs.append(float(counter.get_total_flops()))
     else:
-        cost = _median_ms(read, device)
+        costs = _quartile_ms([partial(read, memory) for memory in memories], device)
     network.train(was_training)
-    return cost
+    return costs
 
 
-def _median_ms(run: Callable[[], None], device: torch.device) -> float:
-    """Median wall-clock milliseconds of a call, after a few to warm up."""
+def _quartile_ms(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
+    """Lower quartile of the wall-clock milliseconds of each call, timed in turn after a few to warm up."""
 
-    def once() -> float:
+    def once(run: Callable[[], None]) -> float:
         start = time.perf_counter()
         run()
         if device.type == "cuda":
@@ -117,12 +130,15 @@ def _median_ms(run: Callable[[], None], device: torch.device) -> float:
         return time.perf_counter() - start
 
     for _ in range(WARM_RUNS):
-        once()
-    times, spent = [], 0.0
-    while len(times) < FEWEST_RUNS or (spent < SECONDS_A_SIZE and len(times) < MOST_RUNS):
-        times.append(once())
-        spent += times[-1]
-    return 1e3 * statistics.median(times)
+        for run in runs:
+            once(run)
+    times: list[list[float]] = []
+    began = time.perf_counter()
+    while len(times) < FEWEST_RUNS or (
+        time.perf_counter() - began < SECONDS_A_SIZE * len(runs) and len(times) < MOST_RUNS
+    ):
+        times.append([once(run) for run in runs])
+    return (1e3 * np.quantile(np.asarray(times), 0.25, axis=0)).tolist()
 
 
 def filled_memory(network: HAMNetwork, items: int, entries: int, seed: int) -> StreamMemory:

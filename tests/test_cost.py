@@ -20,7 +20,7 @@ def test_operations_asked_for_are_those_counted() -> None:
     assert model.per_entry > 0 and model.base > 0
     for asked in (model.cost(100), model.cost(700), model.cost(1800)):
         entries = model.within(asked)
-        counted = measure(network, "flops", entries=entries)
+        (counted,) = measure(network, "flops", entries=[entries])
         assert abs(counted - asked) <= 0.1 * asked
         # one more entry would not fit
         assert model.cost(entries + 1) > asked >= 0.999999 * model.cost(entries)
@@ -28,7 +28,8 @@ def test_operations_asked_for_are_those_counted() -> None:
 
 def test_operations_grow_by_the_products_of_the_read() -> None:
     network = small()
-    more = [measure(network, "flops", entries=n + 100) - measure(network, "flops", entries=n) for n in (200, 900)]
+    counted = measure(network, "flops", entries=[200, 300, 900, 1000])
+    more = [counted[1] - counted[0], counted[3] - counted[2]]
     assert more[0] == more[1]
     H, K, C, R, layers = 2, 8, len(network.spec.roles), 3, network.config.layers
     # keys with a bias for the entry and for each channel, values with marks for each channel
@@ -63,5 +64,7 @@ def test_a_budget_below_one_entry_says_the_smallest_that_works() -> None:
     model = CostModel("ms", base=2.0, per_entry=0.01, items=1, entries=(0,), costs=(2.0,))
     with pytest.raises(ValueError, match=r"budget_ms must be at least 2.01, which one entry costs. Got 1.5"):
         model.within(1.5)
+    flat = CostModel("ms", base=2.0, per_entry=0.0, items=1, entries=(32, 2048), costs=(2.0, 2.0))
+    assert flat.within(2.0) == flat.within(9.0) == 2048
     with pytest.raises(ValueError, match=r"Unknown unit 'watts'. Available: \['flops', 'ms'\]"):
         fit_cost(small(), "watts")

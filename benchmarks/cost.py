@@ -1,0 +1,104 @@
+"""What a patch costs to read, and whether a budget of operations or milliseconds is kept.
+
+A line is fitted to the cost at a few sizes of the scratchpad; then budgets are asked for that allow other sizes, and
+the cost at the size that the line allows is measured anew. One JSON file a cell; what is there is not run again.
+
+    python -m benchmarks.cost --results benchmarks/results/cost
+    python -m benchmarks.cost --results benchmarks/results/cost --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hamts.config import PRESETS, MemoryConfig, ModelConfig
+from hamts.cost import fit_cost, measure
+from hamts.nn.backbone import ChannelSpec
+from hamts.reader import HAMNetwork
+
+PRESET_NAMES = ("tiny", "small", "base")
+CHANNELS = (1, 7)
+# entries whose cost is asked for: none of them is a point of the fit
+ASKED_ENTRIES = {"cpu": (300, 700, 1500), "cuda": (4000, 20000, 50000)}
+SEED = 0
+
+
+def network_of(preset: str, channels: int, device: torch.device) -> HAMNetwork:
+    """An untrained network: what it costs does not depend on what it learned."""
+    config = replace(ModelConfig(), **PRESETS[preset].model)
+    spec = ChannelSpec(roles=("target",) * channels, levels=(0,) * channels, calendar_features=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        return HAMNetwork(config, MemoryConfig(), spec).to(device).eval()
+
+
+def cell(preset: str, channels: int, device: torch.device) -> dict[str, Any]:
+    """Fit both lines, ask for budgets, measure what came of them."""
+    network = network_of(preset, channels, device)
+    found: dict[str, Any] = {
+        "preset": preset,
+        "channels": channels,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
+        "budgets": [],
+    }
+    for unit in ("flops", "ms"):
+        model = fit_cost(network, unit, seed=SEED)
+        found[unit] = {"base": model.base, "per_entry": model.per_entry, "entries": model.entries, "costs": model.costs}
+        budgets = [model.cost(wanted) for wanted in ASKED_ENTRIES[device.type]]
+        allowed = [model.within(asked) for asked in budgets]
+        measured = measure(network, unit, entries=allowed, seed=SEED + 1)
+        for asked, entries, cost in zip(budgets, allowed, measured, strict=True):
+            found["budgets"].append({"unit": unit, "asked": asked, "entries": entries, "measured": cost})
+    return found
+
+
+def table(results: Path) -> str:
+    """Asked against measured, from the files alone."""
+    lines = [
+        "| device | preset | channels | unit | asked | entries | measured | off by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text())
+        for row in found["budgets"]:
+            off = row["measured"] / row["asked"] - 1
+            lines.append(
+                f"| {found['device']} | {found['preset']} | {found['channels']} | {row['unit']} | {row['asked']:.4g} |"
+                f" {row['entries']} | {row['measured']:.4g} | {100 * off:+.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/cost"))
+    parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        for preset in PRESET_NAMES:
+            for channels in CHANNELS:
+                path = args.results / f"{args.device}--{preset}--{channels}.json"
+                if path.exists():
+                    continue
+                found = cell(preset, channels, torch.device(args.device))
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps(found, indent=1) + "\n")
+                partial.replace(path)
+    print(table(args.results))
+
+
+if __name__ == "__main__":
+    main()
