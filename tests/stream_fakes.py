@@ -48,6 +48,35 @@ class FakeStream:
         return [float(self.folded.sum())] * h
 
 
+class FakeItems:
+    """Folds the rows of each item by itself, so that the order of rows of different items does not matter."""
+
+    model_hash = "cd" * 32
+
+    def __init__(self) -> None:
+        self.items: dict[str, FakeStream] = {}
+
+    def update(self, rows: Any) -> FakeReport:
+        for name, value in zip(rows["unique_id"], rows["y"], strict=True):
+            self.items.setdefault(name, FakeStream()).update([value])
+        return FakeReport(len(rows))
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return {f"folded.{name}": item.folded for name, item in self.items.items()}, {
+            "seen": {name: self.items[name].seen for name in sorted(self.items)}
+        }
+
+    @classmethod
+    def from_state(cls, model: Any, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> FakeItems:
+        made = cls()
+        made.items = {name: FakeStream(np.asarray(arrays[f"folded.{name}"]), n) for name, n in meta["seen"].items()}
+        return made
+
+    def state_hash(self) -> str:
+        parts = "".join(f"{name} {self.items[name].state_hash()}" for name in sorted(self.items))
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
 class CountingSource:
     """Rows that are a function of their number; a poll returns the next few."""
 
