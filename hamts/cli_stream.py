@@ -84,10 +84,13 @@ def stream(  # noqa: PLR0913 - one option for each argument
                 durable.before_commit(lambda one: put_forecasts(one, sink, h, futr, read))
             if not quiet:
                 show_start(durable, source)
-            report = feed(
-                durable, given, stop=stop, once=once, poll_seconds=poll, on_bad=cast(Any, on_bad),
-                after_update=(lambda one, _: add_alerts(one, sink, alert)) if alert > 0 else None,
-            )  # fmt: skip
+            try:
+                report = feed(
+                    durable, given, stop=stop, once=once, poll_seconds=poll, on_bad=cast(Any, on_bad),
+                    after_update=(lambda one, _: add_alerts(one, sink, alert)) if alert > 0 else None,
+                )  # fmt: skip
+            finally:
+                getattr(given, "close", lambda: None)()
             if not quiet:
                 show_end(durable, report, sink)
 

@@ -52,6 +52,8 @@ def feed(
             are put into the sink as ``rejected``, the others are read.
         after_update: gets the stream and the report of each update, such as to put alerts into the sink.
     """
+    if on_bad == "quarantine" and stream.sink is None:
+        raise ValueError("on_bad='quarantine' needs a stream with a sink, or refused rows would be lost.")
     stop = stop or threading.Event()
     report = FeedReport()
     while not stop.is_set():

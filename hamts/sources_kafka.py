@@ -73,8 +73,10 @@ class KafkaSource:
 
     def poll(self, position: Position) -> tuple[pd.DataFrame | None, Position]:
         """The messages that are there, at most ``max_rows``, and the offsets after them."""
-        if self._at is None or position != self._at or self._listed + RELIST_SECONDS < time.monotonic():
+        if self._at is None or position != self._at:
             position = self._seek(position)
+        elif self._listed + RELIST_SECONDS < time.monotonic():
+            position = self._look_again(position)
         assert position is not None
         # whatever goes wrong from here on, the consumer must be told anew where to read
         self._at = None
@@ -150,6 +152,17 @@ class KafkaSource:
         self._listed = time.monotonic()
         kept = {"source": "kafka", "topic": self.topic, "skipped": 0, **(position or {})}
         return {**kept, "offsets": {str(number): offsets[number] for number in sorted(offsets)}}
+
+    def _look_again(self, position: Position) -> Position:
+        """Look for new partitions. A broker that is away for a while is waited for, as it is between two looks."""
+        try:
+            return self._seek(position)
+        except DataError as error:
+            if error.code != "E-SOURCE":
+                raise
+            warnings.warn(DataWarning(f"W-SOURCE-KAFKA: {error.message}"), stacklevel=3)
+            self._listed = time.monotonic()
+            return position
 
     def _partitions(self) -> set[int]:
         from confluent_kafka import KafkaException

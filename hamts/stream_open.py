@@ -170,6 +170,14 @@ class DurableStream:
         with suppress(DataError):
             self.close()
 
+    def __repr__(self) -> str:
+        last = self.store.last
+        number = "none" if last is None else last.generation
+        return f"DurableStream({self.stream!r}, folder={str(self.store.folder)!r}, generation={number})"
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
     def __getattr__(self, name: str) -> Any:
         # only what is not found here: forecast, surprise, stats, routes, usage, pin, ...
         if name in ("stream", "_broken"):

@@ -351,7 +351,11 @@ def _other_model(folder: Path, found: str, wanted: str) -> StateFolderError:
     return StateFolderError(
         "E-STATE-MODEL",
         f"The state in '{folder}' belongs to the model {found[:16]}, not to the one given, {wanted[:16]}.",
-        fix="Open it with the model it was started with, or start another folder for this model.",
+        fix=(
+            "Leave the model out: the folder keeps a copy of its own. For this model, start another folder."
+            if (folder / MODEL).is_dir()
+            else "Open it with the model it was started with, or start another folder for this model."
+        ),
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 from model_frames import quick, sine_frame
 from stream_fakes import FakeItems
 
-from hamts.errors import DataError
+from hamts.errors import DataError, DataWarning
 from hamts.feeding import feed
 from hamts.sources import Position, open_source
 from hamts.sources_kafka import KafkaSource
@@ -175,6 +175,30 @@ def test_messages_that_are_gone_are_not_passed_over_in_silence(
     begun = {**position, "offsets": {str(number): 4 for number in range(PARTITIONS)}}
     with pytest.raises(DataError, match="E-SOURCE-GONE.*begins at offset 5.*up to 4.*1 messages"):
         source.poll(begun)
+
+
+def test_new_partitions_are_looked_for_and_a_broker_that_is_away_is_waited_for(
+    source: KafkaSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hamts.sources_kafka as module
+
+    _, position = read_all(source)
+    looks = []
+    monkeypatch.setattr(module, "RELIST_SECONDS", -1.0)
+    monkeypatch.setattr(source, "_partitions", lambda: looks.append(1) or set(range(PARTITIONS)))
+    assert source.poll(position) == (None, position)
+    assert looks == [1]
+
+    def away() -> None:
+        raise DataError("E-SOURCE", "Kafka cannot be reached", fix="wait")
+
+    monkeypatch.setattr(source, "_partitions", away)
+    with pytest.warns(DataWarning, match="W-SOURCE-KAFKA: Kafka cannot be reached"):
+        assert source.poll(position) == (None, position)
+    # at the start it must be there
+    source._at = None
+    with pytest.raises(DataError, match="E-SOURCE"):
+        source.poll(position)
 
 
 def test_positions_of_others_are_refused(source: KafkaSource) -> None:
