@@ -33,6 +33,7 @@ from hamts.resolve import FitOptions, Plan, describe, machine_config, make_plan,
 from hamts.routes import forecaster_routes
 from hamts.stream import forecaster_stream
 from hamts.training import FitReport
+from hamts.usage import forecaster_usage
 
 __all__ = ["HAMForecaster", "fit", "load"]
 
@@ -295,6 +296,9 @@ class HAMForecaster:
 
     # beside seasonal naive, and beside the same weights with another memory
     evaluate = forecaster_evaluate
+
+    # what was asked of the scratchpads, and what they were given
+    usage = forecaster_usage
 
     # which steps were kept, when and why; what a long history is worth
     routes, errors_by_age = forecaster_routes, forecaster_ages

@@ -23,6 +23,7 @@ from hamts.evaluation import backtest, choose_windows, layer_usage
 from hamts.nn.controls import Control, counted_uniform
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
+from hamts.remembered import read_panel
 
 LENGTHS = (260, 200, 150)
 
@@ -283,3 +284,26 @@ def test_a_saved_model_keeps_how_it_routes(tmp_path: Any) -> None:
     pd.testing.assert_frame_equal(got, wanted)
     state = again._fitted.remembered.memory.layers[0].carried
     assert state.threshold is not None and state.write_scale is not None and state.expected is not None
+
+
+def test_usage_is_told_by_layer_channel_item_and_group(fitted: hamts.HAMForecaster) -> None:
+    frame = sine_frame(items=3, steps=300, seed=1)
+    places = pd.DataFrame({"unique_id": frame["unique_id"].unique(), "service": ["north", "south", "north"]})
+    made = {by: fitted.usage(frame, by=by, static_df=places) for by in ("layer", "channel", "item")}
+    made["group"] = fitted.usage(frame, by="group", group_col="service", static_df=places)
+    assert made["layer"]["layer"].tolist() == [0] and made["item"]["item"].tolist() == ["i0", "i1", "i2"]
+    assert made["group"]["group"].tolist() == ["north", "south"]
+    network, panel = fitted._fitted.network, fitted._panel_of(frame, places, None)
+    remembered, rollout = read_panel(network, panel, network.policy(torch.tensor([0.1])), share=0.1, time_unit=1.0)
+    pad = remembered.memory.layers[0].scratchpad
+    for table in made.values():
+        assert table["worst"].sum() == 1 and (table["asked_share"] == 0.1).all()
+        assert (table["burst_share"] >= table["usage_share"] - 1e-9).all()
+    assert made["layer"]["usage_share"][0] == pytest.approx(rollout.usage_share)
+    # items are as long as one another
+    assert made["item"]["usage_share"].mean() == pytest.approx(rollout.usage_share)
+    held = pad.alive.sum(1).numpy() * pad.bytes_per_entry()
+    assert made["item"]["bytes"].tolist() == held.tolist()
+    assert made["layer"]["bytes"][0] == pytest.approx(held.mean())
+    with pytest.raises(DataError, match="Unknown by='day'"):
+        fitted.usage(frame, by="day", static_df=places)
