@@ -306,7 +306,7 @@ class StreamConfig:
     calibrate: bool = False
     calibration_rate: float = 0.02
     drift_scales: float = 50.0
-    items_side_by_side: int = 64
+    items_side_by_side: int = 128
 
     def __post_init__(self) -> None:
         choices = {
