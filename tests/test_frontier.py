@@ -6,6 +6,8 @@ X windows · G targets · F future steps
 from __future__ import annotations
 
 import functools
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +138,95 @@ def test_the_command_writes_table_and_picture(tmp_path: Path, capsys: pytest.Cap
     assert ended.value.code == 2
     with pytest.raises(DataError, match="x must be one of"):
         save_frontier(rows, picture, x="memory")
+
+
+# --- the grid of the benchmark
+
+
+def test_an_echo_is_the_shape_that_was_stored_at_its_age() -> None:
+    from benchmarks.frontier import AGES, SETS, with_echoes
+
+    spec = replace(SETS["epf"], target=("y",), futr=(), copies=2)
+    T = 24 * 1200
+    flat = pd.DataFrame({"unique_id": "a", "ds": pd.date_range("2020-01-01", periods=T, freq="h")})
+    flat["y"] = np.random.default_rng(0).normal(size=T)
+    carrier = with_echoes(flat, spec, freq="h")
+    plain = with_echoes(flat, replace(spec, amplitude=0.0), freq="h")
+    np.testing.assert_array_equal(plain.frame["y"].to_numpy(), np.tile(flat["y"].to_numpy(), 2))
+    shapes = {}
+    for item, own in carrier.frame.groupby("unique_id"):
+        added = own["y"].to_numpy() - flat["y"].to_numpy()
+        for age, days in AGES.items():
+            flags = own[f"echo_{age}"].to_numpy()
+            stored, asked = np.flatnonzero(flags == 1), np.flatnonzero(flags == 2)
+            # stored and asked take turns, and lie their age apart
+            assert len(stored) == len(asked) >= 1
+            assert (stored < asked).all() and (asked[:-1] < stored[1:]).all()
+            assert ((asked - stored) >= 0.8 * 24 * days - 1).all() and ((asked - stored) <= 1.2 * 24 * days + 1).all()
+            listed = carrier.events.query("unique_id == @item and age == @age")["asked"].to_numpy()
+            np.testing.assert_array_equal(listed, asked)
+            alone = [s for s, a in zip(stored, asked, strict=True) if _nothing_else(own, s) and _nothing_else(own, a)]
+            for s in alone:
+                a = asked[list(stored).index(s)]
+                np.testing.assert_allclose(added[s + 1 : s + 13], added[a + 1 : a + 13], atol=1e-12)
+                shapes[item, age, s] = added[s + 1 : s + 13]
+    assert len(shapes) > 20
+    # no two are alike, and none is nothing
+    together = np.stack(list(shapes.values()))
+    assert len(np.unique(together.round(9), axis=0)) == len(together)
+    assert (np.abs(together).max(1) > 0.1).all()
+
+
+def _nothing_else(own: pd.DataFrame, row: int) -> bool:
+    """Whether no other event of the item touches the twelve rows after this one."""
+    near = own.filter(like="echo_").to_numpy()[max(row - 12, 0) : row + 13]
+    return int((near != 0).sum()) == 1
+
+
+def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
+    from benchmarks.frontier import MODELS, SETS, grid
+
+    core, whole = grid(core=True), grid(core=False)
+    assert core == whole[: len(core)]
+    assert len(set(whole)) == len(whole)
+    assert {cell.set for cell in core} == {"epf", "household"}
+    wanted = {"surprise", "innovation", "learned", "tags", "mix", "recurrent_wide", "window", "gdn_gsa", "pooled"}
+    assert wanted | {"neighbours"} <= {cell.model for cell in core}
+    assert {cell.seed for cell in core} == {0, 1, 2}
+    assert {cell.model for cell in whole} == set(MODELS)
+    assert {cell.set for cell in whole} == set(SETS)
+
+
+def test_verdicts_are_those_of_the_registration() -> None:
+    from benchmarks.frontier import verdict
+
+    assert verdict(-0.2, -0.03, 3) == "better"
+    assert verdict(-0.01, 0.3, 3) == "no better"
+    assert verdict(-0.2, 0.1, 3) == "undecided"
+    assert "nothing" in verdict(-0.2, -0.1, 2)
+
+
+def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.frontier import Cell, draw, read_cells, run, smoke, smoke_carrier, table
+
+    smoke(tmp_path)
+    cells = read_cells(tmp_path)
+    assert sorted(cell["model"] for cell in cells) == ["surprise", "window"]
+    router, rival = sorted(cells, key=lambda cell: cell["model"])
+    kept = [point for point in router["points"] if point["memory"] == "model"]
+    assert [point["share"] for point in kept] == sorted(point["share"] for point in kept)
+    assert {point["memory"] for point in router["points"]} == {"model", "shuffled", "random", "recency"}
+    # the rival is about as large as the router's memory at that share
+    assert rival["points"][0]["share"] == 0.1
+    text = table(tmp_path)
+    assert "## Error against bytes" in text and "Not run:" in text
+    draw(tmp_path, tmp_path / "front.svg")
+    assert (tmp_path / "front.svg").stat().st_size > 1000
+    before = (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns
+    run([Cell("smoke", "window", 0, 0.1)], tmp_path, again=False, most_s=60.0, load_set=lambda _: smoke_carrier())
+    # a rate was tried as often for one as for the other
+    trials = [json.loads(path.read_text())["validation"] for path in tmp_path.glob("*--rates.json")]
+    assert len(trials) == 2 and trials[0].keys() == trials[1].keys()
+    assert (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns == before
