@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hamts.ops.kernels import Kernels
 
 __all__ = ["Finding", "Section", "examine", "is_healthy"]
 
@@ -87,27 +90,24 @@ def ops() -> list[Finding]:
     """Which form runs each branch of the layer, and why not another."""
     import torch
 
+    from hamts.ops.kernels import fla_problem, resolve_kernels, triton_problem
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    forms = {
-        "gated_delta": ("torch, chunked", "gated_delta_fla", "fla"),
-        "attend": ("torch, blocks of queries", "attend_triton", "triton"),
-    }
-    found = [Finding(name, _form(device, *rest)) for name, rest in forms.items()]
+    chosen = resolve_kernels("auto", device=device, head_width=32)
+    found = [
+        Finding("kernel='auto'", f"{chosen.name!r} on {device} ({chosen.why})"),
+        Finding("gated_delta", _form("torch, chunked", "fla", fla_problem(device))),
+        Finding("attend", _form("torch, blocks of queries", "triton", triton_problem(device))),
+    ]
     found.append(
         Finding("step by step", "torch, one token at a time (what a stream runs, and the truth of all others)")
     )
     return found
 
 
-def _form(device: str, plain: str, module: str, library: str) -> str:
+def _form(plain: str, fast: str, problem: str | None) -> str:
     """What runs, and why."""
-    if device == "cpu":
-        return f"{plain} (no CUDA device)"
-    if importlib.util.find_spec(f"hamts.ops.{module}") is None:
-        return f"{plain} (the only form in this version)"
-    if importlib.util.find_spec(library) is None:
-        return f"{plain} ({library} is not installed: pip install 'hamts[gpu]')"
-    return f"{library} on CUDA tensors, else {plain}"
+    return f"{fast} on CUDA tensors, else {plain}" if problem is None else f"{plain} (not {fast}: {problem})"
 
 
 def data() -> list[Finding]:
@@ -131,8 +131,17 @@ def self_test() -> list[Finding]:
     """The fast ops against the step-by-step ones, on random numbers, on every device there is."""
     import torch
 
+    from hamts.ops.kernels import Kernels, fla_problem, triton_problem
+
+    plain = Kernels("torch")
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [_parity(name, test, kind) for kind in kinds for name, test in (("gated_delta", _delta), ("attend", _read))]
+    tests: tuple[tuple[str, Callable[..., float]], ...] = (("gated_delta", _delta), ("attend", _read))
+    found = [_parity(name, partial(test, kernels=plain), kind) for kind in kinds for name, test in tests]
+    if "cuda" in kinds and fla_problem("cuda") is None:
+        found.append(_parity("gated_delta by fla", partial(_delta, kernels=Kernels("fla")), "cuda"))
+    if "cuda" in kinds and triton_problem("cuda") is None:
+        found.append(_parity("attend by triton", partial(_read, kernels=Kernels("triton")), "cuda"))
+    return found
 
 
 def _parity(name: str, test: Callable[[str, Any], float], device: str) -> Finding:
@@ -147,11 +156,10 @@ def _parity(name: str, test: Callable[[str, Any], float], device: str) -> Findin
     return Finding(f"{name} on {device}", text, distance <= TOLERANCE)
 
 
-def _delta(device: str, generator: Any) -> float:
+def _delta(device: str, generator: Any, *, kernels: Kernels) -> float:
     import torch
 
     from hamts.ops import naive
-    from hamts.ops.gated_delta import gated_delta
 
     B, N, H, K = 2, 70, 2, 16
     queries, keys, values = (torch.randn(B, N, H, K, generator=generator).to(device) for _ in range(3))
@@ -159,20 +167,19 @@ def _delta(device: str, generator: Any) -> float:
     keys = torch.nn.functional.normalize(keys + 3 * keys[:, :1], dim=-1)  # [B, N, H, K]
     log_decay = -torch.rand(B, N, H, generator=generator).to(device)  # [B, N, H]
     beta = torch.rand(B, N, H, generator=generator).to(device)  # [B, N, H]
-    fast = gated_delta(queries, keys, values, log_decay=log_decay, beta=beta)
+    fast = kernels.gated_delta(queries, keys, values, log_decay=log_decay, beta=beta)
     queries, keys, values, log_decay, beta = (x.double() for x in (queries, keys, values, log_decay, beta))
     true = naive.gated_delta(queries, keys, values, log_decay=log_decay, beta=beta)
     return max(_distance(getattr(fast, name), getattr(true, name)) for name in ("output", "error", "state"))
 
 
-def _read(device: str, generator: Any) -> float:
+def _read(device: str, generator: Any, *, kernels: Kernels) -> float:
     import torch
 
     from hamts.ops import naive
-    from hamts.ops.attend import attend
     from hamts.ops.types import ScratchKeys
 
-    B, N, C, H, K, M, W = 1, 9, 2, 2, 8, 12, 2
+    B, N, C, H, K, M, W = 1, 9, 2, 2, 16, 12, 2
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device)
@@ -184,7 +191,7 @@ def _read(device: str, generator: Any) -> float:
     present = torch.ones(B, W + N, C, dtype=torch.bool, device=device)
     results = []
     channel = torch.arange(M, device=device)[None] % C  # [B, M]
-    for op, kind in ((attend, torch.float32), (naive.attend, torch.float64)):
+    for op, kind in ((kernels.attend, torch.float32), (naive.attend, torch.float64)):
         scratch = ScratchKeys(
             keys=keys.to(kind), values=values.to(kind), bias=bias.to(kind), channel=channel,
             visible_from=start, visible_until=start + 6,
