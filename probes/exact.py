@@ -87,8 +87,8 @@ def exact_checks(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = ProbeNet(
-            NetConfig(router=router, width=16, heads=2, budget_rows=BUDGET_ROWS), inputs=batch.inputs().shape[-1],
-            channels=batch.x.shape[-1], answers=2,
+            NetConfig(router=router, width=16, memory_width=16, heads=2, budget_rows=BUDGET_ROWS),
+            inputs=batch.inputs().shape[-1], channels=batch.x.shape[-1], answers=2,
         )  # fmt: skip
     net.eval().to(dtype)
     with torch.no_grad():

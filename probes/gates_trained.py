@@ -49,8 +49,9 @@ def trained_gate(
 
 def _capacity(probe: Probe, rung: str, preset: str, seed: int, device: str) -> GateResult:
     """The recurrent model at rho = items / (heads x key width): failing at 2 and more, fair at a quarter and less."""
-    net = NetConfig(model="recurrent", layers=probe.layers, width=16, heads=2)
-    keys = net.width
+    net = NetConfig(model="recurrent", layers=probe.layers)
+    # heads x key width
+    keys = net.memory_width
     crowded = 2 * keys
     rows = PRESETS[preset].context_rows
     many = _fit(probe, rung, preset, net, seed, device, items=crowded, queries=16, context_rows=max(rows, 6 * crowded))

@@ -42,6 +42,8 @@ class NetConfig:
     Attributes:
         model: one of ``MODELS``.
         router: of ``ham``: one of ``ROUTERS_T1``, several joined by "+".
+        width, memory_width: of the residual stream, and of the memory layers, which read a projection of it. A narrow
+            memory holds few items in its state (heads x key width of them), so that what is kept exactly matters.
         budget_rows: entries of a layer that rivals are sized by.
         eviction: what leaves a full list kept by score: ``lowest`` or ``fifo``.
     """
@@ -49,7 +51,8 @@ class NetConfig:
     model: str = "ham"
     router: str = "learned"
     width: int = 32
-    heads: int = 2
+    memory_width: int = 8
+    heads: int = 1
     layers: int = 2
     window_rows: int = 2
     budget_rows: int = 16
@@ -80,7 +83,7 @@ class NetConfig:
         """The configuration of a layer; a row of ``channels`` values is a token."""
         router = "learned" if self.control else self.router
         return ModelConfig(
-            width=self.width, layers=self.layers, heads=self.heads, patch_steps=channels,
+            width=self.memory_width, layers=self.layers, heads=self.heads, patch_steps=channels,
             window_patches=self.window_rows, router=router, mixer=MODELS[self.model], write_clip=self.write_clip,
         )  # fmt: skip
 
@@ -97,9 +100,10 @@ class Reading:
 class Block(nn.Module):
     """Pre-norm memory layer and MLP, both residual."""
 
-    def __init__(self, layer: nn.Module, width: int) -> None:
+    def __init__(self, layer: nn.Module, width: int, memory_width: int) -> None:
         super().__init__()
         self.before_memory, self.before_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.down, self.up = nn.Linear(width, memory_width), nn.Linear(memory_width, width, bias=False)
         self.memory = layer
         self.grow, self.shrink = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
 
@@ -107,9 +111,14 @@ class Block(nn.Module):
         self, x: torch.Tensor, tokens: Tokens, memory: Any, policy: Policy, *, stepwise: bool, advance: bool
     ) -> tuple[torch.Tensor, Any, Any]:
         result = self.memory(
-            self.before_memory(x), tokens=tokens, memory=memory, policy=policy, stepwise=stepwise, advance=advance
+            self.down(self.before_memory(x)),
+            tokens=tokens,
+            memory=memory,
+            policy=policy,
+            stepwise=stepwise,
+            advance=advance,
         )
-        x = x + result.output  # [B, 1, N, D]
+        x = x + self.up(result.output)  # [B, 1, N, D]
         gate, content = self.grow(self.before_mlp(x)).chunk(2, -1)  # 2 x [B, 1, N, 2 D]
         return x + self.shrink(F.silu(gate) * content), result.memory, result.trace
 
@@ -138,7 +147,7 @@ class ProbeNet(nn.Module):
             self.entry_bytes = entry.empty_memory(1, 1, like).scratchpad.bytes_per_entry()
         budget_bytes = config.budget_rows * self.entry_bytes * config.layers
         makers = layer_makers(layer_config, channels=1, budget_bytes=budget_bytes)
-        self.blocks = nn.ModuleList(Block(make(), D) for make in makers)
+        self.blocks = nn.ModuleList(Block(make(), D, config.memory_width) for make in makers)
         self.final_norm = nn.RMSNorm(D)
         self.answer = nn.Linear(D, answers)
         self.next_row = nn.Linear(D, channels)
@@ -208,7 +217,10 @@ class ProbeNet(nn.Module):
             use_tags=self.config.uses_tags,
             eviction=self.config.eviction if control is None else "fifo",
         )
-        if explore is not None and control is None and not tags_only:
+        if given is not None:
+            # a list decides alone, and holds as many as it names
+            policy = replace(policy, use_tags=False, cap_kept=most, cap_must=0, eviction="fifo")
+        if explore is not None and control is None and given is None and not tags_only:
             policy = replace(policy, explore_share=EXPLORE_SHARE, explore_generator=explore)
         if control is None and given is None:
             return [policy] * self.config.layers
@@ -291,7 +303,11 @@ def memory_bytes(memories: Sequence[Any]) -> tuple[float, float]:
     """Bytes of one sequence after the context, mean: what is fixed (state, window), and what is kept exactly."""
     fixed, exact = 0.0, 0.0
     for memory in memories:
-        rows = memory.scratchpad if hasattr(memory, "scratchpad") else memory.kept
+        rows = getattr(memory, "scratchpad", None) or getattr(memory, "kept", None)
+        if rows is None:
+            # what is kept has a fixed size here
+            fixed += sum(t[0].numel() * t.element_size() for t in _tensors(memory))
+            continue
         count = float(rows.alive.sum(1).float().mean())
         exact += count * sum(t[0, 0].numel() * t.element_size() for t in _tensors(rows) if t.shape[1])
         fixed += sum(t[0].numel() * t.element_size() for t in _tensors(memory)) - sum(

@@ -28,6 +28,8 @@ NEXT_ROW_WEIGHT, TARGET_WEIGHT, ROUTER_WEIGHT, INNER_WEIGHT = 0.2, 0.2, 0.02, 0.
 # of the critical rows; one is drawn for each batch, so that one network serves the whole frontier
 BUDGET_FRACTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
 CHECKS = 10
+# share of the steps in which HAM keeps everything, whatever its router
+WARM_SHARE = 0.4
 SOLVED = 0.8
 
 
@@ -101,7 +103,10 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
     for step in range(plan.steps):
         batch = stream.next(step)
         fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=budgets))]
-        loss = training_loss(net, batch, max(round(fraction * plan.critical_rows), 1), explore)
+        rows = max(round(fraction * plan.critical_rows), 1)
+        # a reader that has never found anything in its scratchpad gives no router a reason to fill it
+        given = everything(net, batch) if step < WARM_SHARE * plan.steps else None
+        loss = training_loss(net, batch, batch.context_rows if given else rows, explore, given=given)
         if not math.isfinite(float(loss.detach())):
             fitted.status = "diverged"
             break
@@ -197,9 +202,24 @@ def shuffled_rows(net: ProbeNet, batch: ProbeBatch, rows: int | torch.Tensor) ->
     return [trace.routed[:, 0].roll(1, 0) for trace in context.traces]
 
 
-def training_loss(net: ProbeNet, batch: ProbeBatch, rows: int, explore: torch.Generator) -> torch.Tensor:
+def everything(net: ProbeNet, batch: ProbeBatch) -> list[torch.Tensor] | None:
+    """A list that keeps every row, L of [B, T] bool; None for models that do not choose."""
+    if net.config.model != "ham":
+        return None
+    rows = torch.ones(len(batch), batch.context_rows, dtype=torch.bool, device=batch.x.device)
+    return [rows] * net.config.layers
+
+
+def training_loss(
+    net: ProbeNet,
+    batch: ProbeBatch,
+    rows: int,
+    explore: torch.Generator,
+    *,
+    given: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Squared error of the answers, with the next row, the auxiliary target and the router's own losses beside it."""
-    answer, context, asked = forward(net, batch, rows, explore=explore)
+    answer, context, asked = forward(net, batch, rows, explore=explore, given=given)
     mask = batch.y_mask
     scale = (batch.y.square() * mask).sum() / mask.sum().clamp_min(1)
     loss = ((answer - batch.y).square() * mask).sum() / mask.sum().clamp_min(1) / scale.clamp_min(1e-6)

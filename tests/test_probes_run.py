@@ -1,0 +1,311 @@
+"""Tier 0, exact tests, small trainings, the runner, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import hamts
+import probes
+from hamts.errors import DataError
+from probes import t0
+from probes.api import load_report, run_probes
+from probes.cli import main
+from probes.contract import generator
+from probes.evaluate import permute_flags
+from probes.exact import exact_checks
+from probes.models import MODELS, ROUTERS_T1, NetConfig, ProbeNet, kept_rows, memory_bytes, without_rows
+from probes.registry import get_probe
+from probes.runner_plan import RunPlan
+from probes.scores import selection
+from probes.t0_run import run_t0_suite
+from probes.train import forward, shuffled_rows
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def der_rows() -> list[dict]:
+    return run_t0_suite(get_probe("der")[0], preset="small")
+
+
+def value(rows: list[dict], rung: str, router: str, name: str, fraction: float = 1.0) -> float:
+    found = [
+        r for r in rows
+        if (r["rung"], r["router"], r.get("budget_frac"), r["model"]) == (rung, router, fraction, "kv")
+        and not r.get("write_clip")
+    ]  # fmt: skip
+    return found[0][name]
+
+
+# --- tier 0
+
+
+def test_tier_0_is_deterministic(der_rows: list[dict]) -> None:
+    again = run_t0_suite(get_probe("der")[0], preset="small")
+    assert json.dumps(again, sort_keys=True) == json.dumps(der_rows, sort_keys=True)
+
+
+def test_tier_0_shows_that_decoys_take_the_place_of_items(der_rows: list[dict]) -> None:
+    assert value(der_rows, "der", "write", "recall_exact") > 0.6
+    # with as many decoys as items, error routing keeps the decoys; a tag does not
+    assert value(der_rows, "derD", "write", "recall_exact") < 0.1
+    assert value(der_rows, "derD", "write", "decoy_share") > 0.6
+    assert value(der_rows, "derD", "tags", "recall_exact") == 1.0
+    assert value(der_rows, "derD", "mix", "skill") > 0.9
+
+
+def test_tier_0_controls_lie_where_they_must(der_rows: list[dict]) -> None:
+    assert value(der_rows, "der", "oracle", "skill") == pytest.approx(1.0)
+    assert abs(value(der_rows, "der", "random", "recall_corrected")) < 0.05
+    assert value(der_rows, "der", "recency", "recall_exact") < 0.1
+    full = next(r for r in der_rows if r["model"] == "full")
+    assert full["skill"] == pytest.approx(1.0)
+
+
+def test_services_of_different_noise_share_a_budget() -> None:
+    rows = run_t0_suite(get_probe("frontier")[0], preset="smoke")
+    schemes = {r["router"]: r for r in rows if r["router"].startswith("alloc:")}
+    assert schemes["alloc:oracle"]["recall_worst"] == 1.0
+    for scheme in ("uniform", "raw", "z", "floor+z", "greedy", "learned"):
+        assert schemes[f"alloc:{scheme}"]["recall_micro"] < 1.0
+
+
+def test_a_drift_flushes_caches_that_follow_the_error() -> None:
+    rows = run_t0_suite(get_probe("stream")[0], preset="smoke", rungs=("drift_mean", "drift_none"))
+    turnover = {(r["rung"], r["router"]): r["drift_turnover"] for r in rows if "drift_turnover" in r}
+    assert turnover["drift_mean", "write"] > turnover["drift_none", "write"]
+    assert turnover["drift_mean", "tags"] == 0.0
+
+
+@pytest.mark.parametrize("router", ["write", "tags", "recency", "random", "oracle"])
+def test_the_cache_at_once_is_the_cache_row_by_row(router: str) -> None:
+    probe, _ = get_probe("der")
+    batch = probe.sample(generator(2), 3, probe.config("smoke", distractors=6))
+    score = t0.scores(router, batch, t0.read_state(batch), gen=generator(1))
+    kept = t0.keep(score, batch, 5)
+    for b in range(3):
+        history, left = t0.keep_online(score[b], 5)
+        assert int(history.sum(1).max()) <= 5
+        assert torch.equal(history[batch.context_rows - 1], kept[b, 0])
+        assert not bool((kept[b, 0] & ~torch.isinf(left)).any())
+
+
+def test_a_budget_below_one_entry_is_refused() -> None:
+    probe, _ = get_probe("der")
+    batch = probe.sample(generator(2), 2, probe.config("smoke"))
+    with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
+        t0.keep(torch.rand(batch.crit.shape), batch, 0)
+    with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
+        NetConfig(budget_rows=0)
+    with pytest.raises(ValueError, match="above 0"):
+        RunPlan(probes=("der",), budgets=(0.0,))
+
+
+# --- exact tests of streams
+
+
+@pytest.mark.parametrize("router", ["innovation", "tags"])
+def test_streams_are_exact_on_random_weights(router: str) -> None:
+    failed = [str(result) for result in exact_checks(router=router, dtype=torch.float64) if result.passed is False]
+    assert failed == []
+
+
+# --- networks
+
+
+def make_net(batch, **config: object) -> ProbeNet:  # noqa: ANN001
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return ProbeNet(
+            NetConfig(budget_rows=12, **config), inputs=batch.inputs().shape[-1], channels=batch.x.shape[-1],
+            answers=batch.y.shape[-1],
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():  # noqa: ANN201
+    probe, _ = get_probe("der")
+    return probe.sample(generator(0), 4, probe.config("smoke", missed_tags=0.2, false_tags=1))
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS_T1))
+def test_every_router_reads_and_keeps_within_its_budget(batch, router: str) -> None:  # noqa: ANN001
+    net = make_net(batch, router=router).eval()
+    with torch.no_grad():
+        for rows in (1, 6):
+            answer, context, _ = forward(net, batch, rows)
+            assert answer.shape == batch.y.shape
+            assert bool(torch.isfinite(answer).all())
+            for memory in context.memory:
+                kept = kept_rows(memory, batch.x.shape[1])
+                assert kept is not None
+                assert int(kept.sum(1).max()) <= rows
+                assert not bool((kept & batch.query).any())
+
+
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"ham"}))
+def test_every_rival_reads_and_stays_within_the_same_bytes(batch, model: str) -> None:  # noqa: ANN001
+    net, ham = make_net(batch, model=model), make_net(batch, router="oracle")
+    with torch.no_grad():
+        answer, context, _ = forward(net, batch, 12)
+        assert answer.shape == batch.y.shape
+        if model in ("full", "gdn_gsa", "block_sparse", "recurrent"):
+            return
+        limit = sum(memory_bytes(forward(ham, batch, 12)[1].memory))
+        assert sum(memory_bytes(context.memory)) <= limit * 1.05
+
+
+def test_the_oracle_keeps_the_critical_rows_and_the_shuffled_control_does_not(batch) -> None:  # noqa: ANN001
+    net = make_net(batch, router="oracle")
+    with torch.no_grad():
+        memory = forward(net, batch, 12)[1].memory[0]
+    kept = kept_rows(memory, batch.x.shape[1])
+    assert selection(kept, batch).recall(batch.asked) == 1.0
+    nothing = kept_rows(without_rows(memory, batch.crit), batch.x.shape[1])
+    assert not bool(nothing.any())
+    other = make_net(batch, router="shuffled")
+    given = shuffled_rows(other, batch, 12)
+    assert other.config.router == "shuffled"
+    with torch.no_grad():
+        plain = replace(other.config, router="learned")
+        other.config = plain
+        own = forward(other, batch, 12)[1].traces[0].routed[:, 0]
+    assert torch.equal(given[0], own.roll(1, 0))
+
+
+def test_flags_are_permuted_and_codes_are_not(batch) -> None:  # noqa: ANN001
+    other = permute_flags(batch)
+    assert not torch.equal(other.events[..., :3], batch.events[..., :3])
+    assert torch.equal(other.events[..., :3].sum(-1), batch.events[..., :3].sum(-1))
+    assert torch.equal(other.events[..., 3:], batch.events[..., 3:])
+
+
+# --- runner, report, command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:  # noqa: ANN001
+    root = tmp_path_factory.mktemp("results")
+    run(root)
+    return root
+
+
+def run(root: Path, **changes: object) -> object:
+    options = {"models": ("ham", "full"), "routers": ("tags", "random"), "budgets": (0.5, 1.0), "seeds": 1,
+               "steps": 3, "streams": 2, "sequences": 8, "progress": False, **changes}  # fmt: skip
+    return run_probes("der/der", out=root, **options)
+
+
+def test_a_run_writes_one_document_a_budget_and_a_tidy_table(folder: Path) -> None:
+    report = load_report(folder)
+    assert len(report.documents) == 5
+    frame = report.frame
+    skills = frame[(frame["metric"] == "skill") & (frame["eval_stream"] == "all") & (frame["slice"] == "all")]
+    assert sorted(zip(skills["router"], skills["budget_frac"], strict=True)) == [
+        ("none", 1.0), ("random", 0.5), ("random", 1.0), ("tags", 0.5), ("tags", 1.0),
+    ]  # fmt: skip
+    assert {"floor/set_mean", "floor/mean", "floor/key_regression"} & set(frame["model"])
+    assert (frame["schema_version"] == 1).all()
+    assert (folder / "probe_results.parquet").is_file()
+    ham = next(d for d in report.documents if d["identity"]["router"] == "tags")
+    assert sum(ham["diagnosis"]["stages"].values()) == pytest.approx(1.0)
+
+
+def test_a_run_goes_on_where_it_stopped(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("der/*.json")}
+    removed = sorted(before)[0]
+    removed.unlink()
+    with pytest.raises(DataError, match="E-PROBE-UNFINISHED") as refusal:
+        load_report(folder)
+    assert "goes on where it stopped" in refusal.value.fix
+    assert len(load_report(folder, partial=True).documents) == 4
+    run(folder)
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("der/*.json")}
+    assert set(after) == set(before)
+    # one cell has both budgets, the others were left alone
+    assert sum(after[path] != before[path] for path in before) <= 2
+
+
+def test_mixed_versions_are_refused(folder: Path) -> None:
+    path = sorted(folder.glob("der/*.json"))[0]
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    content["identity"]["suite_version"] = 2
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match="E-PROBE-VERSION"):
+        load_report(folder)
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="E-PROBE-DAMAGED"):
+        load_report(folder)
+    path.write_text(text, encoding="utf-8")
+    run_file = folder / "run.json"
+    kept = run_file.read_text(encoding="utf-8")
+    run_file.write_text(kept.replace('"der": 1', '"der": 7'), encoding="utf-8")
+    with pytest.raises(DataError, match="holds results of der version 7"):
+        run(folder)
+    run_file.write_text(kept, encoding="utf-8")
+
+
+def test_routers_are_compared_on_the_same_sequences(folder: Path) -> None:
+    table = load_report(folder).compare("tags", "random")
+    assert list(table["budget_frac"]) == [0.5, 1.0]
+    assert (table["flag"] == "few_seeds").all()
+    same = load_report(folder).compare("tags", "tags")
+    assert (same["value"] == 0.0).all()
+    with pytest.raises(DataError, match="no runs of 'nobody'"):
+        load_report(folder).compare("tags", "nobody")
+
+
+def test_the_page_holds_ten_panels_and_needs_no_other_file(folder: Path, tmp_path: Path) -> None:
+    page = load_report(folder).to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
+    assert [f"<h2>{n} ·" in page for n in range(1, 11)] == [True] * 10
+    assert "src=" not in page
+    assert "Fewer than five training seeds" in page
+    assert "| line |" in load_report(folder).to_markdown()
+
+
+def test_tier_0_goes_the_same_way(tmp_path: Path) -> None:
+    report = run_probes(["act"], tier="T0", preset="smoke", out=tmp_path / "t0", progress=False)
+    assert set(report.frame["tier"]) == {"T0"}
+    assert "AUROC" in report.to_html()
+    assert not math.isnan(report.frame[report.frame["metric"] == "recall_corrected"]["value"].iloc[0])
+
+
+def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        return int(ended.value.code or 0), " ".join(capsys.readouterr().out.split())
+
+    code, text = call("list")
+    assert code == 0
+    assert all(name in text for name in ("der", "pbcA", "frontier"))
+    code, text = call("report", str(folder))
+    assert code == 0
+    assert (folder / "report.html").is_file()
+    assert (folder / "report.md").is_file()
+    code, text = call("compare", str(folder), "tags", "random")
+    assert code == 0
+    assert "few_seeds" in text
+    code, text = call("validate", "rrr", "--gates", "contract,G6")
+    assert code == 0
+    assert text.count("pass") == 2
+    assert call("run", "der", "--preset", "nope")[0] == 2
+    assert call("run", "--tier", "T0")[0] == 2
+    assert call("validate", "nope")[0] == 2
+    assert call("report", str(folder / "absent"))[0] == 2
+
+
+def test_probes_are_reached_through_hamts() -> None:
+    assert hamts.probes is probes
+    for name in probes.__all__:
+        assert getattr(probes, name) is not None
+    with pytest.raises(AttributeError, match="Available: .*run_probes"):
+        _ = probes.nothing
