@@ -5,6 +5,7 @@ B items · C channels · N patches · H heads · V value · P steps in a patch �
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,13 @@ from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, pat
 
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
+from hamts.nn.clipped import clipped_delta
+from hamts.nn.ham import HAMLayer
 from hamts.nn.router import loudest_channel
 from hamts.nn.scores import as_level, causal_sums, from_level, normalised_error, residual, uncertainty, write_size
+from hamts.ops import naive
 from hamts.reader import HAMNetwork
+from hamts.training_auxiliary import _gains, score_loss
 
 CHOICES: dict[str, dict[str, Any]] = {
     "error+tags": {},
@@ -202,6 +207,116 @@ def test_streams_against_their_own_past_get_alike_shares() -> None:
         used = torch.stack([trace.routed.sum((0, 2)) / able for trace in reading.traces])[:, [0, 1, 2, 3, 4]]
         spread[allocation] = float(used.std(1).mean())
     assert spread["normalised"] < 0.5 * spread["uniform"]
+
+
+# ---- clipped writes
+
+
+def delta_inputs(seed: int, length: int = 40) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    grid = (2, length, 2)
+    return {
+        "queries": torch.nn.functional.normalize(normal(*grid, 4), dim=-1),
+        "keys": torch.nn.functional.normalize(normal(*grid, 4), dim=-1),
+        "values": normal(*grid, 3),
+        "log_decay": -0.01 * normal(*grid).abs(),
+        "beta": normal(*grid).sigmoid(),
+        "initial_state": torch.zeros(2, 2, 4, 3, dtype=torch.float64),
+    }
+
+
+def clipped(given: dict[str, torch.Tensor], limit: float, scale: torch.Tensor | None = None) -> Any:
+    start = torch.zeros(2, 2, 2, dtype=torch.float64) if scale is None else scale
+    rest = {name: value for name, value in given.items() if name not in ("queries", "keys", "values")}
+    return clipped_delta(given["queries"], given["keys"], given["values"], **rest, scale=start, limit=limit)
+
+
+def test_a_limit_that_nothing_reaches_is_the_plain_rule() -> None:
+    given = delta_inputs(0)
+    result, _ = clipped(given, 1e9)
+    wanted = naive.gated_delta(**given)
+    for name in ("output", "prediction", "error", "state"):
+        assert torch.equal(getattr(result, name), getattr(wanted, name)), name
+
+
+def test_one_absurd_value_does_not_wipe_the_state_and_its_score_sees_all_of_it() -> None:
+    given = delta_inputs(1)
+    calm, _ = clipped(given, 3.0)
+    absurd = {**given, "values": given["values"].clone()}
+    absurd["values"][:, 20] *= 1e6
+    result, _ = clipped(absurd, 3.0)
+    plain = naive.gated_delta(**absurd)
+    assert (result.error[:, 20].norm(dim=-1) > 1e5).all()
+    assert torch.equal(result.error[:, 20], absurd["values"][:, 20] - result.prediction[:, 20])
+    moved = (result.state - calm.state).flatten(1).norm(dim=1)
+    assert (moved < 3 * calm.state.flatten(1).norm(dim=1)).all()
+    assert (plain.state.flatten(1).norm(dim=1) > 1e3 * moved).all()
+
+
+def test_a_clipped_stream_is_the_clipped_whole() -> None:
+    given = delta_inputs(2)
+    given["values"][:, 11] *= 100
+    whole, scale = clipped(given, 2.0)
+    state, running, outputs = given["initial_state"], None, []
+    for low, high in ((0, 1), (1, 12), (12, 40)):
+        part = {name: value if name == "initial_state" else value[:, low:high] for name, value in given.items()}
+        result, running = clipped({**part, "initial_state": state}, 2.0, running)
+        state = result.state
+        outputs.append(result.output)
+    assert torch.equal(torch.cat(outputs, 1), whole.output) and torch.equal(state, whole.state)
+    assert torch.equal(running, scale)
+
+
+# ---- what teaches a learned score
+
+
+def traces_of(network: HAMNetwork) -> tuple[Any, torch.Tensor]:
+    store = make_store(make_panel(seed=7))
+    reading = network(read_chunk(store), network.empty_memory(3), policy_for(network, 3))
+    weight = torch.linspace(-1, 1, reading.quantiles.numel(), dtype=torch.float64).view(reading.quantiles.shape)
+    return reading.traces, (weight * reading.quantiles).sum()
+
+
+def test_the_gain_of_an_entry_is_what_leaving_it_out_costs() -> None:
+    """To first order: against forwards in which one entry's probability is made smaller by a known factor."""
+    network = make_network(make_config(router="learned", layers=1))
+    traces, task = traces_of(network)
+    (gain,) = _gains(traces, task)
+    assert gain is not None
+    entries = traces[0]
+    read = HAMLayer._read
+    step = 1e-5
+    chosen = [(0, 3), (1, 5), (2, 1)]
+    for item, place in chosen:
+
+        def nudged(layer: Any, queries: Any, decision: Any, *rest: Any, at: tuple[int, int] = (item, place)) -> Any:
+            where = (decision.local.position[at[0]] == entries.entries_position[at]).nonzero()[0, 0]
+            bias = decision.local.bias.clone()
+            bias[at[0], where, entries.entries_channel[at]] -= step
+            return read(layer, queries, replace(decision, local=replace(decision.local, bias=bias)), *rest)
+
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(HAMLayer, "_read", nudged)
+            _, changed = traces_of(network)
+        assert float((changed - task).detach()) / step == pytest.approx(float(gain[item, place]), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("target", ["attention", "gain", "none"])
+def test_every_target_of_the_learned_score_can_be_chosen(target: str) -> None:
+    network = make_network(make_config(router="learned+tags"))
+    traces, task = traces_of(network)
+    loss = score_loss(traces, task, target)
+    assert loss.isfinite() and bool(loss > 0) == (target != "none")
+    if target == "none":
+        return
+    loss.backward(retain_graph=True)
+    moved = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(".router.learned." in name for name in moved)
+    task.backward()
 
 
 # ---- bad input
