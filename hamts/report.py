@@ -27,6 +27,7 @@ from hamts.errors import DataError, DataWarning
 from hamts.files import OFFSET, check_output, written_whole
 from hamts.forecast import quantile_at
 from hamts.forecaster import HAMForecaster
+from hamts.refusals import refuse_rival
 from hamts.report_accuracy import Accuracy, measure_accuracy
 from hamts.report_memory import Memory, item_times, pack, pack_items, read_memory
 from hamts.report_page import Facts, page
@@ -83,9 +84,11 @@ def write_report(  # noqa: PLR0913 - one call, and each argument stands for itse
         force: replace a file that is there.
 
     Returns: the path written.
-    Raises DataError: E-EXISTS, E-FILE, E-ITEM (no such item), E-COLUMNS, and what reading the frames raises.
+    Raises DataError: E-EXISTS, E-FILE, E-ITEM (no such item), E-COLUMNS, E-OPTION (a model without a scratchpad, say),
+        and what reading the frames raises.
     """
     path = Path(path)
+    refuse_rival(model.config.mixer, "A report")
     check_output(path, force=force)
     began, share = time.perf_counter(), model._share(budget_share)
     for name, value in (("n_windows", n_windows), ("worth", worth)):

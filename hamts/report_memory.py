@@ -22,11 +22,11 @@ from hamts.data.patches import PatchStore, build_store
 from hamts.evaluation import Windows
 from hamts.forecaster import HAMForecaster
 from hamts.nn.tokens import Policy
-from hamts.rollout import Rollout, roll
+from hamts.rollout import roll
 from hamts.routes import Overlap, overlap, routes_table
 from hamts.routes_reads import add_reads, forecast_reads, read_table
 from hamts.routes_summary import judge_worth, tagged_not_kept
-from hamts.routes_worth import WORTH_COLUMNS, add_worth, locate_rows
+from hamts.routes_worth import WORTH_COLUMNS, add_worth, locate_rows, memories_at
 
 __all__ = ["Memory", "pack", "pack_items", "read_memory"]
 
@@ -45,7 +45,7 @@ class Memory:
     table: pd.DataFrame  # of ``routes``, with read_mass, worth and judgement
     where: pd.DataFrame  # item, channel, patch of each row, by number
     reads: pd.DataFrame  # of ``read_table``
-    ahead: pd.DataFrame  # of ``forecast_reads``, all items
+    ahead: pd.DataFrame  # of ``forecast_reads``, all items and some cutoffs
     missed: pd.DataFrame  # of ``tagged_not_kept``
     meeting: Overlap | None  # with the user's labelled windows
     store: PatchStore
@@ -88,7 +88,7 @@ def read_memory(
         table=table,
         where=where,
         reads=read_table(network, store, rollout),
-        ahead=_forecast_reads(model, panel, store, rollout, share),
+        ahead=_forecast_reads(model, panel, store, cutoffs, policy),
         missed=tagged_not_kept(table),
         meeting=None if labels is None else overlap(table, labels, seed=seed),
         store=store,
@@ -141,20 +141,18 @@ def _worth_cutoffs(panel: Panel, windows: Windows | None) -> list[np.ndarray]:
 
 
 def _forecast_reads(
-    model: HAMForecaster, panel: Panel, store: PatchStore, rollout: Rollout, share: float
+    model: HAMForecaster, panel: Panel, store: PatchStore, cutoffs: list[np.ndarray], policy: Policy
 ) -> pd.DataFrame:
-    """What the forecast after the last row of each item reads."""
+    """What the forecasts of each item at some cutoffs and after its last row read, ``cutoff`` in a column."""
     network = model._fitted.network
-    memory = rollout.memory
-    assert memory is not None
+    every = [np.unique([*own, length]) for own, length in zip(cutoffs, panel.lengths, strict=True)]
+    policies = [policy] * network.config.layers
     parts = []
-    for item, length in enumerate(panel.lengths):
-        parts.append(
-            forecast_reads(
-                network, store, item=item, cutoff=int(length), memory=memory.select(torch.tensor([item])),
-                steps=model.h, policies=network.policy(torch.tensor([share])),
-            )
+    for item, cutoff, memory in memories_at(network, store, every, policies):
+        reads = forecast_reads(
+            network, store, item=item, cutoff=cutoff, memory=memory, steps=model.h, policies=policies
         )  # fmt: skip
+        parts.append(reads.assign(cutoff=cutoff))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -265,7 +263,7 @@ def _steps(times: pd.Series, numbers: np.ndarray, zone: str | None) -> np.ndarra
 def _packed_reads(
     memory: Memory, item: int, rows: pd.DataFrame, where: pd.DataFrame, length: int
 ) -> dict[str, dict[str, Any]]:
-    """By number of the token among the item's: the stretches that read it most, and what the forecast reads of it."""
+    """By number of the token among the item's: the stretches that read it most, and what forecasts read of it."""
     lead, P = int(memory.store.lead[item]), memory.store.patch_steps
     number = pd.Series(np.arange(len(rows)), index=pd.MultiIndex.from_frame(where[["channel", "patch"]]))
     kept = set(np.flatnonzero(rows["status"].eq("kept").to_numpy()).tolist())
@@ -281,8 +279,8 @@ def _packed_reads(
         ]  # fmt: skip
         answer.setdefault(str(int(row.token)), {"by": []})["by"].append(stretch)
     ahead = memory.ahead[memory.ahead["item"] == item]
-    tokens = number.reindex(pd.MultiIndex.from_frame(ahead[["channel", "patch"]])).to_numpy()
-    for token, share in zip(tokens, ahead["forecast_mass"], strict=True):
-        if not np.isnan(token):
-            answer.setdefault(str(int(token)), {"by": []})["ahead"] = float(f"{share:.3g}")
+    ahead = ahead.assign(token=number.reindex(pd.MultiIndex.from_frame(ahead[["channel", "patch"]])).to_numpy())
+    for row in ahead[ahead["token"].isin(kept)].sort_values("cutoff").itertuples():
+        found = answer.setdefault(str(int(row.token)), {"by": []})
+        found.setdefault("forecasts", []).append([int(row.cutoff), float(f"{row.forecast_mass:.3g}")])
     return answer

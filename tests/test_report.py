@@ -150,7 +150,11 @@ def test_what_the_page_holds_is_the_table(made: Path, frame: pd.DataFrame) -> No
             written = unpack(tokens["written"], "i4")[int(token)]
             assert all(last >= written for _, last, _ in found["by"])
             shares = [share for *_, share in found["by"]]
-            assert shares == sorted(shares, reverse=True) and shares[0] <= 1
+            assert shares == sorted(shares, reverse=True) and max(shares, default=0) <= 1
+            # forecasts were made after it was written; the last one after the end
+            assert all(cut > written and 0 <= share <= 1 for cut, share in found["forecasts"])
+            assert found["forecasts"][-1][0] == 900
+        assert set(item["reads"]) == {str(token) for token in np.flatnonzero(kept)}
         assert number < 3
 
 
@@ -339,3 +343,10 @@ def test_the_command_line_makes_the_page_and_says_how_to_make_it_again(tmp_path:
             main([str(each) for each in [*arguments, *bad]])
         assert stopped.value.code == 2
     assert read(out).text == page.text
+
+
+def test_a_model_without_a_scratchpad_is_refused(tmp_path: Path) -> None:
+    df = stormy_frame(items=1, steps=400)
+    with pytest.raises(DataError, match="A report concerns the scratchpad, and mixer 'recurrent'"):
+        write_report(small_model(df, mixer="recurrent"), df, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

@@ -135,8 +135,8 @@ function readsOf(it, token) {
   }
   const mean = it.tokens.read[token];
   if (!Number.isNaN(mean)) box.append(el("p", { textContent: `Mean share of attention of all later reads: ${(100 * mean).toPrecision(3)} %.` }));
-  if (found.ahead !== undefined) {
-    box.append(el("p", { textContent: `The forecast after the end gives it ${(100 * found.ahead).toPrecision(3)} % of its attention.` }));
+  for (const [cut, share] of found.forecasts || []) {
+    box.append(el("p", { className: "read-by", textContent: `The forecast after ${timeText(it, cut - 1)} gave it ${(100 * share).toPrecision(3)} % of its attention.` }));
   }
   if (found.by.length) {
     const most = found.by[0][2] || 1;

@@ -163,7 +163,7 @@ def test_a_click_in_the_picture_shows_values_neighbours_score_rank_reads_and_wor
     assert visit.page.evaluate("view.chosen") == place["token"]
     text = visit.detail()
     for words in ("Worth: ", "random others", "status", "why", "score", "threshold", "rank", "What attended to it",
-                  "Mean share of attention", "Values", "Neighbours"):  # fmt: skip
+                  "Mean share of attention", "The forecast after", "Values", "Neighbours"):  # fmt: skip
         assert words in text, words
     keep_shot(visit.page.screenshot(full_page=True), "small.png")
     visit.page.locator("#detail summary").last.click()
