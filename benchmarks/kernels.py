@@ -257,6 +257,114 @@ def compile_ahead() -> None:
         list(pool.map(_compile, range(most)))
 
 
+def decode_cells(rates: dict[str, float]) -> None:
+    """One step: append what leaves the window, read; in a CUDA graph."""
+    full_ms = {}
+    for streams, ragged in [(256, False), (256, True), (1, True), (64, True), (1024, True)]:
+        counts = entry_counts(streams, ragged)
+        step_ms = graph_ms(decode_step(streams, counts))
+        cell: dict[str, Any] = {"streams": streams, "ragged": ragged, "history": 65_536, "share": 0.1}
+        cell |= {"heads": HEADS, "width": WIDTH, "window": WINDOW, "step_ms": step_ms}
+        cell |= {"mean_entries": float(counts.float().mean()), "most_entries": int(counts.max())}
+        moved = 4 * WIDTH * HEADS * float(counts.sum() + streams * WINDOW)
+        cell["floor_bytes_ms"] = moved / rates["bytes_per_s"] * 1e3
+        cell["tokens_per_s"] = streams / step_ms * 1e3
+        if streams == 256:
+            full_ms = full_ms or full_decode_ms(streams)
+            cell |= {f"full_{name}_ms": ms for name, ms in full_ms.items()}
+            cell["times_as_many_tokens_per_s"] = min(full_ms.values()) / step_ms
+        record(f"decode--S{streams}{'--ragged' if ragged else ''}", cell)
+        torch.cuda.empty_cache()
+
+
+def entry_counts(streams: int, ragged: bool) -> torch.Tensor:
+    """Entries of each stream: a tenth of the history on average, a few streams many times as much."""
+    mean = 0.1 * 65_536
+    if not ragged:
+        return torch.full((streams,), int(mean))
+    draws = torch.randn(streams, generator=torch.Generator().manual_seed(0)).mul(0.6).exp()  # [S]
+    return (draws / draws.mean() * mean).clamp(max=3 * mean).long()
+
+
+def decode_step(streams: int, counts: torch.Tensor) -> Callable[[], Any]:
+    from hamts.ops.attend_triton import attend
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+
+    S, M, L = streams, bucket(int(counts.max()) + 64), WINDOW + 1
+    pad = {"keys": normal(S, M, HEADS, WIDTH), "values": normal(S, M, HEADS, WIDTH)}
+    bias, marks = torch.randn(S, M, device="cuda"), torch.randn(S, M, MARKS, device="cuda")
+    local = {"local_keys": normal(S, L, 1, HEADS, WIDTH), "local_values": normal(S, L, 1, HEADS, WIDTH)}
+    queries = normal(S, 1, 1, HEADS, WIDTH) * WIDTH**-0.5
+    count, index = counts.cuda(), torch.arange(M, device="cuda")
+    stream, channel = torch.arange(S, device="cuda"), torch.zeros(S, M, dtype=torch.int64, device="cuda")
+    scale, local_marks = torch.randn(HEADS, device="cuda"), torch.randn(S, L, 1, MARKS, device="cuda")
+    present = torch.ones(S, L, 1, dtype=torch.bool, device="cuda")
+    readable, channel_bias = torch.ones(S, 1, 1, dtype=torch.bool, device="cuda"), torch.ones(HEADS, device="cuda")
+
+    def step() -> torch.Tensor:
+        # the count is not raised, so that every repeat reads as much
+        for name in ("keys", "values"):
+            pad[name][stream, count] = local[f"local_{name}"][:, 0, 0]
+        since = torch.where(index < count[:, None] + 1, 0, 2**40)  # [S, M]
+        scratch = ScratchKeys(
+            **pad,
+            channel=channel,
+            bias=bias[..., None] + scale,
+            visible_from=since,
+            visible_until=torch.full_like(since, 2**40),
+            marks=marks,
+        )
+        return attend(
+            queries,
+            **local,
+            local_present=present,
+            scratch=scratch,
+            readable=readable,
+            channel_bias=channel_bias,
+            window=WINDOW,
+            local_marks=local_marks,
+        ).output
+
+    return step
+
+
+def full_decode_ms(streams: int) -> dict[str, float]:
+    """Attention of one query over the whole history by the ways PyTorch has, each in a graph."""
+    shape = (streams, HEADS, 65_536, WIDTH)
+    keys, values = (torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2))
+    query, new = (torch.randn(streams, HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+        def step(backend: SDPBackend = backend) -> torch.Tensor:
+            keys[:, :, -1:] = new
+            values[:, :, -1:] = new
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+        try:
+            found[backend.name.split("_")[0].lower()] = graph_ms(step)
+        except RuntimeError as problem:
+            print("full decode", backend.name, "fails:", str(problem)[:100])
+    return found
+
+
+def graph_ms(step: Callable[[], Any]) -> float:
+    """Median milliseconds of a step that is replayed from a CUDA graph."""
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    return measure(graph.replay)
+
+
 def parity() -> None:
     command = [
         sys.executable,
@@ -272,9 +380,8 @@ def parity() -> None:
         "--durations=4",
         "--tb=short",
     ]
-    files = ["tests/test_attend_triton.py", "tests/test_compact.py", "tests/test_decode_triton.py"]
+    files = ["tests/test_attend_triton.py", "tests/test_compact.py"]
     here = Path(__file__).parent.parent
-    files = [name for name in files if (here / name).exists()]
     ran = subprocess.run(command + files, capture_output=True, text=True, cwd=here, check=False)
     print(ran.stdout[-3000:], ran.stderr[-500:])
     lines = ran.stdout.strip().splitlines() or [""]
@@ -298,6 +405,17 @@ def table() -> None:
             f" {c['both_with_masses_ms']:.2f} | {c['full_forward_ms']:.2f} / {c['full_both_ms']:.2f} |"
             f" {c['ratio']:.3f} | {bound} | {c['floor_operations_ms']:.2f} / {c['floor_bytes_ms']:.2f} |"
         )
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("decode--*.json"))]
+    cells.sort(key=lambda cell: (cell["streams"], cell["ragged"]))
+    print("\n| streams | entries mean / most | ms a step | floor bytes ms | tokens/s | best full ms | times |")
+    print("|---|---|---|---|---|---|---|")
+    for c in cells:
+        full = [c[name] for name in c if name.startswith("full_")]
+        rival = f"{min(full):.2f} | {c['times_as_many_tokens_per_s']:.1f}" if full else "- | -"
+        print(
+            f"| {c['streams']:,} | {c['mean_entries']:,.0f} / {c['most_entries']:,} | {c['step_ms']:.3f} |"
+            f" {c['floor_bytes_ms']:.3f} | {c['tokens_per_s']:,.0f} | {rival} |"
+        )
 
 
 def main() -> None:
@@ -318,6 +436,8 @@ def main() -> None:
             search_cells([(16_384, 0.25), (65_536, 0.1)])
         if "attention" in options.parts:
             attention_cells(rates, SIZES)
+        if "decode" in options.parts:
+            decode_cells(rates)
     table()
 
 

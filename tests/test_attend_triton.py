@@ -191,6 +191,47 @@ def test_a_query_that_sees_nothing_gets_zero_and_finite_gradients(device: str) -
 
 
 @pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene(n_items=3, n_patches=1, n_entries=150, window=3, bias_per_head=True, seed=20),
+        Scene(n_items=4, n_patches=1, n_channels=1, n_entries=90, window=70, seed=21),
+        Scene(n_items=2, n_patches=1, n_channels=20, n_entries=70, window=4, cross_span=2, n_marks=3, seed=22),
+        Scene(n_items=2, n_patches=1, n_channels=2, n_entries=0, window=4, n_marks=0, seed=23),
+    ],
+    ids=str,
+)
+def test_one_step_without_gradients_equals_torch(scene: Scene, device: str) -> None:
+    scene = wide(scene)
+    mine, exact = scene.pair(torch.float32, device)
+    with torch.no_grad():
+        got, truth = scene.read(triton_attend, mine, device), scene.read(torch_attend, exact, device)
+    for name in ("output", "marks", "scratch_mass", "local_mass"):
+        value, expected = getattr(got, name), getattr(truth, name)
+        assert (value is None) == (expected is None), name
+        if expected is not None:
+            assert value.shape == expected.shape and distance(value, expected) <= RELATIVE[torch.float32], name
+
+
+@pytest.mark.gpu
+def test_a_step_in_a_graph_follows_what_was_written_since() -> None:
+    scene = wide(Scene(n_items=5, n_patches=1, n_channels=2, n_entries=300, window=4, seed=24), key_width=64)
+    leaves, _ = scene.pair(torch.bfloat16, "cuda")
+    leaves = {name: x.detach() for name, x in leaves.items()}
+    masks = {name: x.cuda() for name, x in scene.masks().items()}
+    with torch.no_grad():
+        scene.run(triton_attend, leaves, masks)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = scene.run(triton_attend, leaves, masks).output
+        leaves["keys"].mul_(-1)
+        masks["visible_from"].fill_(0)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(got, scene.run(triton_attend, leaves, masks).output)
+
+
+@pytest.mark.parametrize("device", PLACES)
 def test_more_channels_than_bits_of_a_word(device: str) -> None:
     assert_equal(WideScene(n_items=1, n_patches=3, n_channels=35, n_entries=40, window=2), torch.float32, device)
 
@@ -240,6 +281,7 @@ def test_a_long_ragged_read_on_a_device() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.timeout(600)
 def test_everything_above_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]

@@ -24,7 +24,7 @@ from hamts.ops.attend_triton_kernels import (
     _tile,
 )
 
-__all__ = ["column_grad_kernel", "mass_kernel", "query_grad_kernel"]
+__all__ = ["column_grad_kernel", "query_grad_kernel"]
 
 
 @triton.jit
@@ -340,14 +340,16 @@ def column_grad_kernel(
     )  # fmt: skip
     if ENTRIES:
         grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
-            grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, full_begin, full_end,
-            q_ptr, q_features_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr, channel_bias,
-            n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION, BM, False,
+            grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, full_begin,
+            full_end, q_ptr, q_features_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr,
+            channel_bias, n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION,
+            BM, False,
         )  # fmt: skip
         grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
             grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, full_end, end,
-            q_ptr, q_features_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr, channel_bias,
-            n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION, BM, True,
+            q_ptr, q_features_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr,
+            channel_bias, n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION,
+            BM, True,
         )  # fmt: skip
     n_items = tl.num_programs(0) // n_tiles // H
     offset = (part * n_items).to(tl.int64) * n_columns * H
@@ -359,72 +361,3 @@ def column_grad_kernel(
         r = tl.arange(0, RM)
         place = grad_mark_ptr + offset * R + (item * H + head) * R * n_columns + r[None, :] * n_columns
         tl.store(place + columns[:, None], grad_mark, mask=inside[:, None] & (r < R)[None, :])
-
-
-@triton.jit
-def _mass_rows(
-    mass, k, columns, bias, since, until, sources, begin, end, q_ptr, lse_ptr, bits_ptr, channel_bias, n_rows, window, span, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    ENTRIES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    for start in tl.range(begin, end, BM):
-        rows = tl.multiple_of(start, BM) + tl.arange(0, BM)
-        q = _tile(q_ptr, rows, n_rows, H * K, K, BK, MASKED)
-        lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=-ABSENT)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) + (bias[:, None] - lse[None, :])
-        p, _ = _column_weights(
-            s, rows, columns, since, until, sources, bits_ptr, channel_bias, n_rows, window, span, words, C, ENTRIES,
-            MASKED,
-        )  # fmt: skip
-        mass += tl.sum(p, 1)
-    return mass
-
-
-@triton.jit(do_not_specialize=VARYING)
-def mass_kernel(
-    q_ptr, keys_ptr, bias_ptr, from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias_ptr, lse_ptr,
-    mass_ptr, n_rows, n_columns, window, span, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    BK: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """Probability that each column received, summed over rows, [parts, B, H, M]."""
-    n_tiles = tl.cdiv(n_columns, BN)
-    tile, part = tl.program_id(0) % n_tiles, tl.program_id(1)
-    item = (tl.program_id(0) // n_tiles // H).to(tl.int64)
-    head = tl.program_id(0) // n_tiles % H
-    columns = tile * BN + tl.arange(0, BN)
-    inside = columns < n_columns
-    k = _tile(keys_ptr + (item * n_columns * H + head) * K, columns, n_columns, H * K, K, BK, True)
-    since, until, sources = columns, columns, columns
-    if ENTRIES:
-        bias_ptr += (item * H + head) * n_columns
-        since = tl.load(from_ptr + item * n_columns + columns, mask=inside, other=0)
-        until = tl.load(until_ptr + item * n_columns + columns, mask=inside, other=0)
-        if C > 1:
-            sources = tl.load(source_ptr + item * n_columns + columns, mask=inside, other=0)
-    else:
-        bias_ptr += item * n_columns
-    bias = tl.load(bias_ptr + columns, mask=inside, other=ABSENT)
-    q_ptr += (item * n_rows * H + head) * K
-    lse_ptr += (item * H + head) * n_rows
-    bits_ptr += item * C * words
-    channel_bias = tl.load(channel_bias_ptr + head).to(tl.float32)
-    mass = tl.zeros([BN], tl.float32)
-    begin, full_begin, full_end, end = _row_range(
-        since, until, columns, n_rows, n_columns, window, part, PARTS, C, ENTRIES, BM
-    )
-    mass = _mass_rows(
-        mass, k, columns, bias, since, until, sources, begin, full_begin, q_ptr, lse_ptr, bits_ptr,
-        channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
-    )  # fmt: skip
-    if ENTRIES:
-        mass = _mass_rows(
-            mass, k, columns, bias, since, until, sources, full_begin, full_end, q_ptr, lse_ptr, bits_ptr,
-            channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, False,
-        )  # fmt: skip
-        mass = _mass_rows(
-            mass, k, columns, bias, since, until, sources, full_end, end, q_ptr, lse_ptr, bits_ptr,
-            channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
-        )  # fmt: skip
-    n_items = tl.num_programs(0) // n_tiles // H
-    place = mass_ptr + ((part * n_items + item) * H + head).to(tl.int64) * n_columns + columns
-    tl.store(place, mass, mask=inside)

@@ -184,10 +184,10 @@ def _accumulate(
 
 @triton.jit
 def _forward_entries(
-    total, top, output, marked, q, ones, row, begin, end, keys_ptr, values_ptr, marks_ptr, bias_ptr, from_ptr, until_ptr,
-    source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    total, top, output, marked, q, ones, row, begin, end, keys_ptr, values_ptr, marks_ptr, bias_ptr, from_ptr,
+    until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for tile in tl.range(begin, end):
         entry = tile * BN + tl.arange(0, BN)
@@ -248,9 +248,9 @@ def forward_kernel(
         begin, full_begin = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
         full_end, end = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
         total, top, output, marked = _forward_entries(
-            total, top, output, marked, q, ones, row, begin, full_begin, keys_ptr, values_ptr, marks_ptr, bias_ptr, from_ptr,
-            until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H, C, K, V, R, BK, BV, RP, BN,
-            PRECISION, True,
+            total, top, output, marked, q, ones, row, begin, full_begin, keys_ptr, values_ptr, marks_ptr, bias_ptr,
+            from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H, C, K, V, R, BK, BV,
+            RP, BN, PRECISION, True,
         )  # fmt: skip
         total, top, output, marked = _forward_entries(
             total, top, output, marked, q, ones, row, full_begin, full_end, keys_ptr, values_ptr, marks_ptr, bias_ptr,
@@ -258,9 +258,9 @@ def forward_kernel(
             RP, BN, PRECISION, False,
         )  # fmt: skip
         total, top, output, marked = _forward_entries(
-            total, top, output, marked, q, ones, row, full_end, end, keys_ptr, values_ptr, marks_ptr, bias_ptr, from_ptr,
-            until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H, C, K, V, R, BK, BV, RP, BN,
-            PRECISION, True,
+            total, top, output, marked, q, ones, row, full_end, end, keys_ptr, values_ptr, marks_ptr, bias_ptr,
+            from_ptr, until_ptr, source_ptr, bits_ptr, channel_bias, n_rows, n_entries, words, H, C, K, V, R, BK, BV,
+            RP, BN, PRECISION, True,
         )  # fmt: skip
     local_keys_ptr += (item * n_local * H + head) * K
     local_values_ptr += (item * n_local * H + head) * V

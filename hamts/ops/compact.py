@@ -31,7 +31,7 @@ class Compacted:
     count: torch.Tensor  # [B]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Candidates [B, J, ...] -> their compacted rows [B, M, ...]; empty slots hold 0. The gradient scatters back."""
+        """Candidates [B, J, ...] -> compacted rows [B, M, ...]; empty slots hold 0. The gradient scatters back."""
         index = self.source.reshape(*self.source.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
         filled = self.filled.reshape(index.shape[:2] + (1,) * (x.dim() - 2))
         return torch.where(filled, x.gather(1, index), torch.zeros((), dtype=x.dtype, device=x.device))
