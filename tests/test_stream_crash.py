@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 from crash_worker import open_fake
-from stream_fakes import PER_POLL, ROWS, FakeStream, uninterrupted
+from hypothesis import given
+from hypothesis import strategies as st
+from stream_fakes import PER_POLL, ROWS, CountingSource, FakeStream, uninterrupted
 
+from hamts.errors import DataWarning
 from hamts.stream_store import CRASH_AT, MOMENTS, StateStore
 
 HERE = Path(__file__).parent
@@ -62,7 +66,9 @@ def check_end(folder: Path) -> None:
     with open_fake(str(folder / "state"), str(folder / "out")) as durable:
         assert durable.position == {"row": ROWS}
         assert durable.state_hash() == EXPECTED[ROWS]
-    lines = [int(line) for path in sorted((folder / "out").iterdir()) for line in path.read_text().splitlines()]
+    files = sorted((folder / "out").glob("*.jsonl"))
+    assert {path.suffix for path in (folder / "out").iterdir()} <= {".jsonl", ".retracted"}
+    lines = [int(line) for path in files for line in path.read_text().splitlines()]
     assert lines == [*range(PER_POLL, ROWS, PER_POLL), ROWS]
     left = [path.name for path in (folder / "state").iterdir() if path.name.startswith(".")]
     assert left == []
@@ -109,6 +115,46 @@ def test_killed_from_outside_at_any_moment(tmp_path: Path) -> None:
             check_state(folder, said(out))
         assert run(folder)[0] == 0
         check_end(folder)
+
+
+@given(deeds=st.lists(st.sampled_from(["read", "read", "read", "commit", "kill", "close", "damage"]), max_size=25))
+def test_any_life_ends_as_the_uninterrupted_one(tmp_path_factory: pytest.TempPathFactory, deeds: list[str]) -> None:
+    """Reading, committing, dying and damage in any order."""
+    folder = tmp_path_factory.mktemp("life")
+    state, out = folder / "state", folder / "out"
+    durable, source = open_fake(str(state), str(out), commit_every=7), CountingSource()
+    with warnings.catch_warnings():
+        # of falling back
+        warnings.simplefilter("ignore", DataWarning)
+        for deed in deeds:
+            rows, position = source.poll(durable.position)
+            if deed == "read" and rows is not None:
+                durable.update(rows, commit=False)
+                durable.advance(position)
+                durable.sink.add("said", [durable.stream.seen])
+                durable.commit_if_due()
+            elif deed == "commit":
+                durable.commit()
+            elif deed in ("kill", "close", "damage"):
+                if deed == "close":
+                    durable.close()
+                durable.store.close()
+                if deed == "damage":
+                    damage_last(state)
+                durable = open_fake(str(state), str(out), commit_every=7)
+        while (polled := source.poll(durable.position))[0] is not None:
+            durable.update(polled[0], commit=False)
+            durable.advance(polled[1])
+            durable.sink.add("said", [durable.stream.seen])
+        durable.close()
+        check_end(folder)
+
+
+def damage_last(state: Path) -> None:
+    """Cut the arrays that CURRENT.json names, where there is a generation before them."""
+    current = json.loads((state / "CURRENT.json").read_text())
+    if current["previous"] is not None:
+        (state / current["commit"]["arrays"]["name"]).write_bytes(b"cut")
 
 
 def test_the_uninterrupted_run_is_what_the_others_are_held_against(tmp_path: Path) -> None:
