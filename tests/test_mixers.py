@@ -152,6 +152,19 @@ def test_a_forecast_leaves_the_memory_as_it_was(mixer: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in leaves(memory.layers).items())
 
 
+@pytest.mark.parametrize("mixer", RIVALS)
+def test_attention_to_kept_rows_is_told(mixer: str) -> None:
+    network, (_, store) = network_of(mixer), panel_and_store()
+    reading = read_all(network, store, policy_for(network, store.n_items))
+    chunk = whole_chunk(store)
+    asked = int(chunk.present.sum()) * len(network.spec.roles) * network.config.heads
+    spent = [float((trace.entries_mass * trace.entries_sights).sum()) for trace in reading.traces]
+    keeps = [bool(trace.entries_sights.any()) for trace in reading.traces]
+    assert any(keeps) == (mixer not in ("recurrent", "recurrent_wide", "log_linear", "neighbours"))
+    for part, there in zip(spent, keeps, strict=True):
+        assert 0 < part < asked if there else part == 0
+
+
 # --- bytes
 
 

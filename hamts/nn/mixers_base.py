@@ -142,13 +142,13 @@ class MixerLayer(nn.Module):
             units = mixed[..., : self.recurrent.units]  # [B, C, N, 3 H K]
             carried, score, state, tail = self._recurrent(units, gates, x, tokens, memory, stepwise=stepwise)
         rows = self.exact.rows_of(pair, score, tokens, memory.recent)
-        read, kept = self._exact(x, rows, tokens, memory, policy)
+        read, kept, seen, mass = self._exact(x, rows, tokens, memory, policy)
         output = self._mix(x, carried, read, gates)
         after = memory
         if advance:
             after = MixerMemory(state, tail, memory.count + tokens.present.sum(1), self._recent_after(rows), kept)
         written = (tokens.routable | tokens.must_keep) & self.parts.keeps  # [B, C, N]
-        return LayerOutput(output, after, quiet_trace(tokens, written))
+        return LayerOutput(output, after, quiet_trace(tokens, written, seen, mass))
 
     def step(self, x: torch.Tensor, *, tokens: Tokens, memory: Any, policy: Policy) -> LayerOutput:
         """One patch, [B, C, 1, D], through the step-by-step recurrence: what a stream runs."""
@@ -180,14 +180,14 @@ class MixerLayer(nn.Module):
 
     def _exact(
         self, x: torch.Tensor, rows: Recent, tokens: Tokens, memory: MixerMemory, policy: Policy
-    ) -> tuple[torch.Tensor, Kept]:
-        """What was read exactly, [B, C, N, H, V], and the rows kept after the chunk."""
+    ) -> tuple[torch.Tensor, Kept, Kept, torch.Tensor | None]:
+        """What was read exactly, [B, C, N, H, V]; the rows kept after it; those seen in it, and their mass, [B, M]."""
         N = x.shape[2]
         kept, begin, end = self._candidates(rows, tokens, memory)
         read = self.exact(self.exact.queries(x, tokens), rows, kept, (begin, end), policy, self.kernels)
         assert read.marks is not None
         staying, _ = compact(kept, kept.alive & (begin < N) & (end > N))
-        return self.exact.leveled(read.output, read.marks, tokens.marks), staying
+        return self.exact.leveled(read.output, read.marks, tokens.marks), staying, kept, read.scratch_mass
 
     def _candidates(self, rows: Recent, tokens: Tokens, memory: MixerMemory) -> tuple[Kept, torch.Tensor, torch.Tensor]:
         """Kept rows and tokens that leave the window in this chunk, and the queries [from, to) that see each."""

@@ -60,14 +60,27 @@ def beaten_at(score: torch.Tensor, alive: torch.Tensor, begin: torch.Tensor, *, 
     Rows come in their order; a row is out from the first moment at which ``most`` others that came have higher
     scores, or equal ones and came before. Exact whatever was pushed out before, since who is out never returns.
     """
-    rows = torch.arange(score.shape[1], device=score.device)
-    older = rows[:, None] < rows  # [M, M] i before j
-    higher = score[:, :, None] > score[:, None]  # [B, M, M]
-    beats = (higher | ((score[:, :, None] == score[:, None]) & older)) & alive[:, :, None]  # [B, M, M] i beats j
-    # of the first i rows; padding comes at no time
-    full = (beats.cumsum(1, dtype=torch.int32) >= most) & alive[:, :, None]  # [B, M, M]
-    when = torch.where(full, begin[:, :, None], NEVER).amin(1) if score.shape[1] else begin  # [B, M]
-    return torch.maximum(when, begin)
+    M = score.shape[1]
+    if M == 0:
+        return begin
+    row = torch.arange(M, device=score.device)  # [M]
+    first = alive & (begin <= 0)  # [B, M] there from the start: a sort says how many of them beat each
+    known = torch.where(first, score, -torch.inf)  # [B, M]
+    order = torch.sort(known, dim=1, descending=True, stable=True).indices  # [B, M]
+    rank = torch.zeros_like(order).scatter(1, order, row.expand_as(order))  # [B, M]
+    not_lower = M - torch.searchsorted(torch.sort(known, dim=1).values, score.contiguous())  # [B, M]
+    before = torch.where(first, rank, not_lower)  # [B, M]
+    later = alive & ~first  # [B, M] these come one after the other
+    count = int(later.sum(1).max())
+    place = torch.argsort(~later, dim=1, stable=True)[:, :count]  # [B, F]
+    comes, rival, there = begin.gather(1, place), score.gather(1, place)[:, :, None], later.gather(1, place)
+    older = place[:, :, None] < row  # [B, F, M]
+    beats = (rival > score[:, None]) | ((rival == score[:, None]) & older)  # [B, F, M]
+    beaten = before[:, None] + (beats & there[:, :, None]).cumsum(1)  # [B, F, M] by how many, up to then
+    full = (beaten >= most) & there[:, :, None]  # [B, F, M]
+    when = torch.where(full, comes[:, :, None], NEVER)  # [B, F, M]
+    when = when.amin(1) if count else torch.full_like(begin, NEVER)  # [B, M]
+    return torch.maximum(torch.where(before >= most, 0, when), begin)
 
 
 class PooledLayer(MixerLayer):
@@ -168,7 +181,7 @@ class BlockSparseLayer(MixerLayer):
 
     def _exact(
         self, x: torch.Tensor, rows: Recent, tokens: Tokens, memory: MixerMemory, policy: Policy
-    ) -> tuple[torch.Tensor, Kept]:
+    ) -> tuple[torch.Tensor, Kept, Kept, torch.Tensor | None]:
         B, C, N, _ = x.shape
         kept, begin, _ = self._candidates(rows, tokens, memory)
         queries = self.exact.queries(x, tokens)  # [B, N, C, H, K]
@@ -192,7 +205,8 @@ class BlockSparseLayer(MixerLayer):
         output = torch.einsum("bnchj,bjhv->bnchv", weight, values).to(x.dtype)
         level = torch.einsum("bnchj,bcj,bjr->bnchr", weight, own.to(kind), marks).to(x.dtype)
         staying, _ = compact(kept, kept.alive & (begin < N))
-        return self.exact.leveled(output, level, tokens.marks), staying
+        mass = weight.detach().sum((1, 2, 3))[:, channel.shape[1] :]  # [B, M]
+        return self.exact.leveled(output, level, tokens.marks), staying, kept, mass
 
     def _near(self, present: torch.Tensor, policy: Policy, N: int) -> torch.Tensor:
         """Rows of the window and the chunk that each query reads, [B, N, C, W + N, C]."""

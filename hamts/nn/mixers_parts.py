@@ -121,23 +121,29 @@ def row_bytes(kept: Kept) -> int:
     return sum(math.prod(getattr(kept, f.name).shape[2:]) * getattr(kept, f.name).element_size() for f in fields(Kept))
 
 
-def quiet_trace(tokens: Tokens, routed: torch.Tensor) -> LayerTrace:
-    """The trace of a layer whose memory decides nothing by a score that is learned or reported."""
+def quiet_trace(tokens: Tokens, routed: torch.Tensor, kept: Kept, mass: torch.Tensor | None) -> LayerTrace:
+    """The trace of a layer whose memory decides nothing by a score that is learned or reported.
+
+    Args:
+        routed: tokens that stay readable on leaving the window, [B, C, N] bool.
+        kept: rows that were readable in this chunk, [B, M], and
+        mass: the attention each received, summed over queries and heads, [B, M].
+    """
     B, C, N = tokens.heard.shape
     like = tokens.heard
-    nothing = like.new_zeros(B, 0)
     return LayerTrace(
         scores=like.new_zeros(B, C, N, 0),
-        threshold=nothing,
+        threshold=like.new_zeros(B, 0),
         by_score=torch.zeros(B, C, N, 0, dtype=torch.bool, device=like.device),
         must_keep=torch.zeros(B, C, N, dtype=torch.bool, device=like.device),
         routed=routed,
-        entries_bias=nothing,
-        entries_mass=nothing,
-        entries_judged=nothing.bool(),
-        entries_sights=nothing.long(),
-        entries_position=nothing.double(),
-        entries_channel=nothing.long(),
+        entries_bias=like.new_zeros(kept.alive.shape),
+        entries_mass=like.new_zeros(kept.alive.shape) if mass is None else mass,
+        entries_judged=torch.zeros_like(kept.alive),
+        # the mass is a sum: as if each had been seen once
+        entries_sights=kept.alive.long(),
+        entries_position=kept.index.double(),
+        entries_channel=kept.channel,
     )
 
 
