@@ -38,7 +38,7 @@ from hamts.ops.kernels import Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
 from hamts.training_auxiliary import inner_loss, score_loss
-from hamts.training_parallel import everyones, follow_average, make_strategy, own_streams, shard, total
+from hamts.training_parallel import everyones, follow_average, make_strategy, own_streams, shard, total, touch_all
 from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
 
 __all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
@@ -112,7 +112,8 @@ class HAMTrainer(L.LightningModule):
         # added up where it is: asking for the number would wait for the device at every step
         self.loss_sum, self.loss_count = self.loss_sum.to(task.device) + task.detach(), self.loss_count + 1
         scored = score_loss(traces, task, self.config.auxiliary_target)  # []
-        return task + self.config.auxiliary_weight * scored + self.config.inner_weight * inner_loss(traces, task)
+        loss = task + self.config.auxiliary_weight * scored + self.config.inner_weight * inner_loss(traces, task)
+        return loss + touch_all(network) if self.sharded else loss
 
     def mean_loss(self) -> float:
         """Mean task loss since the last call."""

@@ -20,7 +20,17 @@ from torch.optim.swa_utils import AveragedModel
 from hamts.nn.tokens import map_tensors
 from hamts.windows import Windows
 
-__all__ = ["STRATEGIES", "everyone", "everyones", "follow_average", "make_strategy", "own_streams", "shard", "total"]
+__all__ = [
+    "STRATEGIES",
+    "everyone",
+    "everyones",
+    "follow_average",
+    "make_strategy",
+    "own_streams",
+    "shard",
+    "total",
+    "touch_all",
+]
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 
@@ -38,12 +48,19 @@ def make_strategy(name: str, devices: int) -> Any:
 
 
 def shard(network: nn.Module, mesh: Any) -> None:
-    """Spread the weights of every block, and of what lies around the blocks, over the processes of a mesh."""
+    """Spread weights, gradients and what the optimiser remembers over the processes of a mesh.
+
+    The weights come together for a step and part after it, all at once: what a step touches depends on its streams, so
+    weights that came block by block would be waited for in different orders.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    for block in network.backbone.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
-    fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh, reshard_after_forward=False)
+
+
+def touch_all(network: nn.Module) -> torch.Tensor:
+    """Nothing, with a gradient of nothing for every weight: all processes must have one where any of them has."""
+    return torch.stack([0.0 * weight.float().sum() for weight in network.parameters()]).sum()
 
 
 def everyone() -> int:
@@ -96,8 +113,8 @@ def follow_average(averaged: AveragedModel, network: nn.Module) -> None:
     if not parts:
         averaged.update_parameters(network)
         return
-    current = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in network.parameters()]
-    mine = list(averaged.module.parameters())
+    current: list[torch.Tensor] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in network.parameters()]
+    mine: list[torch.Tensor] = list(averaged.module.parameters())
     if int(averaged.n_averaged) == 0:
         torch._foreach_copy_(mine, current)
     else:
