@@ -66,6 +66,8 @@ class ModelConfig:
         learned_features: what the learned score sees: ``token`` alone (the paper's), or the ``state``'s error and gates
             too.
         decision: ``channel``: each channel's token by itself; ``step``: all channels of a moment are kept if one asks.
+        resolution: ``patch``: a kept token is one entry; ``step``: its steps are entries of their own, P to a token, so
+            that single steps can be read. Each counts in bytes.
         allocation: how the budget spreads over layers, channels and items: ``uniform``: each layer gets its share;
             ``pooled``: one threshold over all layers, spend where it helps; ``normalised``: each stream's score against
             its own past, so that every stream gets its share; ``learned``: the same plus a learned level of the token,
@@ -92,6 +94,7 @@ class ModelConfig:
     neighbours: int = 8
     learned_features: str = "state"
     decision: str = "channel"
+    resolution: str = "patch"
     allocation: str = "uniform"
     write_clip: float = 0.0
     mlp_ratio: float = 2.0
@@ -121,12 +124,18 @@ class ModelConfig:
         _known("head_reduction", self.head_reduction, ("min", "mean", "max"))
         _known("learned_features", self.learned_features, ("state", "token"))
         _known("decision", self.decision, ("channel", "step"))
+        _known("resolution", self.resolution, ("patch", "step"))
         _known("allocation", self.allocation, ALLOCATIONS)
         _known("mixer", self.mixer, MIXERS)
         if self.write_clip < 0:
             raise ValueError(f"write_clip must be 0 (no limit) or more. Got {self.write_clip}.")
         if 0.5 not in self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
             raise ValueError(f"quantiles must rise and hold 0.5. Got {self.quantiles}.")
+
+    @property
+    def entries_per_token(self) -> int:
+        """Entries that a kept token becomes."""
+        return self.patch_steps if self.resolution == "step" else 1
 
     @property
     def router_names(self) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class HAMNetwork(nn.Module):
         # whether targets read one another: decided on validation data
         self.register_buffer("cross_targets", torch.tensor(True))  # []
         if config.mixer == "ham":
-            check_room(memory.budget_bytes, self.entry_bytes() * config.layers)
+            check_room(memory.budget_bytes, self.entry_bytes() * config.layers * config.entries_per_token)
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Run every layer on these; they were decided once, by ``resolve_kernels``, for the device the network is on."""
@@ -144,15 +144,18 @@ class HAMNetwork(nn.Module):
         caps: tuple[int | None, int | None] = (None, None)
         # a rival has the size it was built with
         if capped and self.config.mixer == "ham":
-            caps = entry_caps(
+            whole = self.config.entries_per_token
+            tokens = entry_caps(
                 budget_bytes=self.memory_config.budget_bytes,
-                bytes_per_entry=self.entry_bytes(),
+                bytes_per_entry=self.entry_bytes() * whole,
                 layers=self.config.layers,
                 must_keep_share=self.memory_config.must_keep_share,
             )
+            caps = (tokens[0] * whole, tokens[1] * whole)
         return Policy(
             share=share, readable=self.readable(cross), cap_kept=caps[0], cap_must=caps[1], use_tags=use_tags,
             threshold=self.memory_config.threshold, eviction=self.memory_config.eviction, tags=self.tags,
+            entries_per_token=self.config.entries_per_token,
         )  # fmt: skip
 
     def forward(

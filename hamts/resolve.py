@@ -38,7 +38,7 @@ FEWEST_WINDOWS, MOST_WINDOWS = 8, 128
 ANSWER_LEVELS = (0.1, 0.5, 0.9)
 # what routing= of fit may set; what has an argument of its own is not here
 ROUTING_FIELDS = {
-    "model": ("head_reduction", "learned_features", "decision", "allocation", "write_clip"),
+    "model": ("head_reduction", "learned_features", "decision", "allocation", "write_clip", "resolution"),
     "memory": (
         "must_keep_share", "explore_share", "threshold", "eviction", "tag_types", "tag_half_life_patches",
         "budget_flops", "budget_ms",

@@ -10,7 +10,7 @@ L layers · S score routers · W window patches
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -202,7 +202,15 @@ def _per_layer(network: HAMNetwork, policies: Policy | Sequence[Policy] | None) 
     """One policy for each layer."""
     if policies is None:
         policies = network.policy(torch.zeros(1))
-    return [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
+    policies = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
+    return [_of_tokens(policy) for policy in policies]
+
+
+def _of_tokens(policy: Policy) -> Policy:
+    """A policy whose caps count tokens, where a token is several entries."""
+    each = policy.entries_per_token
+    kept, must = (None if cap is None else cap // each for cap in (policy.cap_kept, policy.cap_must))
+    return replace(policy, cap_kept=kept, cap_must=must, entries_per_token=1)
 
 
 def read_ledger(network: HAMNetwork, store: PatchStore, rollout: Rollout) -> Ledger:
@@ -345,7 +353,7 @@ def _entry_rows(
     reason = np.where(ledger.must_keep, np.where(is_event, "event", "action"), best["reason"]).astype(object)
     own = np.where(held[:, None], fate.held, np.where(dropped[:, None], fate.gone, False))  # [T, L]
     own = np.where(fate.pending[:, None], ledger.routed, own)  # [T, L]
-    entry_bytes = network.entry_bytes()
+    entry_bytes = network.entry_bytes() * network.config.entries_per_token
     step = Times(panel, ledger.item)
     return pd.DataFrame(
         {

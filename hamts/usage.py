@@ -81,7 +81,9 @@ def usage_columns(
     """Columns of ``forecaster_usage`` from a pass with traces; ``groups`` of the items, [I]."""
     counts = _counts(network, rollout, panel.n_items)
     labels, pick = _cells(network, panel, by, groups)
-    entry_bytes = network.entry_bytes()
+    # a token may be several entries
+    counts["live"] = counts["live"] / network.config.entries_per_token
+    entry_bytes = network.entry_bytes() * network.config.entries_per_token
     columns: dict[str, list[Any]] = {by: labels, "asked_share": [share] * len(labels)}
     rows = [{name: pick(number, value) for name, value in counts.items()} for number in range(len(labels))]
     parts = (
@@ -92,7 +94,7 @@ def usage_columns(
         columns[name] = [float(row[what].sum() / max(row[of].sum(), 1)) for row in rows]
     columns["burst_share"] = [float(row["burst"].max(initial=0.0)) for row in rows]
     items = [1 if by == "item" else row["live"].shape[1] for row in rows]
-    columns["bytes"] = [int(row["live"].sum()) * entry_bytes / n for row, n in zip(rows, items, strict=True)]
+    columns["bytes"] = [round(row["live"].sum()) * entry_bytes / n for row, n in zip(rows, items, strict=True)]
     most = max(columns["usage_share"], default=0.0)
     columns["worst"] = [value == most for value in columns["usage_share"]]
     return columns

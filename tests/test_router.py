@@ -11,8 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import make_config, make_network, make_panel, make_store, policy_for, read_all, take_items
+from networks import (
+    make_config,
+    make_network,
+    make_panel,
+    make_store,
+    policy_for,
+    random_tokens,
+    read_all,
+    take_items,
+)
 from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
+from test_layer import make_entries
 
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
@@ -20,6 +30,7 @@ from hamts.nn.clipped import clipped_delta
 from hamts.nn.ham import HAMLayer
 from hamts.nn.router import loudest_channel
 from hamts.nn.scores import as_level, causal_sums, from_level, normalised_error, residual, uncertainty, write_size
+from hamts.nn.steps import StepEntries, step_features
 from hamts.ops import naive
 from hamts.reader import HAMNetwork
 from hamts.training_auxiliary import _gains, score_loss
@@ -36,6 +47,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "innovation+tags": {"allocation": "learned"},
     "learned+tags": {"allocation": "pooled"},
     "mix": {"write_clip": 2.0},
+    "write+tags": {"resolution": "step"},
 }
 
 
@@ -207,6 +219,43 @@ def test_streams_against_their_own_past_get_alike_shares() -> None:
         used = torch.stack([trace.routed.sum((0, 2)) / able for trace in reading.traces])[:, [0, 1, 2, 3, 4]]
         spread[allocation] = float(used.std(1).mean())
     assert spread["normalised"] < 0.5 * spread["uniform"]
+
+
+# ---- steps as entries
+
+
+def test_a_kept_token_is_an_entry_for_each_step() -> None:
+    network, store = network_of("write+tags"), make_store(make_panel(seed=7))
+    P, W = network.config.patch_steps, network.config.window_patches
+    reading = read_all(network, store, policy_for(network, 3, share=0.4))
+    for layer, trace in zip(reading.memory.layers, reading.traces, strict=True):
+        # what is still in the window is no entry yet
+        tokens = trace.routed[:, :, :-W].sum((1, 2))
+        assert tokens.min() > 0 and torch.equal(layer.scratchpad.alive.sum(1), P * tokens)
+    pad = reading.memory.layers[0].scratchpad
+    place = pad.position[0][pad.alive[0]].view(-1, P)
+    assert torch.equal(place, place[:, :1].expand_as(place))
+    keys = pad.keys[0][pad.alive[0]].unflatten(0, (-1, P))
+    assert all(not torch.allclose(keys[:, 0], keys[:, step]) for step in range(1, P))
+    # caps hold whole tokens
+    policy = network.policy(torch.ones(3, dtype=torch.float64))
+    assert policy.cap_kept is not None and policy.cap_kept % P == 0 and policy.cap_kept > 0
+
+
+def test_editing_one_step_changes_its_entry_alone() -> None:
+    config = make_config(resolution="step")
+    module = StepEntries(config).double()
+    tokens = random_tokens(torch.Generator().manual_seed(0), patch_steps=config.patch_steps)
+    features = step_features(tokens, torch.float64)
+    B, N, C = features.shape[:3]
+    flat = torch.randn(B, N * C, config.heads, config.width // config.heads, dtype=torch.float64)
+    entries = replace(make_entries([[True] * (N * C)] * B), keys=flat, values=flat)
+    changed = features.clone()
+    changed[0, 2, 1, 1, 0] += 1.0
+    one, other = module(entries, features), module(entries, changed)
+    apart = (one.keys != other.keys).any(-1).any(-1)
+    assert apart.nonzero().tolist() == [[0, (2 * C + 1) * config.patch_steps + 1]]
+    assert torch.equal(apart, (one.values != other.values).any(-1).any(-1))
 
 
 # ---- clipped writes

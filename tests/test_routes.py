@@ -78,12 +78,13 @@ def world(
     caps: tuple[int, int],
     layers: int = 2,
     memory: MemoryConfig | None = None,
+    resolution: str = "patch",
 ) -> World:
     patch_steps = P if panel.times is None else 1
     store = build_store(panel, patch_steps=patch_steps, extra_steps=24)
     config = ModelConfig(
         width=16, layers=layers, heads=2, patch_steps=patch_steps, window_patches=W, router=router, dropout=0.0,
-        half_life_steps=(24.0, 96.0),
+        half_life_steps=(24.0, 96.0), resolution=resolution,
     )  # fmt: skip
     names = tuple(channel.name for channel in panel.schema.channels)
     spec = ChannelSpec(store.roles, (0,) * len(store.roles), store.calendar.shape[1], names=names)
@@ -529,9 +530,11 @@ def test_a_loaded_model_asks_for_rows_and_gives_the_same_table(model: HAMForecas
 # --- other rules of eviction, typed tags and moving thresholds
 
 
-@pytest.mark.parametrize("eviction", ["lowest", "must_last", "reservoir"])
+@pytest.mark.parametrize("eviction, resolution", [
+    ("lowest", "patch"), ("must_last", "patch"), ("reservoir", "patch"), ("lowest", "step"), ("fifo", "step"),
+])  # fmt: skip
 @pytest.mark.parametrize("typed", [False, True])
-def test_the_table_and_the_live_memory_agree_under_every_rule(eviction: str, typed: bool) -> None:
+def test_the_table_and_the_live_memory_agree_under_every_rule(eviction: str, resolution: str, typed: bool) -> None:
     types = (
         TagType(name="event", quota=0.4, before_patches=1, after_patches=2), TagType(name="action", priority=3.0)
     ) if typed else ()  # fmt: skip
@@ -542,7 +545,8 @@ def test_the_table_and_the_live_memory_agree_under_every_rule(eviction: str, typ
         )
     half_life = 30.0 if typed else None
     memory = MemoryConfig(eviction=eviction, tag_types=types, threshold="block", tag_half_life_patches=half_life)
-    made = world(panel, router="learned+error+tags", caps=(14, 9), memory=memory)
+    caps = (14, 9) if resolution == "patch" else (14 * P, 9 * P)
+    made = world(panel, router="learned+error+tags", caps=caps, memory=memory, resolution=resolution)
     table = made.table()
     kept = table[table["status"] == "kept"]
     live = made.rollout.memory
@@ -561,3 +565,5 @@ def test_the_table_and_the_live_memory_agree_under_every_rule(eviction: str, typ
             step = (rows["ds_end"] - start) // pd.Timedelta(hours=1)
             assert held == set(zip(rows["channel"], ((lead + step) // P).astype(float), strict=True))
     assert set(table["status"]) >= {"kept", "evicted", "quota_full", "below"}
+    stored = sum(int(part.scratchpad.alive.sum()) * part.scratchpad.bytes_per_entry() for part in live.layers)
+    assert table["bytes"].sum() == stored

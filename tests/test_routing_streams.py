@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "router": "mix+tags",
         "routing": {"threshold": "feedback", "eviction": "must_last", "write_clip": 2.0, "allocation": "learned"},
     },
+    "steps": {"router": "error+tags", "routing": {"resolution": "step", "decision": "step"}},
 }  # fmt: skip
 
 

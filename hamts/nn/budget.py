@@ -90,7 +90,7 @@ def check_room(budget_bytes: int, smallest: int) -> None:
     """A budget that holds not one entry in each layer is a mistake, unless it is nothing. Raises ValueError."""
     if 0 < budget_bytes < smallest:
         raise ValueError(
-            f"budget_bytes must be 0 or at least {smallest}, one entry in each layer. Got {budget_bytes}."
+            f"budget_bytes must be 0 or at least {smallest}, one kept token in each layer. Got {budget_bytes}."
             f" Choose budget_bytes={smallest} or more, or 0 for no scratchpad."
         )
 

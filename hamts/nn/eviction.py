@@ -95,7 +95,8 @@ def _tag_lists(entries: Entries, must: torch.Tensor, cap_must: torch.Tensor, pol
         if quota is None:
             continue
         own = must & (entries.tag_type == number)  # [B, M]
-        cap = torch.floor(cap_must * quota + 1e-9).long()  # [B]
+        whole = policy.entries_per_token
+        cap = torch.floor(cap_must * quota / whole + 1e-9).long() * whole  # [B]
         lists.append(EvictionList(own, cap, even))
         left, others = left - cap, others & ~own
     return [*lists, EvictionList(others, left, whole_numbers(entries.tag_level))]

@@ -34,6 +34,7 @@ from hamts.nn.scratchpad import (
     empty_memory,
     merge_candidates,
 )
+from hamts.nn.steps import StepEntries, step_features
 from hamts.nn.tokens import Policy, Tokens, map_tensors
 from hamts.nn.trace import LayerOutput, LayerTrace
 from hamts.ops.kernels import TORCH, Kernels
@@ -74,6 +75,7 @@ class HAMLayer(nn.Module):
         # what runs the recurrence and the read; decided for the whole network by ``HAMNetwork.use_kernels``
         self.kernels: Kernels = TORCH
         self.router = Router(config)
+        self.steps = StepEntries(config) if config.resolution == "step" else None
         self.thresholds = ThresholdTable(len(self.router.names))
         self.reset_parameters()
 
@@ -88,7 +90,7 @@ class HAMLayer(nn.Module):
 
     def empty_memory(self, items: int, channels: int, like: torch.Tensor) -> LayerMemory:
         """A memory that has read nothing, for so many items of so many channels."""
-        return empty_memory(
+        memory = empty_memory(
             items=items,
             channels=channels,
             heads=self.heads,
@@ -104,6 +106,10 @@ class HAMLayer(nn.Module):
                 write_scale=like.new_zeros(items, channels, self.heads, 2) if self.write_clip else None,
             ),
         )
+        if self.steps is None:
+            return memory
+        steps = like.new_zeros(*memory.pending.routable.shape, *self.steps.weight.shape[:2])  # [B, W, C, P, 3]
+        return replace(memory, pending=replace(memory.pending, steps=steps))
 
     def forward(
         self,
@@ -257,6 +263,7 @@ class HAMLayer(nn.Module):
             present=tokens.present[:, :, None].expand(-1, -1, C),
             routable=tokens.routable.transpose(1, 2),
             must_keep=tokens.must_keep.transpose(1, 2),
+            steps=None if self.steps is None else step_features(tokens, keys.dtype),
         )
         return chunk.after(pending, tokens.markable)
 
@@ -266,9 +273,12 @@ class HAMLayer(nn.Module):
         """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
         C, local = queries.shape[2], decision.local
         fresh = as_entries(local, decision.routed, decision.rank, policy.use_tags)  # [B, (W + N) C]
+        each = 1
+        if self.steps is not None and local.steps is not None:
+            fresh, each = self.steps(fresh, local.steps), self.steps.steps  # [B, (W + N) C P]
         entries, origin = append_candidates(kept, fresh)  # [B, M']
         # the token at local index l leaves the window when query l is asked
-        visible_from = torch.where(origin >= 0, origin // C, 0)  # [B, M']
+        visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
         until = end_times(entries, visible_from, policy)  # [B, M']
         scratch = ScratchKeys(
             keys=entries.keys,

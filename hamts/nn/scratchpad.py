@@ -76,6 +76,8 @@ class Pending:
     tag_type: torch.Tensor | None = None  # [B, W, C] int64, of typed tags
     tag_level: torch.Tensor | None = None  # [B, W, C]
     markable: torch.Tensor | None = None  # [B, W, C] bool: a later tag may keep it
+    # of every step, where steps become entries: value, whether it was observed, whether it was tagged
+    steps: torch.Tensor | None = None  # [B, W, C, P, 3]
 
     def after(self, earlier: Pending, markable: torch.Tensor | None) -> Pending:
         """These tokens of a chunk behind those of the window, [B, W + N, C, ...].

@@ -72,6 +72,7 @@ class Policy:
         eviction: one of ``hamts.config.EVICTIONS``.
         key: one number per item, [B] int64, from which chance is counted; None: 0.
         tags: rules of typed tags; None: all tags alike.
+        entries_per_token: caps and quotas are whole tokens.
         explore_share, explore_generator: keep some unrouted tokens at random (training only).
     """
 
@@ -86,5 +87,6 @@ class Policy:
     eviction: str = "fifo"
     key: torch.Tensor | None = None
     tags: TagRules | None = None
+    entries_per_token: int = 1
     explore_share: float = 0.0
     explore_generator: torch.Generator | None = None
