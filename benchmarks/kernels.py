@@ -5,6 +5,7 @@ Run ``python -m benchmarks.kernels`` from the clone on a machine with a CUDA dev
 
     attention   window and scratchpad in one softmax, forward and backward, 65,536 tokens in all
     tiles       milliseconds of every candidate that the search for tiles tried
+    flex        FlexAttention on compacted keys, a rival
     decode      one step of many streams with ragged scratchpads
     parity      the tests under the marker ``gpu``
 
@@ -219,6 +220,38 @@ def attention_cells(rates: dict[str, float], sizes: list[tuple[int, float]]) -> 
         record(f"attention--T{n_patches}--{round(100 * share)}", cell)
 
 
+def flex_cells(sizes: list[tuple[int, float]]) -> None:
+    """FlexAttention on compacted keys: no window, no biases, no marks; the gather of keys and values is timed."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from hamts.ops.attend_flex import attend_entries, prefix_mask
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    for n_patches, share in sizes:
+        read = Read(n_patches, share)
+        x = read.tensors()
+        # every query sees an entry, as every query of the layer sees its own patch
+        x["kept"][:, :1] = True
+        queries = x["queries"][:, :, 0].requires_grad_()  # [B, T, H, K]
+        sources = [x["local_keys"].requires_grad_(), x["local_values"].requires_grad_()]
+        pushed = torch.randn_like(queries)
+
+        def forward(read: Read = read, x: dict[str, torch.Tensor] = x, queries: torch.Tensor = queries) -> torch.Tensor:
+            scratch = read.scratch(x)
+            mask = prefix_mask(scratch.visible_from, read.n_patches)
+            return attend_entries(queries, keys=scratch.keys, values=scratch.values, mask=mask, compiled=compiled)
+
+        def both(
+            leaves: list[torch.Tensor] = [queries, *sources],  # noqa: B006
+            forward: Callable[[], torch.Tensor] = forward,
+            pushed: torch.Tensor = pushed,
+        ) -> Any:
+            return torch.autograd.grad(forward(), leaves, pushed)
+
+        times = {"forward_ms": measure(forward), "both_ms": measure(both)}
+        record(f"flex--T{n_patches}--{round(100 * share)}", {**asdict(read), **times})
+
+
 def search_cells(sizes: list[tuple[int, float]]) -> None:
     """Time every candidate of every kernel at each size; the table of ``attend_triton_tiles`` comes from here."""
     from hamts.ops import attend_triton_tiles as tiles
@@ -389,27 +422,44 @@ def parity() -> None:
     record("parity", {"passed": ran.returncode == 0, "summary": lines[-1], "failed": failed, "files": files})
 
 
+def cells_of(pattern: str, folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))}
+
+
 def table() -> None:
-    """What has been measured, as a table."""
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("attention--*.json"))]
-    cells.sort(key=lambda cell: (cell["n_patches"], -cell["share"]))
+    """What has been measured, as tables."""
+    first, flex = cells_of("attention--*.json", RESULTS / "first"), cells_of("flex--*.json")
+    cells = sorted(cells_of("attention--*.json").items(), key=lambda cell: (cell[1]["n_patches"], -cell[1]["share"]))
     print(
         "| patches | kept | read fwd / fwd+bwd ms | with masses | cuDNN full fwd / fwd+bwd ms | ratio | at most |",
         end="",
     )
-    print(" floor ops / bytes ms |\n|---|---|---|---|---|---|---|---|")
-    for c in cells:
+    print(" ratio of the first version | Flex, no window | floor ops / bytes ms |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, c in cells:
         bound = "-" if c["bound"] is None else f"{c['bound']:.2f}"
+        before = f"{first[name]['ratio']:.3f}" if name in first else "-"
+        rival = flex.get(name.replace("attention", "flex"))
+        flexed = "not run" if rival is None else f"{rival['both_ms']:.2f}"
         print(
             f"| {c['n_patches']:,} | {c['share']:.0%} | {c['forward_ms']:.2f} / {c['both_ms']:.2f} |"
             f" {c['both_with_masses_ms']:.2f} | {c['full_forward_ms']:.2f} / {c['full_both_ms']:.2f} |"
-            f" {c['ratio']:.3f} | {bound} | {c['floor_operations_ms']:.2f} / {c['floor_bytes_ms']:.2f} |"
+            f" {c['ratio']:.3f} | {bound} | {before} | {flexed} |"
+            f" {c['floor_operations_ms']:.2f} / {c['floor_bytes_ms']:.2f} |"
         )
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("decode--*.json"))]
-    cells.sort(key=lambda cell: (cell["streams"], cell["ragged"]))
+    print(
+        "\n| best tiles at | forward | query_grad | entry_grad | local_grad | sum | mass |\n|---|---|---|---|---|---|---|"
+    )
+    for folder in (RESULTS / "first", RESULTS):
+        for name, cell in cells_of("tiles--*.json", folder).items():
+            best = {kernel: min(times.values()) for kernel, times in cell["milliseconds"].items()}
+            parts = [best[kernel] for kernel in ("forward", "query_grad", "entry_grad", "local_grad")]
+            label = name.removeprefix("tiles--") + (" first version" if folder.name == "first" else "")
+            print(f"| {label} | {' | '.join(f'{ms:.2f}' for ms in [*parts, sum(parts), best['mass']])} |")
     print("\n| streams | entries mean / most | ms a step | floor bytes ms | tokens/s | best full ms | times |")
     print("|---|---|---|---|---|---|---|")
-    for c in cells:
+    steps = sorted(cells_of("decode--*.json").values(), key=lambda cell: (cell["streams"], cell["ragged"]))
+    for c in steps:
         full = [c[name] for name in c if name.startswith("full_")]
         rival = f"{min(full):.2f} | {c['times_as_many_tokens_per_s']:.1f}" if full else "- | -"
         print(
@@ -436,6 +486,8 @@ def main() -> None:
             search_cells([(16_384, 0.25), (65_536, 0.1)])
         if "attention" in options.parts:
             attention_cells(rates, SIZES)
+        if "flex" in options.parts:
+            flex_cells(list(BOUNDS))
         if "decode" in options.parts:
             decode_cells(rates)
     table()
