@@ -447,9 +447,8 @@ def table() -> None:
             f" {c['ratio']:.3f} | {bound} | {before} | {flexed} |"
             f" {c['floor_operations_ms']:.2f} / {c['floor_bytes_ms']:.2f} |"
         )
-    print(
-        "\n| best tiles at | forward | query_grad | entry_grad | local_grad | sum | mass |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| best tiles at | forward | query_grad | entry_grad | local_grad | sum | mass |")
+    print("|---|---|---|---|---|---|---|")
     for folder in (RESULTS / "first", RESULTS):
         for name, cell in cells_of("tiles--*.json", folder).items():
             best = {kernel: min(times.values()) for kernel, times in cell["milliseconds"].items()}
