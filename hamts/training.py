@@ -64,7 +64,7 @@ class HAMTrainer(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.task.machine.strategy == "fsdp" and not self.sharded:
-            shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
+            shard(self, self.device_mesh["data_parallel"])  # type: ignore[index]
             self.sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -91,6 +91,10 @@ class HAMTrainer(L.LightningModule):
             group["lr"] = rate
 
     def training_step(self, batch: Windows, batch_idx: int) -> torch.Tensor:
+        return self(batch)
+
+    def forward(self, batch: Windows) -> torch.Tensor:
+        """Loss of a step: read each part of the context, then forecast."""
         network = self.network
         memory = self._memory(batch)
         policy = self._policy(batch.share, batch.cross)

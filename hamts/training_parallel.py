@@ -47,15 +47,16 @@ def make_strategy(name: str, devices: int) -> Any:
     return "auto"
 
 
-def shard(network: nn.Module, mesh: Any) -> None:
+def shard(step: nn.Module, mesh: Any) -> None:
     """Spread weights, gradients and what the optimiser remembers over the processes of a mesh.
 
-    The weights come together for a step and part after it, all at once: what a step touches depends on its streams, so
-    weights that came block by block would be waited for in different orders.
+    ``step`` is the module whose forward is a whole step: the weights come together before it and part after its
+    gradient, all at once. What a step touches depends on its streams, so weights that came pass by pass, or block by
+    block, would be waited for in different orders.
     """
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(network, mesh=mesh, reshard_after_forward=False)
+    fully_shard(step, mesh=mesh, reshard_after_forward=False)
 
 
 def touch_all(network: nn.Module) -> torch.Tensor:
