@@ -112,7 +112,7 @@ def _layer_rows(
     position = trace.entries_position.cpu()[b, m].numpy()  # [R]
     readers = len(store.roles) * network.config.heads
     start = first.cpu()[b].numpy()  # [R]
-    return pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "item": item.numpy(),
             "channel": trace.entries_channel.cpu()[b, m].numpy(),
@@ -123,6 +123,10 @@ def _layer_rows(
             "sights": sights,
         }
     )
+    if network.config.entries_per_token == 1:
+        return rows
+    # the steps of a token are seen together, and share what it receives
+    return rows.groupby([*KEYS, "first_patch", "last_patch"], as_index=False).agg({"mass": "sum", "sights": "max"})
 
 
 def _patches(store: PatchStore, items: np.ndarray, position: np.ndarray) -> np.ndarray:

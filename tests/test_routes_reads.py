@@ -13,11 +13,12 @@ from test_routes import World, frame, without, world
 
 import hamts.nn.ham as ham
 from hamts.data.frame import to_panel
+from hamts.data.patches import build_store
 from hamts.errors import DataError
 from hamts.nn.head import pinball
 from hamts.ops import kernels, naive
 from hamts.ops.types import Attended
-from hamts.rollout import forecast_from
+from hamts.rollout import forecast_from, roll
 from hamts.routes import (
     add_reads,
     inside_share,
@@ -102,8 +103,6 @@ def test_read_mass_is_the_mean_attention_of_all_later_reads(here: World, monkeyp
 def test_reads_do_not_depend_on_the_chunks(here: World) -> None:
     table = here.table()
     whole = add_reads(table, here.network, here.store, here.panel, rollout=here.rollout)
-    from hamts.rollout import roll
-
     fine = roll(
         here.network, here.store, cutoffs=[np.zeros(0, int)] * 2, steps=1, policies=here.policy, keep_traces=True,
         chunk_patches=3,
@@ -259,3 +258,26 @@ def test_worth_by_reason_has_a_line_for_each_reason() -> None:
     for line in lines.itertuples():
         alone = worth_together(model, df, kept[kept["reason"] == line.reason], cutoffs=cutoffs, seed=3)
         assert (line.worth, line.random_low, line.words) == (alone.worth, alone.random_low, alone.words)
+
+
+def test_the_steps_of_a_token_share_what_it_receives() -> None:
+    df = sine_frame(items=1, steps=300)
+    model = quick(df, 12, budget_share=0.3, router="surprise", routing={"resolution": "step"})
+    assert model.config.entries_per_token == model.config.patch_steps > 1
+    kept = model.routes(df).query("status == 'kept'")
+    assert len(kept) > 3 and kept["read_mass"].between(0, 1).all()
+    network, panel = model._fitted.network, model._panel_of(df, None, None)
+    store = build_store(panel, patch_steps=model.config.patch_steps, extra_steps=12)
+    policy = network.policy(torch.tensor([0.3]))
+    rollout = roll(
+        network, store, cutoffs=[np.zeros(0, int)], steps=1, policies=policy, keep_traces=True, chunk_patches=5
+    )  # fmt: skip
+    rows = read_table(network, store, rollout)
+    steps = rows["last_patch"] - rows["first_patch"] + 1
+    assert (rows["sights"] <= steps * model.config.layers).all()
+    # nothing is lost: a chunk's rows have all the attention that its entries received
+    first = rollout.traces[-1]
+    received = sum(float((layer.entries_mass * layer.entries_sights).sum()) for layer in first.layers)
+    mine = rows[rows["first_patch"] == int(first.first_patch[0])]
+    readers = len(store.roles) * model.config.heads
+    assert mine["mass"].sum() == pytest.approx(received / readers, rel=1e-5)
