@@ -100,7 +100,7 @@ class ProbeConfig:
         items: N, things to remember.
         queries: Q asked at the end.
         noise: standard deviation of the white part of the carrier.
-        carrier: ``season``, ``ar``, ``walk``, ``gp``, ``chaos``, or ``real`` (given by ``SemiSynthetic``).
+        carrier: ``season``, ``ar``, ``walk``, ``gp``, ``chaos`` or ``none``; real ones come through ``SemiSynthetic``.
         missing: share of rows without an item whose channels are missing.
         jitter: spread of the time between rows; 0 is a regular clock.
         code: how types are coded: ``random`` unit vectors times 2, ``onehot``, or ``int`` (one number).

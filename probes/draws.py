@@ -121,9 +121,12 @@ def carrier(gen: torch.Generator, n: int, rows: int, channels: int, config: Prob
     """The background on which items are rendered, [B, T, C].
 
     season: 0.5 sin(2 pi t / P + phi), P uniform in 12..40 per channel · ar: AR(1) of 0.9 · walk: a random walk of unit
-    spread at its end · gp: periodic and smooth random Fourier features · chaos: the Lorenz flow. White noise on all.
+    spread at its end · gp: periodic and smooth random Fourier features · chaos: the Lorenz flow · none: nothing.
+    White noise on all.
     """
     noise = config.noise * torch.randn(n, rows, channels, generator=gen)  # [B, T, C]
+    if config.carrier == "none":
+        return noise
     if config.carrier == "season":
         period = torch.randint(12, 41, (n, 1, channels), generator=gen)  # [B, 1, C]
         phase = uniform(gen, (n, 1, channels), 0.0, 2 * math.pi)  # [B, 1, C]
@@ -139,8 +142,8 @@ def carrier(gen: torch.Generator, n: int, rows: int, channels: int, config: Prob
     if config.carrier == "chaos":
         return 0.5 * _lorenz(gen, n, rows, channels) + noise
     raise ValueError(
-        f"Unknown carrier {config.carrier!r}. Available: ['ar', 'chaos', 'gp', 'season', 'walk']; real ones come in"
-        " through SemiSynthetic."
+        f"Unknown carrier {config.carrier!r}. Available: ['ar', 'chaos', 'gp', 'none', 'season', 'walk']; real ones"
+        " come in through SemiSynthetic."
     )
 
 

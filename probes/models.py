@@ -81,7 +81,8 @@ class NetConfig:
 
     def layer_config(self, channels: int) -> ModelConfig:
         """The configuration of a layer; a row of ``channels`` values is a token."""
-        router = "learned" if self.control else self.router
+        # a control decides; a score without a learned bias stands below it
+        router = "learned" if self.control == "shuffled" else "innovation" if self.control else self.router
         return ModelConfig(
             width=self.memory_width, layers=self.layers, heads=self.heads, patch_steps=channels,
             window_patches=self.window_rows, router=router, mixer=MODELS[self.model], write_clip=self.write_clip,
