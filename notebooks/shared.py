@@ -19,7 +19,7 @@ STORM_EVENING = pd.Timestamp("2013-12-14 23:00", tz="America/New_York")
 TANKS = ["L_T1", "L_T2", "L_T3"]
 PUMPS = ["S_PU2", "S_PU6"]
 SENSORS = ["XMEAS_7", "XMEAS_9", "XMEAS_11", "XMEAS_18"]
-STEPS = {"flights": 60, "flights_scores": 60, "tanks": 30, "tep": 60}
+STEPS = {"flights": 30, "flights_scores": 30, "tanks": 20, "tep": 30}
 
 warnings.simplefilter("ignore")
 

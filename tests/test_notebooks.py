@@ -92,7 +92,7 @@ def test_cells_are_short_and_define_nothing_long(script: Path) -> None:
 
 def marks(name: str) -> list[Any]:
     local = [pytest.mark.data] if {"tanks", "tep"} & set(NEEDS[name]) else []
-    return [pytest.mark.timeout(280), *local]
+    return [pytest.mark.timeout(900), *local]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name), id=name) for name in NEEDS])
@@ -101,7 +101,7 @@ def test_a_notebook_runs_and_shows_something(name: str, models: Path, tmp_path: 
         fit_once(models, model)
     notebook = jupytext.read(FOLDER / f"{name}.py")
     client = nbclient.NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment(models).items():
