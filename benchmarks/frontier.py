@@ -43,6 +43,10 @@ RATES = (1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 BLOCKS = 20
 DRAWS, MARGIN = 2000, 0.02
+# memories are of the same size up to this share
+SAME_SIZE = 0.1
+# whose bytes at a share the rivals get
+REFERENCE = "learned"
 NO_CAP = 1 << 40
 # twice the typical step of the target
 AMPLITUDE = 2.0
@@ -254,6 +258,18 @@ def entry_bytes(config: ModelConfig) -> int:
         return HAMLayer(config).empty_memory(1, 1, torch.zeros(1)).scratchpad.bytes_per_entry()
 
 
+def budget_of(cell: Cell, folder: Path, carrier: Carrier, spec: Set, config: ModelConfig) -> int:
+    """Bytes that a rival gets: what the reference took at that share, or would if it kept what it was asked for."""
+    if cell.share is None:
+        return NO_CAP
+    path = folder / f"{cell.set}--{REFERENCE}--seed{cell.seed}.json"
+    if path.exists():
+        for point in json.loads(path.read_text())["points"]:
+            if (point["memory"], point["share"]) == ("model", cell.share):
+                return int(point["scratchpad_bytes"])
+    return equal_bytes(carrier, spec, cell.share, config)
+
+
 def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) -> int:
     """Bytes of the scratchpads of an item of which such a share of tokens was kept, in all layers."""
     columns = [name for names in carrier.roles.values() if isinstance(names, list) for name in names]
@@ -301,10 +317,11 @@ def blocks_of(point: Point, windows: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def measure(cell: Cell, row: Model, *, rate: float, carrier: Carrier, spec: Set, **size: Any) -> dict[str, Any]:
+def measure(
+    cell: Cell, row: Model, *, rate: float, carrier: Carrier, spec: Set, budget: int, **size: Any
+) -> dict[str, Any]:
     """Fit one model and score it under every budget."""
     seed, share = cell.seed, cell.share
-    budget = NO_CAP if share is None else equal_bytes(carrier, spec, share, shape_of(size))
     began = time.perf_counter()
     model = fit(carrier, spec, row, rate=rate, seed=seed, budget=budget, **size)
     fit_s = time.perf_counter() - began
@@ -379,11 +396,10 @@ def grid(*, core: bool) -> list[Cell]:
     return inner if core else inner + [cell for cell in cells if cell not in inner]
 
 
-def best_rate(cell: Cell, row: Model, folder: Path, carrier: Carrier, spec: Set, **size: Any) -> float:
+def best_rate(cell: Cell, row: Model, folder: Path, carrier: Carrier, spec: Set, *, budget: int, **size: Any) -> float:
     """The learning rate that validated best at seed 0; the same trials for every model, written down."""
     path = folder / f"{cell.name.rpartition('--')[0]}--rates.json"
     trials = json.loads(path.read_text())["validation"] if path.exists() else {}
-    budget = NO_CAP if cell.share is None else equal_bytes(carrier, spec, cell.share, shape_of(size))
     for rate in RATES:
         if f"{rate:g}" not in trials:
             model = fit(carrier, spec, row, rate=rate, seed=0, budget=budget, **size)
@@ -416,6 +432,7 @@ def run(
             carriers[cell.set] = load_set(cell.set)
         given: dict[str, Any] = {"carrier": carriers[cell.set], "spec": specs[cell.set], **size}
         row = (models or MODELS)[cell.model]
+        given["budget"] = budget_of(cell, folder, given["carrier"], given["spec"], shape_of(size))
         result = measure(cell, row, rate=best_rate(cell, row, folder, **given), **given)
         write(path, result)
         whole = result["points"][0]["parts"]["all"]
@@ -490,7 +507,7 @@ def difference(
     for model, memory in (one, two):
         sides.append(
             {
-                cell["seed"]: point["parts"][part]
+                cell["seed"]: {**point["parts"][part], "bytes": point["bytes"]}
                 for cell in cells
                 if (cell["set"], cell["model"]) == (name, model)
                 for point in cell["points"]
@@ -503,18 +520,23 @@ def difference(
     left, right = ([side[seed] for seed in seeds] for side in sides)
     low, high = drawn(left, right)
     total = [sum(map(sum, (scores["quantile"] for scores in side))) for side in (left, right)]
+    apart = total[0] / max(total[1], 1e-12) - 1
+    sizes = [sum(side[seed]["bytes"] for seed in seeds) for side in sides]
+    ratio = sizes[0] / sizes[1]
     return {
         "set": name, "one": "/".join(one), "two": "/".join(two), "share": share, "part": part, "seeds": len(seeds),
-        "difference": total[0] / max(total[1], 1e-12) - 1, "low": low, "high": high,
-        "verdict": verdict(low, high, len(seeds)),
+        "difference": apart, "low": low, "high": high, "bytes_ratio": ratio,
+        "verdict": verdict(apart, low, high, seeds=len(seeds), bytes_ratio=ratio),
     }  # fmt: skip
 
 
-def verdict(low: float, high: float, seeds: int) -> str:
-    """In the words of the registration."""
+def verdict(difference: float, low: float, high: float, *, seeds: int, bytes_ratio: float = 1.0) -> str:
+    """In the words of the registration; nothing is called of few seeds, nor of memories of other sizes."""
     if seeds < len(SEEDS):
         return f"{seeds} of {len(SEEDS)} seeds: nothing is called"
-    if high < -MARGIN:
+    if abs(bytes_ratio - 1) > SAME_SIZE:
+        return "other bytes: nothing is called"
+    if difference < -MARGIN and high < 0:
         return "better"
     if low > -MARGIN:
         return "no better"
@@ -537,7 +559,7 @@ def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([row for row in rows if row is not None])
 
 
-def equal_time(lines: pd.DataFrame, reference: str = "learned", share: float = 0.1) -> pd.DataFrame:
+def equal_time(lines: pd.DataFrame, reference: str = REFERENCE, share: float = 0.1) -> pd.DataFrame:
     """For each model the best score among its points that take no longer than a reference does."""
     rows = []
     for (name, part), own in lines[lines["memory"] == "model"].groupby(["set", "part"]):

@@ -200,10 +200,24 @@ def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
 def test_verdicts_are_those_of_the_registration() -> None:
     from benchmarks.frontier import verdict
 
-    assert verdict(-0.2, -0.03, 3) == "better"
-    assert verdict(-0.01, 0.3, 3) == "no better"
-    assert verdict(-0.2, 0.1, 3) == "undecided"
-    assert "nothing" in verdict(-0.2, -0.1, 2)
+    assert verdict(-0.1, -0.2, -0.01, seeds=3) == "better"
+    # clear, but too small to matter; and large, but not clear
+    assert verdict(-0.015, -0.018, -0.01, seeds=3) == "no better"
+    assert verdict(-0.1, -0.2, 0.1, seeds=3) == "undecided"
+    assert verdict(0.1, -0.01, 0.3, seeds=3) == "no better"
+    assert "nothing" in verdict(-0.1, -0.2, -0.05, seeds=2)
+    assert "other bytes" in verdict(-0.1, -0.2, -0.05, seeds=3, bytes_ratio=1.3)
+
+
+def test_rivals_get_the_bytes_that_the_reference_took(tmp_path: Path) -> None:
+    from benchmarks.frontier import REFERENCE, SMOKE, Cell, budget_of, equal_bytes, shape_of, smoke_carrier
+
+    carrier, shape = smoke_carrier(), shape_of({"preset": "tiny"})
+    cell = Cell("smoke", "window", 0, 0.1)
+    assert budget_of(cell, tmp_path, carrier, SMOKE, shape) == equal_bytes(carrier, SMOKE, 0.1, shape)
+    took = {"points": [{"memory": "model", "share": 0.1, "scratchpad_bytes": 1234.0}]}
+    (tmp_path / f"smoke--{REFERENCE}--seed0.json").write_text(json.dumps(took))
+    assert budget_of(cell, tmp_path, carrier, SMOKE, shape) == 1234
 
 
 def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
