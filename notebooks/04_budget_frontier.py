@@ -18,9 +18,10 @@
 # look for the point after which more memory buys nothing. On this set that point may be at the very left.
 
 # %%
+from shared import fitted
+
 import hamts
 from hamts.plot import plot_frontier
-from shared import fitted
 
 data = hamts.load_dataset("nycflights13")
 model = fitted("flights")
