@@ -587,6 +587,22 @@ def table(folder: Path) -> str:
     return "\n\n".join(texts)
 
 
+def describe(sets: list[str]) -> str:
+    """Length of every set, and how many events its test rows hold."""
+    rows = []
+    for name in sets:
+        spec, carrier = SETS[name], load(name)
+        columns = [column for names in carrier.roles.values() if isinstance(names, list) for column in names]
+        asked = carrier.events["asked"] + 1
+        inside = carrier.events[(asked >= carrier.rows - carrier.test_rows) & (asked + spec.h <= carrier.rows)]
+        patches = carrier.rows // spec.patch_steps
+        counts = inside["age"].value_counts(sort=False).to_dict()
+        rows.append(
+            {"set": name, "core": spec.core, "patches": patches, "tokens": patches * len(columns), "events": counts}
+        )
+    return markdown(pd.DataFrame(rows))
+
+
 def markdown(frame: pd.DataFrame) -> str:
     rows = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in frame.itertuples(index=False)]
     lines = [list(frame.columns), ["---"] * len(frame.columns), *rows]
@@ -637,10 +653,14 @@ def main() -> None:
     parser.add_argument("--max-time", type=float, default=math.inf, help="seconds after which no cell is begun")
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--smoke", action="store_true", help="a minute of a CPU, to see that it runs")
+    parser.add_argument("--describe", action="store_true", help="only say how long the sets are")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     parser.add_argument("--plot", type=Path, help="also draw what is there")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.describe:
+        print(describe(options.sets))
+        return
     if options.smoke:
         smoke(options.folder)
     elif not options.table:
