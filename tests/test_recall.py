@@ -1,0 +1,91 @@
+"""Token recall: what is asked was said, and the script runs.
+
+B sequences · L tokens
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.recall import (
+    FILLER,
+    KEYS,
+    MARKER,
+    MODELS,
+    VALUES,
+    TokenModel,
+    draw_needle,
+    draw_recall,
+    policies_of,
+    rate_left,
+    run_one,
+    table,
+)
+from hamts.config import ModelConfig
+
+
+@pytest.mark.parametrize(("length", "tokens_per_pair"), [(64, 16), (64, 4), (512, 16)])
+def test_every_key_that_is_asked_was_stored_once_with_its_value(length: int, tokens_per_pair: int) -> None:
+    ids, right = draw_recall(length, 5, torch.Generator().manual_seed(0), tokens_per_pair)
+    pairs = length // tokens_per_pair
+    for row, wanted in zip(ids.tolist(), right.tolist(), strict=True):
+        asked = [place for place, value in enumerate(wanted) if value >= 0]
+        assert len(asked) == pairs
+        assert min(asked) >= 3 * length // 4
+        assert len({row[place] for place in asked}) == pairs
+        for place in asked:
+            stored = [at for at in range(3 * length // 4) if row[at] == row[place]]
+            assert len(stored) == 1
+            assert row[stored[0] + 1] == wanted[place]
+            assert KEYS <= wanted[place] < KEYS + VALUES
+
+
+def test_a_needle_is_marked_and_asked_at_the_end() -> None:
+    ids, right = draw_needle(64, 20, torch.Generator().manual_seed(0))
+    for row, wanted in zip(ids.tolist(), right.tolist(), strict=True):
+        marked = [place for place, token in enumerate(row) if token == MARKER]
+        assert len(marked) == 2 and marked[1] == 62
+        assert row[marked[0] + 1] == row[63] < KEYS
+        assert row[marked[0] + 2] == wanted[63]
+        assert all(value == -1 for value in wanted[:63])
+        filler = [token for place, token in enumerate(row) if not marked[0] <= place <= marked[0] + 2 and place < 62]
+        assert all(KEYS + VALUES <= token < KEYS + VALUES + FILLER for token in filler)
+
+
+@pytest.mark.parametrize("name", ["surprise", "surprise-shared", "attention"])
+def test_a_token_model_never_looks_ahead_and_sees_its_past(name: str) -> None:
+    config = ModelConfig(
+        width=16, layers=2, heads=2, patch_steps=1, dropout=0.0, **({"router": "learned"} | MODELS[name])
+    )
+    model = TokenModel(config, shared=name.endswith("-shared")).eval()
+    ids, _ = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    other = ids.clone()
+    other[:, 40] = (other[:, 40] + 7) % KEYS
+    with torch.no_grad():
+        for layer in model.layers():
+            layer.scratch_bias.zero_() if name != "attention" else layer.exact.scratch_bias.zero_()
+        one, two = (model(x, policies_of(model, torch.ones(2)))[0] for x in (ids, other))
+    assert torch.equal(one[:, :40], two[:, :40])
+    assert not torch.allclose(one[:, 60], two[:, 60], atol=1e-6)
+
+
+def test_learning_rates_fall_early_or_late() -> None:
+    early, late = ([rate_left(done / 10, late=late) for done in range(11)] for late in (False, True))
+    assert early == sorted(early, reverse=True) and late == sorted(late, reverse=True)
+    assert early[5] < 0.6 and late[6] == 1.0 and late[10] == pytest.approx(0.1)
+
+
+def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
+    run_one("surprise", rate=1e-3, seed=0, ladder_name="smoke", folder=tmp_path)
+    cell = json.loads((tmp_path / "smoke--surprise--lr0.001--seed0.json").read_text())
+    assert {row["memory"] for row in cell["rows"]} == {"model", "random"}
+    whole = [row for row in cell["rows"] if row["usage"] == 1.0 and row["allocation"] == "uniform"]
+    assert all(row["kept_by_layer"] == [1.0, 1.0] for row in whole)
+    nothing = [row for row in cell["rows"] if row["usage"] == 0.0]
+    assert all(row["scratchpad_attention_by_layer"] == [0.0, 0.0] for row in nothing)
+    assert "surprise" in table(tmp_path)
+    assert not list(tmp_path.glob("*.rung"))
