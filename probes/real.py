@@ -58,10 +58,35 @@ def labelled_probe(name: str, *, target: Sequence[str] | None = None) -> ProbeFr
         raise DataError(
             "E-PROBE-WINDOWS", f"{name!r} has no labelled windows.", fix=f"Sets with: {list(LABELLED_SETS)}."
         )
+    df, labels = (data.df, data.labels) if name != "tep" else replayed(data.df, data.labels)
     return ProbeFromFrame(
-        data.df, critical=data.labels, target=tuple(target or data.target), event_cols=data.event_cols,
+        df, critical=labels, target=tuple(target or data.target), event_cols=data.event_cols,
         action_cols=data.action_cols,
     )  # fmt: skip
+
+
+def replayed(df: pd.DataFrame, labels: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Simulated runs of one fault each as streams in which the fault comes twice, normal operation before each time.
+
+    The runs of the set are separate experiments: each stream is the normal training run, a faulty one, the normal test
+    run and the other faulty one, renumbered. So a fault is as rare as the normal rows make it, and the joins are jumps.
+    """
+    streams, windows = [], []
+    runs = {str(key): part.reset_index(drop=True) for key, part in df.groupby("unique_id")}
+    for _, first in labels.iterrows():
+        run = str(first["unique_id"])
+        later = labels[labels["unique_id"] == f"{run}_te"]
+        if not len(later) or not {"d00", "d00_te", f"{run}_te"} <= set(runs):
+            continue
+        parts = [runs["d00"], runs[run], runs["d00_te"], runs[f"{run}_te"]]
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        stream = pd.concat(parts, ignore_index=True)
+        stream["unique_id"], stream["ds"] = run, np.arange(len(stream))
+        streams.append(stream)
+        for label, start in ((first, starts[1]), (later.iloc[0], starts[3])):
+            windows.append({"unique_id": run, "start": start + int(label["start"]), "end": start + int(label["end"]),
+                            "label": label["label"]})  # fmt: skip
+    return pd.concat(streams, ignore_index=True), pd.DataFrame(windows)
 
 
 def edit_test(
