@@ -172,9 +172,9 @@ def machine_config(
     accelerator: str, precision: str, kernel: str, strategy: str, devices: int, **rest: Any
 ) -> MachineConfig:
     """On what to fit. Raises DataError E-OPTION."""
-    named = {"accelerator": accelerator, "precision": precision, "kernel": kernel, "strategy": strategy}
+    named: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "kernel": kernel}
     try:
-        return MachineConfig(**named, devices=devices, **rest)
+        return MachineConfig(**named, strategy=strategy, devices=devices, **rest)
     except (TypeError, ValueError) as error:
         raise DataError("E-OPTION", str(error), fix="Change that argument of fit, or leave it out.") from error
 

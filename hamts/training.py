@@ -34,7 +34,7 @@ from hamts.nn.allocation import update_tables
 from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
 from hamts.nn.tokens import Policy, map_tensors
-from hamts.ops.kernels import Kernels, resolve_kernels
+from hamts.ops.kernels import KernelError, Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
 from hamts.training_auxiliary import inner_loss, score_loss
@@ -310,6 +310,10 @@ def fit_device(machine: MachineConfig) -> torch.device:
 
 def planned_kernels(model: ModelConfig, machine: MachineConfig) -> Kernels:
     """What will run the layers of a fit. Raises KernelError where that cannot run."""
+    if model.mixer != "ham":
+        if machine.kernel not in ("auto", "torch"):
+            raise KernelError(f"kernel={machine.kernel!r} runs layers of mixer='ham' only. Got {model.mixer!r}.")
+        return Kernels("torch", f"mixer={model.mixer!r} has no other")
     dtype = torch.float64 if machine.precision.startswith("64") else torch.float32
     return resolve_kernels(
         machine.kernel, device=fit_device(machine), head_width=model.width // model.heads, dtype=dtype

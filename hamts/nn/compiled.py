@@ -7,6 +7,8 @@ symbols at their second value, and nothing is compiled anew after that.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -29,7 +31,7 @@ def compile_parts(network: nn.Module, mode: str) -> None:
     if mode == "none":
         return
     # the analysis of tiles fails on some graphs of symbolic sizes (torch 2.11)
-    options = {"triton.cudagraphs": mode == "reduce-overhead", "triton.coalesce_tiling_analysis": False}
+    options: dict[str, Any] = {"triton.cudagraphs": mode == "reduce-overhead", "triton.coalesce_tiling_analysis": False}
     for part in network.modules():
         for name in COMPILED:
             method = getattr(type(part), name, None)

@@ -6,6 +6,7 @@ B items · C channels · N patches · H heads · K key · V value · S score rou
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -240,7 +241,7 @@ def _logit(learner: nn.Sequential, x: torch.Tensor, features: list[torch.Tensor]
 
     The first map is taken in two: a token joined to a few numbers would be copied, and as wide as no fast product is.
     """
-    first, last, D = learner[0], learner[-1], x.shape[-1]
+    first, last, D = cast(nn.Linear, learner[0]), cast(nn.Linear, learner[-1]), x.shape[-1]
     hidden = F.linear(x, first.weight[:, :D], first.bias)  # [B, C, N, hidden]
     if features:
         hidden = hidden + F.linear(torch.stack(features, -1), first.weight[:, D:])  # [B, C, N, hidden]
