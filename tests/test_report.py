@@ -350,3 +350,16 @@ def test_a_model_without_a_scratchpad_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="A report concerns the scratchpad, and mixer 'recurrent'"):
         write_report(small_model(df, mixer="recurrent"), df, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_labels_of_a_csv_with_the_two_offsets_of_a_zone_are_placed_right(tmp_path: Path) -> None:
+    df = stormy_frame(items=1, steps=400)
+    df["ds"] = pd.date_range("2024-03-28", periods=400, freq="h", tz="Europe/Berlin")
+    labels = pd.DataFrame({
+        "unique_id": "item 0", "start": ["2024-03-30 05:00:00+01:00", "2024-04-02 05:00:00+02:00"],
+        "end": ["2024-03-30 07:00:00+01:00", "2024-04-02 05:00:00+02:00"], "label": ["before", "after"],
+    })  # fmt: skip
+    path = write_report(small_model(df), df, tmp_path / "page.html", labels=labels, n_windows=2, worth=5)
+    # one hour is missing in the night of the 31st
+    assert content(path)["labels"] == [[0, 53, 55, "before"], [0, 124, 124, "after"]]
+    assert "Meeting with your labels" in read(path).text
