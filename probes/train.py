@@ -20,7 +20,7 @@ from probes.models import NetConfig, ProbeNet
 from probes.registry import Probe
 from probes.scores import query_error
 
-__all__ = ["Fitted", "TrainPlan", "forward", "train"]
+__all__ = ["Fitted", "TrainPlan", "forward", "make_net", "train"]
 
 BATCH_SEQUENCES = 32
 POOL_SEQUENCES = 1_024
@@ -43,8 +43,6 @@ class TrainPlan:
         steps, learning_rate, seed: of the optimiser.
         critical_rows: that budgets are multiples of.
         echo: answers are the next rows of the series instead of a query row's.
-        read_only: a second probe whose sequences are read with everything kept and teach the router nothing: the
-            network learns to answer it, the router is only tested on it.
     """
 
     probe: Probe
@@ -86,14 +84,7 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
         progress: called with step, steps and the last validation error.
     """
     started = time.monotonic()
-    first = sample(plan, generator(plan.seed), 2)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(plan.seed)
-        net = ProbeNet(
-            plan.net, inputs=first.inputs().shape[-1], channels=first.x.shape[-1], answers=first.y.shape[-1],
-            auxiliary=0 if first.aux is None else first.aux.shape[-1],
-        )  # fmt: skip
-    net.to(plan.device)
+    net = make_net(plan)
     fitted = Fitted(net, plan, 0.0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=plan.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=max(plan.steps, 2))
@@ -123,6 +114,18 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
     calibrate(net, stream.next(plan.steps), plan.critical_rows)
     fitted.seconds = time.monotonic() - started
     return fitted
+
+
+def make_net(plan: TrainPlan) -> ProbeNet:
+    """The network of a plan, its weights drawn from the seed."""
+    first = sample(plan, generator(plan.seed), 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(plan.seed)
+        net = ProbeNet(
+            plan.net, inputs=first.inputs().shape[-1], channels=first.x.shape[-1], answers=first.y.shape[-1],
+            auxiliary=0 if first.aux is None else first.aux.shape[-1],
+        )  # fmt: skip
+    return net.to(plan.device)
 
 
 class Stream:
@@ -217,6 +220,7 @@ def training_loss(
     explore: torch.Generator,
     *,
     given: Sequence[torch.Tensor] | None = None,
+    follow: bool = True,
 ) -> torch.Tensor:
     """Squared error of the answers, with the next row, the auxiliary target and the router's own losses beside it."""
     answer, context, asked = forward(net, batch, rows, explore=explore, given=given)
@@ -232,7 +236,7 @@ def training_loss(
         index = (batch.q_index - batch.context_rows)[..., None].expand(-1, -1, asked.hidden.shape[-1])
         loss = loss + TARGET_WEIGHT * F.mse_loss(net.auxiliary(asked.hidden.gather(1, index)), batch.aux)
     for layer, before, after in zip(net.layers, context.traces, asked.traces, strict=True):
-        if net.config.model == "ham" and net.config.control is None:
+        if follow and net.config.model == "ham" and net.config.control is None:
             layer.thresholds.follow(before.scores[:, 0].flatten(0, 1))
         if getattr(before, "inner_loss", None) is not None:
             loss = loss + INNER_WEIGHT * before.inner_loss

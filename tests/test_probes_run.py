@@ -25,6 +25,7 @@ from probes.runner_plan import RunPlan
 from probes.scores import selection
 from probes.t0_run import run_t0_suite
 from probes.train import forward, shuffled_rows
+from probes.transfer import TransferPlan, score_transfer, train_transfer
 
 torch.set_num_threads(1)
 
@@ -309,3 +310,20 @@ def test_probes_are_reached_through_hamts() -> None:
         assert getattr(probes, name) is not None
     with pytest.raises(AttributeError, match="Available: .*run_probes"):
         _ = probes.nothing
+
+
+# --- a router of other suites
+
+
+def test_suites_share_a_layout_and_the_tested_one_teaches_no_router() -> None:
+    plan = TransferPlan(steps=6, teach=("der/derD", "act/actS"), test="pbc/pbcD")
+    plans = plan.plans()
+    widths = {part.probe.sample(generator(0), 1, part.config).inputs().shape[-1] for part in plans}
+    assert len(widths) == 1
+    aligned = plans[1].probe.sample(generator(0), 2, plans[1].config)
+    assert aligned.y.shape[-1] == 2
+    assert not bool(aligned.y_mask[..., 1].any())
+    fitted = train_transfer(plan)
+    scored = score_transfer(fitted, budget=1.0, streams=1, sequences=8)
+    assert math.isfinite(scored.metrics["skill"])
+    assert fitted.plan is not None and fitted.plan.critical_rows == plans[-1].critical_rows
