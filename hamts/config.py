@@ -259,6 +259,8 @@ class TrainConfig:
         auxiliary_weight: weight of what teaches the learned scores beside the task.
         auxiliary_target: what that is: ``attention``, the mass an entry received; ``gain``, what dropping the entry
             would cost, to first order; ``none``.
+        budget_flops: floating-point operations of training, in expectation over budgets and ages of streams; it says
+            how many steps are taken where ``max_steps`` does not. None for no such limit.
         inner_weight: weight of the one-patch-ahead loss of the inner heads, where a score uses them.
     """
 
@@ -278,12 +280,15 @@ class TrainConfig:
     auxiliary_weight: float = 0.02
     auxiliary_target: str = "attention"
     inner_weight: float = 0.1
+    budget_flops: float | None = None
     checks: int = 16
     patience: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
         _known("auxiliary_target", self.auxiliary_target, AUXILIARY_TARGETS)
+        if self.budget_flops is not None and not self.budget_flops > 0:
+            raise ValueError(f"budget_flops of training must be above 0, or None. Got {self.budget_flops}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hamts.config import TrainConfig
 from hamts.data.patches import Chunk
 from hamts.nn.scratchpad import Entries
 from hamts.reader import HAMNetwork, StreamMemory
+from hamts.windows import EMPTY_CHANCE, FULL_CHANCE, LARGEST_SHARE, SMALLEST_SHARE
 
-__all__ = ["CostModel", "bytes_within", "fit_cost", "measure"]
+__all__ = ["CostModel", "bytes_within", "fit_cost", "measure", "training_flops"]
 
 UNITS = ("flops", "ms")
 # the empty scratchpad is read by a way of its own
@@ -168,25 +170,26 @@ def filled_memory(network: HAMNetwork, items: int, entries: int, seed: int) -> S
     return replace(empty, layers=layers)
 
 
-def random_chunk(network: HAMNetwork, items: int, seed: int) -> Chunk:
-    """One observed patch of every channel."""
+def random_chunk(network: HAMNetwork, items: int, seed: int, patches: int = 1) -> Chunk:
+    """Observed patches of every channel."""
     generator = torch.Generator().manual_seed(seed + 1)
     spec, P = network.spec, network.config.patch_steps
-    grid = (items, len(spec.roles), 1, P)
-    values = torch.randn(grid, generator=generator, dtype=torch.float64)  # [B, C, 1, P]
+    N = patches
+    grid = (items, len(spec.roles), N, P)
+    values = torch.randn(grid, generator=generator, dtype=torch.float64)  # [B, C, N, P]
     coded = torch.tensor([n > 0 for n in spec.levels])[:, None, None]  # [C, 1, 1]
-    values = torch.where(coded, 0.0, values)  # [B, C, 1, P]
+    values = torch.where(coded, 0.0, values)  # [B, C, N, P]
     nothing = torch.zeros(grid, dtype=torch.bool)
     return Chunk(
         values=values,
         observed=~nothing,
         tags=nothing,
         event_offset=torch.zeros(grid),
-        calendar=torch.zeros(items, 1, spec.calendar_features),
-        present=torch.ones(items, 1, dtype=torch.bool),
-        complete=torch.ones(items, len(spec.roles), 1, dtype=torch.bool),
-        position=torch.zeros(items, 1, dtype=torch.float64),
-        elapsed=torch.ones(items, 1),
+        calendar=torch.zeros(items, N, spec.calendar_features),
+        present=torch.ones(items, N, dtype=torch.bool),
+        complete=torch.ones(items, len(spec.roles), N, dtype=torch.bool),
+        position=torch.arange(N, dtype=torch.float64).expand(items, N),
+        elapsed=torch.ones(items, N),
         static_values=torch.zeros(items, spec.static_numeric),
         static_codes=torch.zeros(items, len(spec.static_levels), dtype=torch.int64),
         truth=values,
@@ -204,3 +207,41 @@ def bytes_within(network: HAMNetwork, policy_bytes: int, *, flops: float | None,
             entries = fit_cost(network, unit).within(budget)
             allowed = min(allowed, entries * network.entry_bytes() * network.config.layers)
     return allowed
+
+
+def training_flops(network: HAMNetwork, config: TrainConfig, *, horizon_steps: int, seed: int = 0) -> float:
+    """Operations of matrix products in one optimiser step, in expectation.
+
+    Counted on one stream of the mean age under the mean budget, forward and backward, for every stream of a batch; and
+    forward alone for the patches that restarted streams read first.
+    """
+    P, C = network.config.patch_steps, len(network.spec.roles)
+    share = expected_share()
+    # the length of a prefix is even in its logarithm; a stream goes on for 1 / reset_share steps in the mean
+    prefix = config.prefix_patches / np.log(1 + config.prefix_patches) if config.prefix_patches else 0.0
+    age = prefix + config.context_patches * (1.0 / config.reset_share - 1.0 if config.reset_share else 0.0)
+    policy = replace(network.policy(torch.tensor([share])), threshold="fixed")
+    room = (policy.cap_kept or 0) + (policy.cap_must or 0)
+    entries = int(min(room, share * C * age * network.config.entries_per_token))
+    context = max(1, config.context_patches // config.origins)
+    horizon = -(-horizon_steps // P) + 1
+    memory, was_training = filled_memory(network, 1, entries, seed), network.training
+    network.train()
+    with FlopCounterMode(display=False) as learning:
+        past = network(random_chunk(network, 1, seed, context), memory, policy)
+        ahead = network(random_chunk(network, 1, seed, horizon), past.memory, policy, advance=False)
+        (past.quantiles.sum() + ahead.quantiles.sum()).backward()
+    network.zero_grad(set_to_none=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as reading:
+        network(random_chunk(network, 1, seed, context), memory, policy, decode=False)
+    network.train(was_training)
+    restarts = config.reset_share * prefix / context
+    each = config.origins * learning.get_total_flops() + restarts * reading.get_total_flops()
+    return float(config.batch_windows * each)
+
+
+def expected_share() -> float:
+    """Mean of the budgets that training draws."""
+    spread = np.log(LARGEST_SHARE / SMALLEST_SHARE)
+    between = (LARGEST_SHARE - SMALLEST_SHARE) / spread
+    return float(FULL_CHANCE + (1.0 - EMPTY_CHANCE - FULL_CHANCE) * between)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hamts.cost import bytes_within
+from hamts.cost import bytes_within, training_flops
 from hamts.data.calendar import calendar_features, supported_phases
 from hamts.data.clock import step_times
 from hamts.data.panel import Panel, Schema
@@ -149,10 +149,18 @@ def within_cost(panel: Panel, plan: Plan, ends: np.ndarray) -> Plan:
 
     Raises DataError E-OPTION: a budget below the cost of one entry.
     """
-    memory = plan.memory
-    if (memory.budget_flops is None and memory.budget_ms is None) or plan.model.mixer != "ham":
+    memory, train = plan.memory, plan.train
+    asked = (memory.budget_flops, memory.budget_ms, train.budget_flops)
+    if all(budget is None for budget in asked) or plan.model.mixer != "ham":
         return plan
     network = new_network(panel, plan, ends)
+    if train.budget_flops is not None and train.max_steps is None:
+        each = training_flops(network, train, horizon_steps=plan.h)
+        steps = int(train.budget_flops / each)
+        if steps < 1:
+            what = f"training_flops must be at least {each:.4g}, one step of training. Got {train.budget_flops:g}."
+            raise DataError("E-OPTION", what, fix="Raise it, or choose a smaller preset.")
+        plan = replace(plan, train=replace(train, max_steps=steps))
     try:
         room = bytes_within(network, memory.budget_bytes, flops=memory.budget_flops, ms=memory.budget_ms)
     except ValueError as error:

@@ -43,7 +43,7 @@ ROUTING_FIELDS = {
         "must_keep_share", "explore_share", "threshold", "eviction", "tag_types", "tag_half_life_patches",
         "budget_flops", "budget_ms",
     ),
-    "train": ("auxiliary_weight", "auxiliary_target", "inner_weight"),
+    "train": ("auxiliary_weight", "auxiliary_target", "inner_weight", "training_flops"),
 }  # fmt: skip
 
 
@@ -193,7 +193,12 @@ def routing_fields(routing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     unknown = [name for name in routing if name not in homes]
     if unknown:
         raise ValueError(f"Unknown field {unknown[0]!r} of routing. Available: {sorted(homes)}.")
-    return {home: {name: routing[name] for name in names if name in routing} for home, names in ROUTING_FIELDS.items()}
+    fields = {
+        home: {name: routing[name] for name in names if name in routing} for home, names in ROUTING_FIELDS.items()
+    }
+    if "training_flops" in fields["train"]:
+        fields["train"]["budget_flops"] = fields["train"].pop("training_flops")
+    return fields
 
 
 def _given(**options: Any) -> dict[str, Any]:

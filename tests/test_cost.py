@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_frames import sine_frame
 from networks import make_config, make_network
+from torch.utils.flop_counter import FlopCounterMode
 
-from hamts.cost import CostModel, bytes_within, filled_memory, fit_cost, measure
+import hamts
+from hamts.cost import CostModel, bytes_within, filled_memory, fit_cost, measure, training_flops
+from hamts.errors import DataError
 from hamts.reader import HAMNetwork
 
 
@@ -68,3 +72,20 @@ def test_a_budget_below_one_entry_says_the_smallest_that_works() -> None:
     assert flat.within(2.0) == flat.within(9.0) == 2048
     with pytest.raises(ValueError, match=r"Unknown unit 'watts'. Available: \['flops', 'ms'\]"):
         fit_cost(small(), "watts")
+
+
+@pytest.mark.slow
+def test_training_takes_the_operations_that_it_was_given() -> None:
+    frame = sine_frame(items=3, steps=900)
+    options = {"preset": "tiny", "val_size": 0, "verbose": False, "patch_steps": 6, "batch_windows": 8}
+    short = hamts.fit(frame, 12, **options, max_steps=1)
+    each = training_flops(short._fitted.network, short.plan.train, horizon_steps=12)
+    with FlopCounterMode(display=False) as counter:
+        model = hamts.fit(frame, 12, **options, routing={"training_flops": 10.5 * each})
+    assert model.plan.train.max_steps == 10
+    with FlopCounterMode(display=False) as rest:
+        hamts.fit(frame, 12, **options, max_steps=1)
+    # without what a fit does beside its steps; ages and budgets are drawn, so the sum is near its expectation only
+    assert counter.get_total_flops() - rest.get_total_flops() == pytest.approx(9 * each, rel=0.25)
+    with pytest.raises(DataError, match="training_flops must be at least"):
+        hamts.fit(frame, 12, **options, routing={"training_flops": 5.0})
