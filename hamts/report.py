@@ -361,4 +361,4 @@ def _run_facts(
 
 
 def _python_command(path: str | os.PathLike[str]) -> str:
-    return f"hamts.report.write_report(model, df, {os.fspath(path)!r})"
+    return f"import hamts.report; hamts.report.write_report(model, df, {os.fspath(path)!r})"
