@@ -6,7 +6,7 @@ is written to ``benchmarks/results/training`` as it is measured and not measured
 
 delta   the gated delta rule with its prediction error, against the library's own op without it
 layer   a whole HAM layer, forward and backward, against full attention by cuDNN with the same projections, gate,
-        norms and rotations, everything between the kernels compiled in both
+        norms and rotations; ``fused``: what lies between the kernels is compiled, in both
 fit     steps of training of the preset ``base`` on contexts of 512 patches of seven channels: on kernels, on plain
         torch, and a full-attention network of the same size that sees the same patches (PatchTST-like)
 
@@ -258,15 +258,15 @@ def _output(call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> torch.Tenso
     return call(x).output
 
 
-def layer_cell(length: int, share: float, most: dict[str, float], mode: str = "default") -> dict[str, Any]:
+def layer_cell(length: int, share: float, most: dict[str, float], mode: str) -> dict[str, Any]:
     """A HAM layer and a full-attention layer on the same tokens."""
     items = TOKENS // length
     x = torch.randn(items, 1, length, WIDTH, device=DEVICE).requires_grad_()
     layer, call = ham_layer(length, share, mode)
-    with torch.no_grad():
-        kept = float(call(x).trace.routed.float().mean())
     leaves = [x, *layer.parameters()]
     ham = pass_times(partial(_output, call, x), leaves)
+    with torch.no_grad():
+        kept = float(call(x).trace.routed.float().mean())
     kernels = kernel_table(partial(_output, call, x), leaves)
     del layer, call, leaves
     rival = FullAttention().to(DEVICE)
@@ -285,6 +285,7 @@ def layer_cell(length: int, share: float, most: dict[str, float], mode: str = "d
     moved = TOKENS * WIDTH * (4 + 2 * 10)
     return {
         "kept": kept,
+        "compile_mode": mode,
         "rows": {"ham": ham, "cudnn attention": full},
         "floor_ms": {"forward": floor_ms(flops, moved, most), "both": floor_ms(3.2 * flops, 3 * moved, most)},
         "ratio": ham["both_ms"] / full["both_ms"],
@@ -321,13 +322,13 @@ def synthetic_store() -> Any:
     from hamts.data.patches import build_store
 
     steps, rng = 1600 * PATCH_STEPS, np.random.default_rng(0)
-    clock = pd.date_range("2020-01-01", periods=steps, freq="h")
+    clock = np.arange(steps)
     frames = []
     for item in range(8):
         columns = {f"y{c}": np.sin(np.arange(steps) * 2 * np.pi / 24 + c + item) for c in range(CHANNELS)}
         frame = pd.DataFrame(columns) + 0.3 * rng.normal(size=(steps, CHANNELS))
         frames.append(frame.assign(unique_id=str(item), ds=clock))
-    panel = to_panel(pd.concat(frames), target=[f"y{c}" for c in range(CHANNELS)], freq="h")
+    panel = to_panel(pd.concat(frames), target=[f"y{c}" for c in range(CHANNELS)])
     return panel, build_store(panel, patch_steps=PATCH_STEPS, extra_steps=HORIZON_STEPS)
 
 
@@ -500,7 +501,8 @@ def cells() -> dict[str, Callable[[dict[str, float]], dict[str, Any]]]:
     for share in LAYER_SHARES:
         for length in LAYER_LENGTHS:
             name = f"layer-n{length}-share{round(100 * share)}"
-            table[name] = lambda most, n=length, s=share: layer_cell(n, s, most)  # type: ignore[misc]
+            table[name] = lambda most, n=length, s=share: layer_cell(n, s, most, "none")  # type: ignore[misc]
+            table[f"{name}-fused"] = lambda most, n=length, s=share: layer_cell(n, s, most, "default")  # type: ignore[misc]
     for kind in FITS:
         table[f"fit-{kind}"] = lambda most, k=kind: fit_cell(k, most)  # type: ignore[misc]
     return table
@@ -508,11 +510,11 @@ def cells() -> dict[str, Callable[[dict[str, float]], dict[str, Any]]]:
 
 def measure(args: argparse.Namespace) -> None:
     most: dict[str, float] | None = None
-    for name, build in cells().items():
-        path = args.results / f"{name}.json"
-        if (args.cells and not any(name.startswith(part) for part in args.cells.split(","))) or (
-            path.exists() and not args.again
-        ):
+    known = cells()
+    asked = [name for part in args.cells.split(",") for name in known if name.startswith(part)]
+    for name in dict.fromkeys(asked):
+        build, path = known[name], args.results / f"{name}.json"
+        if path.exists() and not args.again:
             continue
         most = most or ceilings()
         gc.collect()
@@ -563,7 +565,7 @@ def table(results: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--again", action="store_true", help="measure cells that are there already")
-    parser.add_argument("--cells", default="", help="only cells whose names begin so, separated by commas")
+    parser.add_argument("--cells", default="", help="cells whose names begin so, by commas, in this order")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
