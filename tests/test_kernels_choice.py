@@ -16,10 +16,13 @@ from networks import make_network
 
 from hamts.errors import DataError
 from hamts.forecaster import fit, load
+from hamts.nn import scores
+from hamts.nn.compiled import COMPILED, compile_parts
 from hamts.ops import kernels, naive
 from hamts.ops.attend import attend
 from hamts.ops.gated_delta import gated_delta
 from hamts.ops.kernels import KernelError, Kernels, fla_problem, resolve_kernels, triton_problem
+from hamts.resolve import Plan
 
 
 class Machine:
@@ -159,3 +162,37 @@ def test_checkpointing_accumulation_and_mixed_precision_change_no_more_than_roun
     mixed = fit(frame(), **options, precision="bf16-mixed").report.best_score
     assert mixed != plain
     assert mixed == pytest.approx(plain, rel=0.02)
+
+
+def test_every_part_that_would_be_compiled_exists_and_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network(calibrate=False)
+    before, seen = set(network.state_dict()), set()
+    monkeypatch.setattr(torch, "compile", lambda method, options: seen.add(method.__name__) or method)
+    compile_parts(network, "none")
+    assert seen == set()
+    compile_parts(network, "default")
+    assert seen == set(COMPILED)
+    assert set(network.state_dict()) == before
+    with pytest.raises(ValueError, match="Unknown compile mode 'fast'"):
+        compile_parts(network, "fast")
+
+
+def test_sums_over_many_tokens_do_not_depend_on_blocks(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    terms = torch.rand(2, 3, 70, 2, 2, generator=generator, dtype=torch.float64)
+    carried = torch.rand(2, 3, 2, 2, generator=generator, dtype=torch.float64)
+    whole = scores.causal_sums(terms, carried, 16.0)
+    for block in (2, 8, 70):
+        monkeypatch.setattr(scores, "SUMMED_AT_ONCE", block)
+        for parts, true in zip(scores.causal_sums(terms, carried, 16.0), whole, strict=True):
+            assert torch.allclose(parts, true, rtol=1e-12, atol=1e-12)
+
+
+def test_plans_of_earlier_versions_load() -> None:
+    options = {"preset": "tiny", "h": 6, "max_steps": 1, "accelerator": "cpu", "progress": False, "verbose": False}
+    plan = fit(frame(), **options, precision="bf16-mixed").plan
+    content = plan.to_dict()
+    machine = content.pop("machine")
+    earlier = Plan.from_dict({**content, "accelerator": machine["accelerator"], "precision": machine["precision"]})
+    assert earlier == plan
