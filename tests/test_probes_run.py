@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,3 +329,26 @@ def test_suites_share_a_layout_and_the_tested_one_teaches_no_router() -> None:
     scored = score_transfer(fitted, budget=1.0, streams=1, sequences=8)
     assert math.isfinite(scored.metrics["skill"])
     assert fitted.plan is not None and fitted.plan.critical_rows == plans[-1].critical_rows
+
+
+# --- the package
+
+
+def test_the_package_keeps_the_rules_of_the_repository() -> None:
+    root = Path(probes.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, path
+        for forbidden in ("torch.manual_seed", "np.random.seed", "import pickle", "torch.load", "torch.save", "eval("):
+            assert forbidden not in text.replace("net.eval(", "").replace("network.eval(", ""), (path, forbidden)
+    assert (root / "py.typed").is_file()
+
+
+def test_importing_probes_loads_no_heavy_library() -> None:
+    code = "import probes, sys; print([n for n in ('torch', 'pandas', 'typer', 'matplotlib') if n in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root_folder())
+    assert ran.stdout.strip() == "[]"
+
+
+def root_folder() -> Path:
+    return Path(probes.__file__).resolve().parent.parent
