@@ -259,8 +259,8 @@ class TrainConfig:
         auxiliary_weight: weight of what teaches the learned scores beside the task.
         auxiliary_target: what that is: ``attention``, the mass an entry received; ``gain``, what dropping the entry
             would cost, to first order; ``none``.
-        budget_flops: floating-point operations of training, in expectation over budgets and ages of streams; it says
-            how many steps are taken where ``max_steps`` does not. None for no such limit.
+        budget_flops: floating-point operations of training, in expectation over budgets and ages of streams; no more
+            steps are taken than it allows. None for no such limit.
         inner_weight: weight of the one-patch-ahead loss of the inner heads, where a score uses them.
     """
 

@@ -154,13 +154,14 @@ def within_cost(panel: Panel, plan: Plan, ends: np.ndarray) -> Plan:
     if all(budget is None for budget in asked) or plan.model.mixer != "ham":
         return plan
     network = new_network(panel, plan, ends)
-    if train.budget_flops is not None and train.max_steps is None:
+    if train.budget_flops is not None:
         each = training_flops(network, train, horizon_steps=plan.h)
         steps = int(train.budget_flops / each)
         if steps < 1:
             what = f"training_flops must be at least {each:.4g}, one step of training. Got {train.budget_flops:g}."
             raise DataError("E-OPTION", what, fix="Raise it, or choose a smaller preset.")
-        plan = replace(plan, train=replace(train, max_steps=steps))
+        most = steps if train.max_steps is None else min(steps, train.max_steps)
+        plan = replace(plan, train=replace(train, max_steps=most))
     try:
         room = bytes_within(network, memory.budget_bytes, flops=memory.budget_flops, ms=memory.budget_ms)
     except ValueError as error:
