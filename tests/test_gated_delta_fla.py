@@ -16,6 +16,7 @@ pytest.importorskip("fla", reason="needs fla-core: pip install 'hamts[gpu]'")
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform:UserWarning")
 
 from hamts.ops import gated_delta_fla  # noqa: E402
+from hamts.ops.gated_delta_trial import problem_of, untuned  # noqa: E402
 
 # float32 sums in another order; on a GPU three TF32 products stand for one of float32
 TOLERANCE = 5e-6 if INTERPRETED else 3e-5
@@ -27,7 +28,7 @@ WAYS = ("internals", "shifted query")
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     let_fla_be_interpreted()
-    with gated_delta_fla.untuned():
+    with untuned():
         yield
 
 
@@ -196,7 +197,7 @@ def test_what_the_kernels_do_not_have_is_refused_with_what_they_have(generator: 
 def test_internals_that_changed_are_noticed_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from fla.ops.common import chunk_o
 
-    assert gated_delta_fla._self_test(DEVICE, torch.float32) is None
+    assert problem_of(gated_delta_fla._from_internals, DEVICE, torch.float32) is None
     right = chunk_o.chunk_fwd_o
     monkeypatch.setattr(chunk_o, "chunk_fwd_o", lambda **options: 1.1 * right(**options))
     gated_delta_fla.error_path.cache_clear()

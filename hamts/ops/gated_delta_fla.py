@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from hamts.ops.gated_delta import gated_delta as torch_gated_delta
+from hamts.ops.gated_delta_trial import precise_products, problem_of
 from hamts.ops.types import GatedDelta
 
 __all__ = ["error_path", "gated_delta", "gated_delta_step"]
@@ -34,19 +31,7 @@ __all__ = ["error_path", "gated_delta", "gated_delta_step"]
 # by dtype of the products; larger chunks are faster, but fla inverts those of 64 in TF32 whatever it is asked for
 CHUNKS = {torch.bfloat16: 64, torch.float32: 32}
 LARGEST_WIDTH = 256
-# where fla keeps the kernels of the rule
-TUNED_MODULES = (
-    "common.chunk_delta_h",
-    "common.chunk_o",
-    "common.chunk_scaled_dot_kkt",
-    "gated_delta_rule.chunk_fwd",
-    "gated_delta_rule.fused_recurrent",
-    "gated_delta_rule.wy_fast",
-    "utils.cumsum",
-    "utils.solve_tril",
-)
 LEAST_BETA = 2.0**-80
-SELF_TEST_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
 @torch.compiler.disable
@@ -90,7 +75,7 @@ def gated_delta(
     g, b = log_decay.float(), beta.float()  # 2 x [B, N, H]
     state = None if initial_state is None else initial_state.float()  # [B, H, K, V]
     way = _from_internals if error_path(values.device.type, dtype) == "internals" else _from_shifted_query
-    with torch.autocast(values.device.type, enabled=False), _precise_products(dtype):
+    with torch.autocast(values.device.type, enabled=False), precise_products(dtype):
         output, error, prediction, after = way(q, k, v, g, b, state, cu_seqlens, error_grad)
     kind = values.dtype
     return GatedDelta(output=output.to(kind), prediction=prediction.to(kind), error=error.to(kind), state=after)
@@ -164,27 +149,13 @@ def _dtype_of(values: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if values.dtype == torch.bfloat16 else torch.float32
 
 
-@contextlib.contextmanager
-def _precise_products(dtype: torch.dtype) -> Iterator[None]:
-    """Triton's float32 products round to TF32 unless told otherwise: relative errors near 1e-3."""
-    name, before = "TRITON_F32_DEFAULT", os.environ.get("TRITON_F32_DEFAULT")
-    if dtype != torch.float32 or before is not None:
-        yield
-        return
-    os.environ[name] = "tf32x3"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
 # --- which way
 
 
 @functools.cache
 def error_path(device: str, dtype: torch.dtype = torch.bfloat16) -> str:
     """``internals`` or ``shifted query``: how the error is had on this kind of device; tried out at the first call."""
-    why = _self_test(device, dtype)
+    why = problem_of(_from_internals, device, dtype)
     if why is None:
         return "internals"
     warnings.warn(
@@ -194,53 +165,6 @@ def error_path(device: str, dtype: torch.dtype = torch.bfloat16) -> str:
         stacklevel=3,
     )
     return "shifted query"
-
-
-def _self_test(device: str, dtype: torch.dtype) -> str | None:
-    """Why the parts inside fla cannot be used, or None: forward and gradients against the torch form."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, 128, 2, 32)
-    drawn = [torch.randn(shape, generator=generator) for _ in range(3)]
-    drawn[1] = torch.nn.functional.normalize(drawn[1] + drawn[1][:, :1], dim=-1)  # [B, N, H, K]
-    drawn += [-torch.rand(shape[:3], generator=generator), torch.rand(shape[:3], generator=generator)]
-    kinds = [dtype] * 3 + [torch.float32] * 2
-    leaves = [x.to(device, kind).requires_grad_() for x, kind in zip(drawn, kinds, strict=True)]
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(untuned())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(_precise_products(dtype))
-            q, k, v, g, b = leaves
-            output, error, _, state = _from_internals(q, k, v, g, b, None, None, True)
-            true = torch_gated_delta(q.float(), k.float(), v.float(), log_decay=g, beta=b)
-            results = [[output, error, state], [true.output, true.error, true.state]]
-            losses = [torch.stack([x.float().square().sum() for x in part]).sum() for part in results]
-            gradients = [torch.autograd.grad(loss, leaves) for loss in losses]
-    except Exception as error:  # noqa: BLE001 - internals may be missing or changed in any way
-        return f"{type(error).__name__}: {error}"
-    pairs = [*zip(*results, strict=True), *zip(*gradients, strict=True)]
-    worst = max(float((ours.detach() - theirs.detach()).norm() / theirs.detach().norm()) for ours, theirs in pairs)
-    return None if worst <= SELF_TEST_TOLERANCE[dtype] else f"they are off by {worst:.0e}"
-
-
-@contextlib.contextmanager
-def untuned() -> Iterator[None]:
-    """Every kernel of the rule with the first of its configurations: for a trial, compiling one is enough."""
-    tuners = []
-    for name in TUNED_MODULES:
-        for kernel in vars(importlib.import_module(f"fla.ops.{name}")).values():
-            while kernel is not None and not hasattr(kernel, "configs"):
-                kernel = getattr(kernel, "fn", None)
-            if kernel is not None:
-                tuners.append((kernel, kernel.configs))
-    try:
-        for kernel, configs in tuners:
-            kernel.configs = configs[:1]
-        yield
-    finally:
-        for kernel, configs in tuners:
-            kernel.configs = configs
 
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -363,7 +287,7 @@ class _ChunksWithError(torch.autograd.Function):
         common: dict[str, Any] = {**packed, "chunk_size": CHUNKS[v.dtype]}
         do = torch.zeros_like(v) if grad_output is None else grad_output.contiguous()  # [B, N, H, V]
         dht = None if grad_state is None else grad_state.float().contiguous()  # [B, H, K, V]
-        with _device_of(v), _precise_products(v.dtype):
+        with _device_of(v), precise_products(v.dtype):
             w, u = recompute_w_u_fwd(k=k, v=v, beta=beta, A=solved, g=decay, **packed)
             before, written, _ = chunk_gated_delta_rule_fwd_h(
                 k=k, w=w, u=u, g=decay, initial_state=state, output_final_state=False, **common
