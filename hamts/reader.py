@@ -103,7 +103,7 @@ class HAMNetwork(nn.Module):
             check_room(memory.budget_bytes, self.entry_bytes() * config.layers * config.entries_per_token)
 
     def use_kernels(self, kernels: Kernels) -> None:
-        """Run every layer on these; they were decided once, by ``resolve_kernels``, for the device the network is on."""
+        """Run every layer on these; ``resolve_kernels`` decided them once, for the device the network is on."""
         self.kernels = kernels
         for layer in self.backbone.layers():
             layer.kernels = kernels

@@ -375,9 +375,7 @@ def test_a_higher_priority_stays_until_it_has_faded() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"Unknown eviction 'oldest'. Available: \['fifo', 'lowest', 'must"
-    ):
+    with pytest.raises(ValueError, match=r"Unknown eviction 'oldest'. Available: \['fifo', 'lowest', 'must"):
         MemoryConfig(eviction="oldest")
     with pytest.raises(ValueError, match=r"Unknown threshold 'pid'. Available: \['block', 'feedback', 'fixed', 'quan"):
         MemoryConfig(threshold="pid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -255,7 +256,7 @@ def test_datasets_are_listed_described_and_written(tmp_path: Path, capsys: pytes
 def test_doctor_finds_this_machine_healthy_and_says_which_op_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor") == 0
     text = capsys.readouterr().out
-    assert f"hamts                   {hamts.__version__}" in text
+    assert re.search(rf"hamts +{re.escape(hamts.__version__)}", text)
     assert "gated_delta" in text and "torch, chunked (" in text
     assert "differs from the step-by-step form by" in text
     assert "!!" not in text
