@@ -136,8 +136,8 @@ def _counts(network: HAMNetwork, rollout: Rollout, items: int) -> dict[str, np.n
     assert rollout.memory is not None
     for layer, memory in enumerate(rollout.memory.layers):
         pad = memory.scratchpad
-        owner, place = pad.alive.cpu().nonzero(as_tuple=True)  # 2 x [entries]
-        np.add.at(counts["live"][layer], (owner.numpy(), pad.channel.cpu()[owner, place].numpy()), 1)
+        owner, spot = pad.alive.cpu().nonzero(as_tuple=True)  # 2 x [entries]
+        np.add.at(counts["live"][layer], (owner.numpy(), pad.channel.cpu()[owner, spot].numpy()), 1)
     return counts
 
 
