@@ -17,6 +17,7 @@ from probes.results import TABLE_FILE, read_documents, tidy
 from probes.runner import run_plan, run_t0_folder, write_table
 from probes.runner_plan import DEFAULT_BUDGETS, DEFAULT_ROUTERS, RunPlan
 from probes.stats import holm, paired_difference
+from probes.summary import best_rates
 
 __all__ = ["ProbeReport", "load_report", "run_probes"]
 
@@ -120,23 +121,6 @@ class ProbeReport:
 
     def _floor(self, rung: str) -> float:
         return float(np.mean([d["floor"]["mse"] for d in self.documents if d["identity"]["rung"] == rung]))
-
-
-def best_rates(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each architecture on each rung, the runs of the learning rate that is best on validation; the rest is kept
-    in the folder and the table."""
-    scores: dict[tuple[Any, ...], dict[float, list[float]]] = {}
-
-    def group(content: dict[str, Any]) -> tuple[Any, ...]:
-        identity = content["identity"]
-        return identity["rung"], identity["model"], identity["router"], identity["readout"], identity["tier"]
-
-    for content in documents:
-        validation = content["runtime"].get("validation") or [[0, 0.0]]
-        rate = content["config"].get("learning_rate", 0.0)
-        scores.setdefault(group(content), {}).setdefault(rate, []).append(validation[-1][1])
-    best = {key: min(rates, key=lambda rate: float(np.mean(rates[rate]))) for key, rates in scores.items()}
-    return [c for c in documents if c["config"].get("learning_rate", 0.0) == best[group(c)]]
 
 
 def run_probes(

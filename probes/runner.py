@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from probes.evaluate import evaluate
 from probes.registry import get_probe, list_probes
 from probes.results import document, start_folder, t0_documents, tidy, write_document
 from probes.runner_plan import Cell, RunPlan, critical_rows
+from probes.summary import chosen_rates
 from probes.t0_run import run_t0_suite
 from probes.train import Fitted, TrainPlan, train
 
@@ -43,12 +45,22 @@ def run_plan(
     """
     check_device(device)
     root = Path(folder)
-    cells = plan.cells()
-    if not cells:
+    first = plan.first_cells()
+    if not first:
         raise DataError(
             "E-OPTION", f"None of {list(plan.probes)} is trained: they are scored without training.",
             fix="hamts probes run stream --tier T0",
         )  # fmt: skip
+    written = _run_cells(first, root, device=device, workers=workers, progress=progress, done=plan.seeds == 1)
+    if plan.seeds > 1:
+        rates = chosen_rates([json.loads(path.read_text(encoding="utf-8")) for path in written])
+        later = plan.later_cells(rates)
+        written += _run_cells(later, root, device=device, workers=workers, progress=progress, done=True)
+    return written
+
+
+def _run_cells(cells: list[Cell], root: Path, *, device: str, workers: int, progress: bool, done: bool) -> list[Path]:
+    """Run what is not there yet, and note in the folder what it holds; ``done`` if nothing is to follow."""
     wanted = [paths(cell, root) for cell in cells]
     names = [str(path.relative_to(root)) for group in wanted for path in group]
     versions = {cell.probe: cell.suite_version for cell in cells}
@@ -62,7 +74,7 @@ def run_plan(
                 report.finish(cell.name)
         else:
             _side_by_side(todo, root, device, workers, report)
-    start_folder(root, names, versions, done=True)
+    start_folder(root, names, versions, done=done)
     return [path for group in wanted for path in group]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -96,7 +96,8 @@ class RunPlan:
             main one.
         seeds: training seeds 0, 1, ...
         tags: tag noise of the headline table: 20 % of the tagged rows untagged, 4 false tags an item.
-        learning_rates: as many trials for every architecture; all are kept, the best on validation is reported.
+        learning_rates: tried with the first seed, as many for every architecture; the best on validation is used for
+            the other seeds, and all are kept.
     """
 
     probes: tuple[str, ...]
@@ -130,16 +131,24 @@ class RunPlan:
         if self.readout not in ("query", "echo"):
             raise ValueError(f"Unknown readout {self.readout!r}. Available: ['echo', 'query'].")
 
-    def cells(self) -> list[Cell]:
-        """All cells, cheap to expensive questions first: seeds vary slowest."""
+    def first_cells(self) -> list[Cell]:
+        """The first seed at every learning rate: the same trials for every architecture."""
         rates = self.learning_rates or PRESETS[self.preset].learning_rates
+        return [self._cell(*place, 0, rate) for rate in rates for place in self._places()]
+
+    def later_cells(self, rates: Mapping[tuple[str, ...], float]) -> list[Cell]:
+        """The other seeds, each architecture at the rate that was best on validation (``summary.chosen_rates``)."""
         found = []
-        for seed in range(self.seeds):
-            for rate in rates:
-                for probe, rung in self._rungs():
-                    for model, router, budgets in model_cells(self.models, self.routers, self.budgets):
-                        found.append(self._cell(probe, rung, model, router, budgets, seed, rate))
+        for seed in range(1, self.seeds):
+            for place in self._places():
+                _, rung, model, router, _ = place
+                found.append(self._cell(*place, seed, rates["T1", rung, model, router, self.readout]))
         return found
+
+    def _places(self) -> Iterator[tuple[Probe, str, str, str, tuple[float, ...]]]:
+        for probe, rung in self._rungs():
+            for model, router, budgets in model_cells(self.models, self.routers, self.budgets):
+                yield probe, rung, model, router, budgets
 
     def _rungs(self) -> Iterator[tuple[Probe, str]]:
         for name in self.probes:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from probes.stats import interquartile_mean, mean_interval
 
-__all__ = ["frontier_table", "score_table", "seeds_of"]
+__all__ = ["best_rates", "chosen_rates", "frontier_table", "score_table", "seeds_of"]
 
 SOLVED = 0.8
 
@@ -27,10 +27,38 @@ def value(content: dict[str, Any], metric: str) -> float:
     return math.nan if result is None else float(result.get("value", result["median"]))
 
 
+def rate_group(content: dict[str, Any]) -> tuple[str, ...]:
+    """What a learning rate is chosen for."""
+    identity = content["identity"]
+    return tuple(str(identity[name]) for name in ("tier", "rung", "model", "router", "readout"))
+
+
+def chosen_rates(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], float]:
+    """For each architecture on each rung, the learning rate whose first seed is best on validation."""
+    scores: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    first: dict[tuple[str, ...], int] = {}
+    for content in documents:
+        group, seed = rate_group(content), int(content["data_manifest"].get("train_seed", 0))
+        first[group] = min(first.get(group, seed), seed)
+    for content in documents:
+        group = rate_group(content)
+        if int(content["data_manifest"].get("train_seed", 0)) == first[group]:
+            validation = content["runtime"].get("validation") or [[0, 0.0]]
+            rate = float(content["config"].get("learning_rate", 0.0))
+            scores.setdefault(group, {}).setdefault(rate, []).append(validation[-1][1])
+    return {group: min(rates, key=lambda rate: float(np.mean(rates[rate]))) for group, rates in scores.items()}
+
+
+def best_rates(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs at the chosen learning rates; all others stay in the folder and in the tidy table."""
+    rates = chosen_rates(documents)
+    return [c for c in documents if float(c["config"].get("learning_rate", 0.0)) == rates[rate_group(c)]]
+
+
 def seeds_of(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, float], list[dict[str, Any]]]:
     """Documents of the same tier, rung, line and budget, one a training seed."""
     groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
-    for content in documents:
+    for content in best_rates(documents):
         identity = content["identity"]
         name = label(identity) if identity["tier"] != "T0" else f"{identity['model']} · {identity['router']}"
         budget = float(content["budget"]["frac"])

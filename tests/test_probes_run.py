@@ -25,6 +25,7 @@ from probes.models import MODELS, ROUTERS_T1, NetConfig, ProbeNet, kept_rows, me
 from probes.registry import get_probe
 from probes.runner_plan import RunPlan
 from probes.scores import selection
+from probes.summary import score_table
 from probes.t0_run import run_t0_suite
 from probes.train import forward, shuffled_rows
 from probes.transfer import TransferPlan, score_transfer, train_transfer
@@ -352,3 +353,19 @@ def test_importing_probes_loads_no_heavy_library() -> None:
 
 def root_folder() -> Path:
     return Path(probes.__file__).resolve().parent.parent
+
+
+def test_learning_rates_are_tried_with_the_first_seed_and_the_best_serves_the_others(tmp_path: Path) -> None:
+    report = run(
+        tmp_path / "rates", models=("recurrent",), budgets=(1.0,), seeds=3, learning_rates=(1e-3, 1e-2), streams=1
+    )
+    rates = {}
+    for content in report.documents:
+        rates.setdefault(content["data_manifest"]["train_seed"], {})[content["config"]["learning_rate"]] = content[
+            "runtime"
+        ]["validation"][-1][1]
+    assert set(rates[0]) == {1e-3, 1e-2}
+    best = min(rates[0], key=rates[0].__getitem__)
+    assert set(rates[1]) == set(rates[2]) == {best}
+    line = score_table(report.documents)
+    assert line["seeds"].tolist() == [3]
