@@ -238,7 +238,7 @@ class ProbeNet(nn.Module):
         if given is None:
             raise ValueError("The control 'shuffled' needs what another sequence kept. Pass given=.")
         keep = given[layer]  # [B, T]
-        position = torch.arange(keep.shape[1], dtype=torch.float64, device=device).expand(B, -1)
+        position = torch.arange(keep.shape[1], dtype=torch.float64, device=device).expand(B, -1).contiguous()
         return Control(
             kind="given", key=key, layer=layer, position=position, keep=keep[..., None],
             rank=torch.zeros(*keep.shape, 1, device=device),

@@ -18,7 +18,7 @@ from hamts.errors import DataError
 from probes.evaluate import evaluate
 from probes.registry import get_probe, list_probes
 from probes.results import document, start_folder, t0_documents, tidy, write_document
-from probes.runner_plan import Cell, RunPlan, critical_rows
+from probes.runner_plan import Cell, RunPlan, budget_rows, critical_rows
 from probes.summary import chosen_rates
 from probes.t0_run import run_t0_suite
 from probes.train import Fitted, TrainPlan, train
@@ -51,6 +51,10 @@ def run_plan(
             "E-OPTION", f"None of {list(plan.probes)} is trained: they are scored without training.",
             fix="hamts probes run stream --tier T0",
         )  # fmt: skip
+    for cell in {(cell.probe, cell.rung): cell for cell in first}.values():
+        # before anything is trained
+        least = min(plan.budgets)
+        budget_rows(least, critical_rows(get_probe(cell.probe)[0], cell.config))
     written = _run_cells(first, root, device=device, workers=workers, progress=progress, done=plan.seeds == 1)
     if plan.seeds > 1:
         rates = chosen_rates([json.loads(path.read_text(encoding="utf-8")) for path in written])
@@ -104,7 +108,7 @@ def fit_cell(cell: Cell, *, device: str, report: Report | None = None) -> Fitted
     probe, config = get_probe(cell.probe)[0], cell.config
     rows = critical_rows(probe, config)
     # a rival is as large as HAM at the budget it is compared at
-    sized = max(round(cell.budgets[0] * rows), 1)
+    sized = budget_rows(cell.budgets[0], rows)
     plan = TrainPlan(
         probe=probe, config=config, net=cell.net(sized), steps=cell.steps, learning_rate=cell.learning_rate,
         seed=cell.seed, critical_rows=rows, echo=cell.readout == "echo", device=device,
@@ -118,7 +122,7 @@ def run_cell(cell: Cell, root: Path, *, device: str = "cpu", report: Report | No
     fitted = fit_cell(cell, device=device, report=report)
     written = paths(cell, root)
     for budget, path in zip(cell.budgets, written, strict=True):
-        rows = max(round(budget * fitted.plan.critical_rows), 1)
+        rows = budget_rows(budget, fitted.plan.critical_rows)
         scored = evaluate(fitted, budget_rows=rows, streams=cell.streams, sequences=cell.sequences)
         content = document(cell, fitted, scored, budget=budget, device=device)
         write_document(path, content, scored.errors)

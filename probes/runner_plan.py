@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from hamts.errors import DataError
 from probes.contract import CONTRACT_VERSION, PRESETS, ProbeConfig, generator, hashed
 from probes.models import MODELS, ROUTERS_T1, SIZELESS, NetConfig
 from probes.registry import Probe, get_probe
 
-__all__ = ["Cell", "RunPlan", "critical_rows", "model_cells"]
+__all__ = ["Cell", "RunPlan", "budget_rows", "critical_rows", "model_cells"]
 
 RUN_VERSION = 1
 CRITICAL_SEQUENCES = 64
@@ -30,6 +31,22 @@ def critical_rows(probe: Probe, config: ProbeConfig) -> int:
     """Rows that must be kept: the most of any of some sequences."""
     batch = probe.sample(generator(0), CRITICAL_SEQUENCES, config)
     return max(int(batch.crit.sum(1).max()), 1)
+
+
+def budget_rows(budget: float, critical: int) -> int:
+    """Entries of a layer at a multiple of the critical rows.
+
+    Raises:
+        DataError: E-PROBE-BUDGET, it is less than one entry.
+    """
+    rows = round(budget * critical)
+    if rows < 1:
+        raise DataError(
+            "E-PROBE-BUDGET",
+            f"A budget of {budget:g} x {critical} critical rows is less than one entry.",
+            fix=f"Ask for {1 / critical:.3g} or more, or for the model 'recurrent', which keeps none.",
+        )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,13 +100,16 @@ def test_the_cache_at_once_is_the_cache_row_by_row(router: str) -> None:
         assert not bool((kept[b, 0] & ~torch.isinf(left)).any())
 
 
-def test_a_budget_below_one_entry_is_refused() -> None:
+def test_a_budget_below_one_entry_is_refused(tmp_path: Path) -> None:
     probe, _ = get_probe("der")
     batch = probe.sample(generator(2), 2, probe.config("smoke"))
     with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
         t0.keep(torch.rand(batch.crit.shape), batch, 0)
     with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
         NetConfig(budget_rows=0)
+    with pytest.raises(DataError, match="0.01 x 12 critical rows is less than one entry"):
+        run(tmp_path / "small", budgets=(0.01,))
+    assert not (tmp_path / "small").exists()
     with pytest.raises(ValueError, match="above 0"):
         RunPlan(probes=("der",), budgets=(0.0,))
 
