@@ -1,32 +1,28 @@
 """The read's Triton kernels equal the torch ones, in outputs, gradients and masses.
 
-On a CPU the kernels run in Triton's interpreter, which must be asked for before triton is imported: one test runs this
-file again in a process of its own. On a CUDA device they are compiled (marker ``gpu``).
+On a CPU the kernels run in Triton's interpreter, in a process that ``test_interpreted.py`` starts. On a CUDA device
+they are compiled (marker ``gpu``).
 
 B items · C channels · N patches · H heads · M entries (scratchpad) · W window patches
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_ops import SCENES, Scene, distance
+from triton_on_cpu import INTERPRETED, WHY_NOT
 
 from hamts.ops.attend import attend as torch_attend
 from hamts.ops.types import ScratchKeys
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason=WHY_NOT)),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 # relative to the truth, float64 on the numbers as rounded to the dtype. float32 as in test_ops; one rounding is 4e-3 in
@@ -280,18 +276,6 @@ def test_a_long_ragged_read_on_a_device() -> None:
     assert_equal(scene, torch.bfloat16, "cuda")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.timeout(600)
-def test_everything_above_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    ran = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
-    assert int(ran.stdout.split(" passed")[0].split()[-1]) >= 20, ran.stdout[-1000:]
-
-
 def test_without_the_interpreter_a_cpu_is_refused() -> None:
     if INTERPRETED:
         pytest.skip("the interpreter takes a CPU")
@@ -302,7 +286,7 @@ def test_without_the_interpreter_a_cpu_is_refused() -> None:
 
 def test_scratch_keys_may_be_missing() -> None:
     if not INTERPRETED:
-        pytest.skip("runs in the interpreter's own process")
+        pytest.skip(WHY_NOT)
     scene = wide(Scene(n_entries=0))
     leaves, _ = scene.pair(torch.float32, "cpu")
     masks = scene.masks()

@@ -424,7 +424,7 @@ def test_evaluate_by_target_and_item(rich: hamts.HAMForecaster, rich_data: dict[
     ]  # fmt: skip
     by_item = rich.evaluate(rich_data["df"], n_windows=2, against=[], by="item", **given)
     assert by_item["unique_id"].tolist() == ["s0", "s1", "s2"]
-    with pytest.raises(DataError, match="by must be None, 'target' or 'item'"):
+    with pytest.raises(DataError, match="by must be None, 'target', 'item' or 'group'"):
         rich.evaluate(rich_data["df"], by="day", **given)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="against must be a list of .*no_memory"):
         rich.evaluate(rich_data["df"], against=["lstm"], **given)

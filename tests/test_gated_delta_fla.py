@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from triton_on_cpu import DEVICE, INTERPRETED, let_fla_be_interpreted
+from triton_on_cpu import DEVICE, INTERPRETED, RUNS, WHY_NOT, let_fla_be_interpreted
 
 from hamts.ops import naive
 from hamts.ops.types import GatedDelta
 
 pytest.importorskip("fla", reason="needs fla-core: pip install 'hamts[gpu]'")
-pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform:UserWarning")
+pytestmark = [
+    pytest.mark.skipif(not RUNS, reason=WHY_NOT),
+    pytest.mark.filterwarnings("ignore:Triton is not supported on current platform:UserWarning"),
+]
 
 from hamts.ops import gated_delta_fla  # noqa: E402
 from hamts.ops.gated_delta_trial import problem_of, untuned  # noqa: E402

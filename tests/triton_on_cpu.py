@@ -1,4 +1,8 @@
-"""Triton's interpreter, so that kernels written for a GPU run on a CPU; import before anything that imports triton."""
+"""Triton's interpreter, in which kernels written for a GPU run on a CPU.
+
+It must be asked for before triton is imported, and holds for a whole process: ``test_interpreted.py`` starts one for
+each file of kernels. Where neither it nor a GPU is at hand, those files are skipped.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,9 @@ from typing import Any
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS = INTERPRETED or torch.cuda.is_available()
+WHY_NOT = "runs in the interpreter's own process"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
