@@ -173,10 +173,7 @@ class Stream:
         if self._spill is None:
             self._spill = Spill(folder)
         slots = self._idle(idle_steps) if items is None else self._slots(items)
-        for slot in slots:
-            self._spill.store(self._items, int(slot))
-        stay = np.setdiff1d(np.arange(len(self._items)), slots)
-        self._items.keep(stay)
+        self._spill.put_away(self._items, slots)
         self._last = None
         return len(slots)
 
@@ -288,7 +285,9 @@ class Stream:
 
     def state(self) -> tuple[dict[str, torch.Tensor | np.ndarray], dict[str, Any]]:
         """Everything that the next update, or forecast, depends on: named arrays, and facts that JSON can hold."""
-        self._recall(list(self._spill.ids) if self._spill else [])
+        idle = list(self._spill.ids) if self._spill else []
+        self._recall(idle)
+        arrays = self._items.arrays()
         meta = {
             "version": list(STATE_VERSION),
             "model": self.model_hash,
@@ -297,7 +296,10 @@ class Stream:
             "config": asdict(self.config),
             "pins": self.pins,
         }
-        return self._items.arrays(), meta
+        # a commit does not bring idle items back to memory for good
+        if self._spill is not None and idle:
+            self._spill.put_away(self._items, self._slots(idle))
+        return arrays, meta
 
     @classmethod
     def from_state(

@@ -60,6 +60,12 @@ class Spill:
         path.write_bytes(content)
         self._files[items.ids[slot]] = (path, hashlib.sha256(content).hexdigest())
 
+    def put_away(self, items: StreamItems, slots: np.ndarray) -> None:
+        """Write the items of these slots and drop them from memory; the others keep their order."""
+        for slot in slots:
+            self.store(items, int(slot))
+        items.keep(np.setdiff1d(np.arange(len(items)), slots))
+
     def recall(self, items: StreamItems, item: Any) -> None:
         """Bring an item back to memory. Raises DataError E-STATE where its file is gone or damaged."""
         path, wanted = self._files[item]

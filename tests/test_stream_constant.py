@@ -104,6 +104,11 @@ def test_idle_items_go_to_disk_and_come_back_with_their_next_row(tmp_path: Any) 
     assert not list((tmp_path / "idle").iterdir())
     assert_like(by_item(stream.forecast(12)), by_item(other.forecast(12)), tolerance=0.0)
     stream.spill(tmp_path / "idle", items=["i0"])
+    arrays, meta = stream.state()
+    # the state holds it, memory still does not
+    assert "i0" in meta["item_ids"] and "i0" not in stream._items.ids
+    assert len(list((tmp_path / "idle").iterdir())) == 1
+    assert Stream.from_state(model, arrays, meta).state_hash() == other.state_hash()
     assert stream.state_hash() == other.state_hash()
 
 
