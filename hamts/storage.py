@@ -107,7 +107,7 @@ def _readable_folder(path: Path, format_name: str) -> Path:
     """The folder to read: the one asked for, or the old model of a replacement that was cut off."""
     if path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise ModelFolderError(
             "E-MODEL-FOREIGN", f"A model is a folder, but '{path}' is a file.", fix="Give its folder."
         )
@@ -276,7 +276,7 @@ def _refuse_foreign(target: Path, *, format_name: str) -> None:
     if not target.exists():
         return
     fix = "Choose another folder, or empty this one first."
-    if not target.is_dir():
+    if target.is_file():
         raise ModelFolderError("E-MODEL-FOREIGN", f"A model is saved as a folder, but '{target}' is a file.", fix=fix)
     present = {entry.name for entry in os.scandir(target)}
     if not present:
