@@ -8,8 +8,12 @@ B items · C channels · N patches · H heads · M entries (scratchpad) · W win
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ import torch
 from test_ops import SCENES, Scene, distance
 from triton_on_cpu import INTERPRETED, WHY_NOT
 
+import hamts.ops
 from hamts.ops.attend import attend as torch_attend
 from hamts.ops.types import ScratchKeys
 
@@ -35,7 +40,7 @@ def small_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same small tiles for every case, or each would search for its own; one test takes larger ones."""
     from hamts.ops import attend_triton_tiles as tiles
 
-    place = 0 if "long_ragged" in request.node.name else -1
+    place = 0 if "_long_" in request.node.name else -1
     tiles.use({kernel: candidates[place] for kernel, candidates in tiles.CANDIDATES.items()})
     if INTERPRETED:
         tiles.use(dict.fromkeys(tiles.CANDIDATES, tiles.SMALL))
@@ -140,6 +145,56 @@ def test_odd_lengths_with_unmasked_tiles_between_two_bounds(n_patches: int, devi
 
 
 @pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("n_channels", [1, 3])
+@pytest.mark.parametrize("n_marks", [1, 3])
+def test_a_last_mark_that_is_one_may_be_said(n_marks: int, n_channels: int, device: str) -> None:
+    scene = WideScene(n_patches=20, n_channels=n_channels, n_marks=n_marks)
+    mine, exact = scene.pair(torch.float32, device)
+    for leaves in (mine, exact):
+        for name in ("local_marks", "marks"):
+            given = leaves[name].detach()
+            leaves[name] = torch.cat([given[..., :-1], torch.ones_like(given[..., -1:])], -1).requires_grad_()
+    got = scene.read(partial(triton_attend, share_mark=True), mine, device)
+    truth = scene.read(torch_attend, exact, device)
+    expected = torch.autograd.grad(gradient_of(truth), list(exact.values()), materialize_grads=True)
+    grads = torch.autograd.grad(gradient_of(got), list(mine.values()), materialize_grads=True)
+    for name, value, true in zip(exact, grads, expected, strict=True):
+        assert distance(value, true) <= RELATIVE[torch.float32], name
+    with pytest.raises(ValueError, match=r"scratch.marks must be given where share_mark says"):
+        scene.read(
+            lambda *given, scratch, **named: triton_attend(
+                *given, scratch=replace(scratch, marks=None), share_mark=True, **named
+            ),
+            mine,
+            device,
+        )
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_tiles_that_lie_inside_their_tensors_are_read_without_masks(device: str) -> None:
+    from hamts.ops import attend_triton_tiles as tiles
+
+    tiles.use(dict.fromkeys(tiles.CANDIDATES, tiles.SMALL))
+    scene = WideScene(n_items=2, n_patches=64, n_channels=1, n_entries=48, window=16, n_marks=2, bias_per_head=True)
+    assert_equal(scene, torch.float32, device)
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("raised", [-400.0, 90.0, 1000.0])
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_entries_far_above_and_below_the_window(n_channels: int, raised: float, device: str) -> None:
+    """The window's largest logit stands for all; where that overflows or hides what matters, a tile is read anew."""
+    scene = WideScene(n_patches=40, n_entries=30, n_channels=n_channels, window=3)
+    mine, _ = scene.pair(torch.float32, device)
+    mine["bias"] = (mine["bias"].detach() + raised).requires_grad_()
+    exact = {name: x.detach().double().requires_grad_() for name, x in mine.items()}
+    got, truth = scene.read(triton_attend, mine, device), scene.read(torch_attend, exact, device)
+    for name in ("output", "marks", "scratch_mass", "local_mass"):
+        # a float32 logit of 1,000 is off by 3e-5
+        assert distance(getattr(got, name), getattr(truth, name)) <= (1e-4 if raised > 100 else 1e-5), name
+
+
+@pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_are_off_by_their_rounding_alone(dtype: torch.dtype, device: str) -> None:
     if device == "cpu" and dtype == torch.bfloat16:
@@ -209,6 +264,23 @@ def test_one_step_without_gradients_equals_torch(scene: Scene, device: str) -> N
             assert value.shape == expected.shape and distance(value, expected) <= RELATIVE[torch.float32], name
 
 
+@pytest.mark.parametrize("device", PLACES)
+def test_one_step_of_streams_whose_lists_differ(device: str) -> None:
+    """Nothing kept, one entry, one in the middle of a list, a list that ends early, one behind a FIFO's lower bound."""
+    scene = WideScene(n_items=5, n_patches=1, n_channels=1, n_entries=200, window=3, bias_per_head=True, n_marks=2)
+    mine, exact = scene.pair(torch.float32, device)
+    first, past = torch.tensor([0, 0, 130, 0, 70]), torch.tensor([0, 1, 131, 129, 200])
+    index = torch.arange(200)
+    masks = {name: x.to(device) for name, x in scene.masks().items()}
+    alive = ((index >= first[:, None]) & (index < past[:, None])).to(device)
+    masks["visible_from"] = torch.where(alive, -5, 2**40)
+    masks["visible_until"] = torch.where(alive, 2**40, 0)
+    with torch.no_grad():
+        got, truth = scene.run(triton_attend, mine, masks), scene.run(torch_attend, exact, masks)
+    for name in ("output", "marks", "scratch_mass", "local_mass"):
+        assert distance(getattr(got, name), getattr(truth, name)) <= RELATIVE[torch.float32], name
+
+
 @pytest.mark.gpu
 def test_a_step_in_a_graph_follows_what_was_written_since() -> None:
     scene = wide(Scene(n_items=5, n_patches=1, n_channels=2, n_entries=300, window=4, seed=24), key_width=64)
@@ -261,6 +333,13 @@ def test_what_the_kernels_cannot_do_is_refused_with_what_they_can(device: str) -
         scene.read(triton_attend, scene.pair(torch.float32, device)[0], device)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason=WHY_NOT)
+@pytest.mark.parametrize(("key_width", "value_width"), [(16, 128), (128, 16), (64, 96)])
+def test_head_widths_in_the_interpreter(key_width: int, value_width: int) -> None:
+    scene = WideScene(n_items=1, n_patches=7, n_channels=2, window=3, key_width=key_width, value_width=value_width)
+    assert_equal(scene, torch.float32, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("width", "dtype"), [(w, torch.bfloat16) for w in (16, 48, 64, 96, 128)] + [(128, torch.float32)]
@@ -276,12 +355,28 @@ def test_a_long_ragged_read_on_a_device() -> None:
     assert_equal(scene, torch.bfloat16, "cuda")
 
 
+@pytest.mark.gpu
+def test_a_long_read_whose_tiles_need_no_masks_on_a_device() -> None:
+    scene = WideScene(n_items=2, n_patches=1024, n_channels=1, n_entries=768, window=64, key_width=64, value_width=64)
+    assert_equal(scene, torch.bfloat16, "cuda")
+
+
 def test_without_the_interpreter_a_cpu_is_refused() -> None:
     if INTERPRETED:
         pytest.skip("the interpreter takes a CPU")
     scene = wide(Scene())
     with pytest.raises(RuntimeError, match=r"Kernel 'triton' needs a device of type 'cuda'. Got 'cpu'."):
         scene.read(triton_attend, scene.pair(torch.float32, "cpu")[0], "cpu")
+
+
+@pytest.mark.parametrize("name", ["attend_triton", "decode_triton"])
+def test_without_triton_the_extra_that_brings_it_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(hamts.ops.__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location("without_triton", path)
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"need the package triton, 3.7.1 or later. .*pip install 'hamts\[gpu\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_scratch_keys_may_be_missing() -> None:

@@ -74,7 +74,8 @@ def test_every_kernel_compiles_for_a_hopper_gpu(n_channels: int, n_patches: int)
     assert ran.returncode == 0, ran.stderr[-3000:]
     compiled = json.loads(ran.stdout.strip().splitlines()[-1])
     expected = {"bounds_kernel", "forward_kernel", "query_grad_kernel", "column_grad_kernel", "mass_kernel"}
+    expected |= {"life_kernel", "column_kernel", "mark_kernel"}
     if n_patches == 1:
-        expected |= {"step_kernel", "join_kernel"}
+        expected |= {"living_kernel", "step_kernel", "join_kernel"}
     assert set(compiled) == expected
     assert min(compiled.values()) > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,13 @@ try:
 
     from hamts.ops import attend_triton_gradients as gradients
     from hamts.ops import attend_triton_kernels as kernels
+    from hamts.ops import attend_triton_prepare as prepare
     from hamts.ops.attend_triton_inputs import (
         Sight,
         Sizes,
-        biases,
-        column_features,
         narrow,
-        pack_marks,
         pointer,
+        precision,
         sight_of,
     )
     from hamts.ops.attend_triton_masses import masses_of
@@ -93,6 +93,7 @@ def attend(
     window: int,
     cross_span: int = 1,
     local_marks: torch.Tensor | None = None,
+    share_mark: bool = False,
     block: int = 64,
 ) -> Attended:
     """Read the window, the other channels and the scratchpad under one softmax; see the twin in ``naive.py``.
@@ -111,6 +112,8 @@ def attend(
         window: W, at least 1.
         cross_span: patches of other channels, 0 .. W; 1 is the same step only.
         local_marks: what ``Attended.marks`` averages, [B, W+N, C, R].
+        share_mark: the last mark of every key that is seen is 1, as the layer's is; its mean is the share of keys of
+            the own channel. Saying so saves features in the backward pass.
         block: unused here; the twin in ``attend.py`` works in blocks of this many queries.
 
     Source: the read of HAM, arXiv 2603.22325; channels, ``cross_span`` and the biases are ours.
@@ -131,7 +134,9 @@ def attend(
         device=queries.device,
         n_marks=n_marks,
     )
-    sight = sight_of(N, C, window, cross_span, local_present, readable, pad)
+    share = share_mark and n_marks > 0
+    if share_mark and pad is not None and pad.marks is None:
+        raise ValueError("scratch.marks must be given where share_mark says that the last mark of every key is 1.")
     entry_marks = None
     if n_marks and pad is not None:
         entry_marks = pad.marks if pad.marks is not None else channel_bias.new_zeros(*pad.channel.shape, n_marks)
@@ -150,10 +155,11 @@ def attend(
         channel_bias.float(),  # [H]
     )
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    see = partial(sight_of, N, C, window, cross_span, local_present, readable, pad, share=share)
     if N == 1 and C <= MOST_CHANNELS and not learning:
-        output, marks, masses = _step(inputs, sight, local_present, readable, pad)
+        output, marks, masses = _step(inputs, see, local_present, readable, pad, window=window, cross_span=cross_span)
     else:
-        output, marks, masses = _Read.apply(*inputs, sight)
+        output, marks, masses = _Read.apply(*inputs, see())
     grid = (B, N, C, H, -1)
     empty = queries.new_zeros(*grid[:4], 0) if local_marks is not None else None  # [B, N, C, H, 0]
     if scratch is not None and pad is None:
@@ -165,14 +171,16 @@ def attend(
 
 def _step(
     inputs: tuple[Any, ...],
-    sight: Sight,
+    see: Callable[[], Sight],
     present: torch.Tensor,
     readable: torch.Tensor,
     pad: ScratchKeys | None,
+    *,
+    window: int,
+    cross_span: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Callable[[], Any]]]:
     """What ``_Read`` gives, for one patch without gradients."""
     q, local_k, local_v, local_marks, k, v, marks, bias, channel_bias = inputs
-    size = Sizes.of(q, local_k, local_v, k, 0 if local_marks is None else local_marks.shape[-1], sight)
     scratch = None if pad is None else replace(pad, keys=k, values=v, marks=marks)
     output, marked, lse = attend_step(
         q,
@@ -183,11 +191,17 @@ def _step(
         scratch=scratch,
         readable=readable,
         channel_bias=channel_bias,
-        window=sight.window,
-        cross_span=sight.span,
-        precision=size.precision,
+        window=window,
+        cross_span=cross_span,
+        precision=precision(),
     )
-    return output, marked, masses_of(q, local_k, k, bias, channel_bias, lse, sight, size)
+
+    def mass(name: str) -> Any:
+        sight = see()
+        size = Sizes.of(q, local_k, local_v, k, local_marks, sight)
+        return masses_of(q, local_k, k, bias, channel_bias, lse * prepare.LOG2E.value, sight, size)[name]()
+
+    return output, marked, {name: partial(mass, name) for name in ("local_mass", "scratch_mass")}
 
 
 def _dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -219,26 +233,25 @@ class _Read(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Callable[[], Any]]]:
         B, T, H, _ = q.shape
         R = 0 if local_marks is None else local_marks.shape[-1]
-        size = Sizes.of(q, local_k, local_v, k, R, sight)
+        size = Sizes.of(q, local_k, local_v, k, local_marks, sight)
         output = q.new_empty(B, T, H, local_v.shape[-1])  # [B, NC, H, V]
         marked = q.new_empty(B, T, H, R, dtype=torch.float32) if R else None  # [B, NC, H, R]
         lse = q.new_empty(B, H, T, dtype=torch.float32)  # [B, H, NC]
-        small = narrow(q.dtype)
-        packed_local = q if local_marks is None else pack_marks(local_marks, size.padded_marks, small)
-        packed = q if marks is None else pack_marks(marks, size.padded_marks, small)
-        local_bias, raised = biases(sight, bias)  # [B, LC], [B, H, M]
-        local_columns = column_features(local_bias, small)  # [B, LC, FEATURES]
-        columns = None if raised is None else column_features(raised, small)  # [B, H, M, FEATURES]
+        kind = torch.bfloat16 if narrow(q.dtype) else torch.float32
+        local_columns, packed_local = size.columns(sight, local_marks, None, local_k.shape[1], kind)
+        columns = packed = None
+        if bias is not None:
+            columns, packed = size.columns(sight, marks, bias, size.entries, kind)
 
         def run(tiles: Tiles) -> None:
             bounds = size.bounds(sight, tiles, q)
             kernels.forward_kernel[(triton.cdiv(T, tiles.rows) * B * H,)](
-                q, local_k, local_v, packed_local, local_columns, pointer(k, q), pointer(v, q), packed,
-                pointer(columns, local_columns), pointer(sight.since, sight.bits), pointer(sight.until, sight.bits),
-                pointer(sight.source, sight.bits), bounds, sight.bits, channel_bias, output, pointer(marked, lse), lse,
-                T,
-                local_k.shape[1], size.entries, sight.window, sight.span, sight.words, **size.widths(),
-                RP=size.padded_marks, ENTRIES=size.entries > 0, **tiles.options(),
+                q, local_k, local_v, packed_local, local_columns, pointer(k, q), pointer(v, q), pointer(packed, q),
+                pointer(columns, local_columns), pointer(sight.since, sight.bits),
+                pointer(sight.until, sight.bits), pointer(sight.source, sight.bits), bounds, sight.bits,
+                channel_bias, output, pointer(marked, lse), lse, T, local_k.shape[1], size.entries, sight.window,
+                sight.span, sight.words, **size.widths(), RP=size.padded_marks, ENTRIES=size.entries > 0,
+                FIXED=q.dtype != torch.float16, EVEN=size.even(sight, T, tiles), **tiles.options(),
             )  # fmt: skip
 
         launch("forward", run, size.key)
@@ -259,14 +272,15 @@ class _Read(torch.autograd.Function):
         )
         sight, size = ctx.sight, ctx.size
         B, T, H, _ = q.shape
+        kind = torch.bfloat16 if narrow(q.dtype) else torch.float32
         grad_output = grad_output.contiguous()
         grad_marks = lse if grad_marked is None or marked is None else grad_marked.float().contiguous()  # [B, NC, H, R]
-        local_features = size.mark_features(local_marks, local_k)  # [B, LC, DX]
-        features = None if k is None else size.mark_features(marks, k)  # [B, M, DX]
+        local_features = size.mark_features(local_marks, local_k, kind)  # [B, LC, DX]
+        features = None if k is None else size.mark_features(marks, k, kind)  # [B, M, DX]
         asked = _Asked(
             grad_output,
             grad_marks,
-            q_features=local_columns.new_empty(B, H, T, kernels.FEATURES.value),
+            lse=lse,
             slope_features=local_features.new_empty(B, H, T, size.padded_features),
             through=torch.empty_like(lse),
         )
@@ -279,12 +293,12 @@ class _Read(torch.autograd.Function):
             own[:] = [lse.new_empty(B, H, n_tiles)]  # [B, H, Q]
             gradients.query_grad_kernel[(n_tiles * B * H,)](
                 q, local_k, local_v, local_features, local_columns, pointer(k, q), pointer(v, q),
-                pointer(features, local_features), pointer(columns, local_columns), pointer(sight.since, sight.bits),
-                pointer(sight.until, sight.bits), pointer(sight.source, sight.bits), bounds, sight.bits, channel_bias,
-                output, pointer(marked, lse), lse, grad_output, grad_marks, asked.q_features, asked.slope_features,
-                asked.through,
-                grad_q, own[0], T, local_k.shape[1], size.entries, sight.window, sight.span, sight.words,
-                **size.widths(), DX=size.padded_features, NARROW=narrow(q.dtype), ENTRIES=size.entries > 0,
+                pointer(features, local_features), pointer(columns, local_columns),
+                pointer(sight.since, sight.bits), pointer(sight.until, sight.bits),
+                pointer(sight.source, sight.bits), bounds, sight.bits, channel_bias, output, pointer(marked, lse), lse,
+                grad_output, grad_marks, asked.slope_features, asked.through, grad_q, own[0], T, local_k.shape[1],
+                size.entries, sight.window, sight.span, sight.words, **size.widths(), DX=size.padded_features,
+                NARROW=narrow(q.dtype), SHARE=size.share, ENTRIES=size.entries > 0, EVEN=size.even(sight, T, tiles),
                 **tiles.options(),
             )  # fmt: skip
 
@@ -306,7 +320,7 @@ class _Asked:
 
     grad_output: torch.Tensor  # [B, NC, H, V]
     grad_marks: torch.Tensor  # [B, NC, H, R]
-    q_features: torch.Tensor  # [B, H, NC, FEATURES]
+    lse: torch.Tensor  # [B, H, NC], in powers of 2
     slope_features: torch.Tensor  # [B, H, NC, DX]
     through: torch.Tensor  # [B, H, NC]
 
@@ -338,11 +352,13 @@ def _column_grads(
             asked.through.new_empty(parts, B, H, X if of_entries else 0),
         ]
         gradients.column_grad_kernel[(triton.cdiv(X, tiles.columns) * B * H, parts)](
-            q, k, v, features, columns, pointer(sight.since, sight.bits), pointer(sight.until, sight.bits),
-            pointer(sight.source, sight.bits), sight.bits, channel_bias, asked.grad_output, asked.grad_marks,
-            asked.q_features, asked.slope_features, asked.through, grads[0], grads[1], grads[3], grads[2], T, X,
-            sight.window, sight.span, sight.words, **size.widths(), RM=max(16, size.padded_marks),
-            DX=size.padded_features, ENTRIES=of_entries, MARKS_GRAD=with_marks, PARTS=parts, **tiles.options(),
+            q, k, v, features, columns, pointer(sight.since, sight.bits),
+            pointer(sight.until, sight.bits), pointer(sight.source, sight.bits), sight.bits, channel_bias,
+            asked.grad_output, asked.grad_marks, asked.lse, asked.slope_features, asked.through, grads[0],
+            grads[1], grads[3], grads[2], T, X, sight.window, sight.span, sight.words, **size.widths(),
+            RM=max(16, size.padded_marks), DX=size.padded_features, ENTRIES=of_entries, MARKS_GRAD=with_marks,
+            PARTS=parts,
+            EVEN=T % tiles.rows == 0 and X % tiles.columns == 0, **tiles.options(),
         )  # fmt: skip
 
     launch("entry_grad" if of_entries else "local_grad", run, size.key)

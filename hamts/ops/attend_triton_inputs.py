@@ -12,26 +12,19 @@ from typing import Any
 import torch
 import triton
 
-from hamts.ops import attend_triton_kernels as kernels
+from hamts.ops import attend_triton_prepare as prepare
 from hamts.ops.attend_triton_tiles import Tiles
 from hamts.ops.types import ScratchKeys
 
-__all__ = [
-    "Sight",
-    "Sizes",
-    "biases",
-    "column_features",
-    "mark_features",
-    "narrow",
-    "pack_marks",
-    "pointer",
-    "sight_of",
-]
+__all__ = ["Sight", "Sizes", "biases", "narrow", "pointer", "precision", "sight_of"]
 
-# early entries are seen by most rows, so their programs run longest: below so many programs for each multiprocessor
-# the rows are split, or the last of the long ones would run alone
-PROGRAMS = 64
+# programs for each multiprocessor below which the rows of a tile of columns are split
+PROGRAMS = 4
 MOST_PARTS = 16
+# columns of a program that prepares features
+COLUMNS = 64
+# entries of a program that clips their lives
+LIVES = 1024
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,7 @@ class Sight:
     channels: int
     window: int
     span: int
+    share: bool  # the last mark of every key is 1
     words: int
     present: torch.Tensor  # [B, LC] bool
     bits: torch.Tensor  # [B, C, words] int32: channel d is bit d % 32 of word d // 32
@@ -50,7 +44,15 @@ class Sight:
 
 
 def sight_of(
-    N: int, C: int, window: int, span: int, present: torch.Tensor, readable: torch.Tensor, pad: ScratchKeys | None
+    N: int,
+    C: int,
+    window: int,
+    span: int,
+    present: torch.Tensor,
+    readable: torch.Tensor,
+    pad: ScratchKeys | None,
+    *,
+    share: bool,
 ) -> Sight:
     words = (C + 31) // 32
     bits = torch.zeros(1, 1, words, dtype=torch.int32, device=present.device)  # [1, 1, words]
@@ -58,23 +60,27 @@ def sight_of(
         padded = torch.nn.functional.pad(readable, (0, 32 * words - C)).unflatten(-1, (words, 32))
         weight = 1 << torch.arange(32, device=present.device)  # [32]
         bits = (padded.long() * weight).sum(-1).to(torch.int32)  # [B, C, words]
-    since = until = source = None
-    if pad is not None:
-        since, until = pad.visible_from.clamp(0, N), pad.visible_until.clamp(0, N)  # [B, M]
-        dead = since >= until  # [B, M]
-        since, until = since.masked_fill(dead, N).int(), until.masked_fill(dead, 0).int()  # [B, M]
-        source = pad.channel.int().contiguous()  # [B, M]
-    return Sight(C, window, span, words, present.flatten(1), bits, since, until, source)
+    if pad is None:
+        return Sight(C, window, span, share, words, present.flatten(1).contiguous(), bits, None, None, None)
+    source = pad.channel.int().contiguous() if C > 1 else bits  # [B, M]
+    life = torch.empty(2, *pad.channel.shape, dtype=torch.int32, device=present.device)  # [2, B, M]
+    prepare.life_kernel[(triton.cdiv(life[0].numel(), LIVES),)](
+        pad.visible_from.contiguous(), pad.visible_until.contiguous(), life, N, life[0].numel(), BN=LIVES
+    )
+    return Sight(C, window, span, share, words, present.flatten(1).contiguous(), bits, life[0], life[1], source)
 
 
 def biases(sight: Sight, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Biases of places [B, LC] and of entries, [B, M, H] -> [B, H, M]; so low that the absent and dead are not seen."""
-    absent = kernels.ABSENT.value
+    """Biases of places [B, LC] and of entries, [B, M, H] -> [B, H, M], in powers of 2.
+
+    They are so low that the absent and dead are not seen.
+    """
+    absent = prepare.ABSENT.value
     local = torch.where(sight.present, 0.0, absent)  # [B, LC]
     if bias is None or sight.since is None or sight.until is None:
         return local, None
     dead = (sight.since >= sight.until)[..., None]  # [B, M, 1]
-    return local, bias.masked_fill(dead, absent).mT.contiguous()
+    return local, (bias * prepare.LOG2E.value).masked_fill(dead, absent).mT.contiguous()
 
 
 def narrow(dtype: torch.dtype) -> bool:
@@ -82,38 +88,9 @@ def narrow(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and not triton.knobs.runtime.interpret
 
 
-def _parts(x: torch.Tensor, small: bool) -> list[torch.Tensor]:
-    """Three bfloat16 numbers that add up to each float32 number; or the number and two zeros."""
-    if not small:
-        return [x, torch.zeros_like(x), torch.zeros_like(x)]
-    high = x.to(torch.bfloat16)
-    middle = (x - high).to(torch.bfloat16)
-    return [high, middle, (x - high - middle).to(torch.bfloat16)]
-
-
-def column_features(bias: torch.Tensor, small: bool) -> torch.Tensor:
-    """What every column adds to its logits, [..., X] -> [..., X, FEATURES]."""
-    parts = _parts(bias, small)
-    columns = torch.stack([*parts, *[torch.ones_like(parts[0])] * 3], -1)
-    return torch.nn.functional.pad(columns, (0, kernels.FEATURES.value - 6)).contiguous()
-
-
-def pack_marks(marks: torch.Tensor, padded: int, small: bool) -> torch.Tensor:
-    """Marks as columns of the forward product, [B, X, R] -> [B, X, RP, 4]; the last column is 1."""
-    packed = torch.stack(_parts(marks, small), -1)  # [B, X, R, 3]
-    packed = torch.nn.functional.pad(packed, (0, 1, 0, padded - marks.shape[-1])).contiguous()
-    packed[..., -1, -1] = 1
-    return packed
-
-
-def mark_features(marks: torch.Tensor, padded: int, one_channel: bool, small: bool) -> torch.Tensor:
-    """Marks as columns of the backward product, [B, X, R] -> [B, X, DX]; see _slope_features for their partners."""
-    high, middle, low = _parts(marks, small)
-    nothing = torch.zeros_like(high)
-    six = [high, high, high, middle, middle, low] if small else [high, *[nothing] * 5]
-    packed = torch.stack(six, -1).flatten(-2)  # [B, X, 6 R]
-    ones = packed.new_full((*packed.shape[:2], 3), float(one_channel))  # [B, X, 3]
-    return torch.nn.functional.pad(torch.cat([packed, ones], -1), (0, padded - packed.shape[-1] - 3)).contiguous()
+def precision() -> str:
+    """Of products in float32: three on Tensor Cores come near to it; one, of 10 bits, where PyTorch may too."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def pointer(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
@@ -131,13 +108,19 @@ class Sizes:
     key_width: int
     value_width: int
     marks: int
+    share: bool
     entries: int
     dtype: torch.dtype
     device: torch.device
 
     @staticmethod
     def of(
-        q: torch.Tensor, local_k: torch.Tensor, local_v: torch.Tensor, k: torch.Tensor | None, marks: int, sight: Sight
+        q: torch.Tensor,
+        local_k: torch.Tensor,
+        local_v: torch.Tensor,
+        k: torch.Tensor | None,
+        marks: torch.Tensor | None,
+        sight: Sight,
     ) -> Sizes:
         for name, x in (("queries", q), ("local_keys", local_k), ("local_values", local_v), ("scratch.keys", k)):
             if x is not None and x[:1].numel() >= 2**31:
@@ -146,7 +129,8 @@ class Sizes:
                 )
         entries = 0 if k is None else k.shape[1]
         B, _, H, K = q.shape
-        return Sizes(B, H, sight.channels, K, local_v.shape[-1], marks, entries, q.dtype, q.device)
+        n_marks = 0 if marks is None else marks.shape[-1]
+        return Sizes(B, H, sight.channels, K, local_v.shape[-1], n_marks, sight.share, entries, q.dtype, q.device)
 
     @property
     def padded_marks(self) -> int:
@@ -154,12 +138,36 @@ class Sizes:
 
     @property
     def padded_features(self) -> int:
-        return max(16, triton.next_power_of_2(6 * self.marks + 3))
+        return max(16, triton.next_power_of_2(6 * (self.marks - self.share) + 3))
 
-    def mark_features(self, marks: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
-        if marks is None:
-            marks = keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32)  # [B, X, 0]
-        return mark_features(marks, self.padded_features, self.channels == 1, narrow(self.dtype))
+    def columns(
+        self, sight: Sight, marks: torch.Tensor | None, bias: torch.Tensor | None, n_columns: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Biases of columns and packed marks, [B, X, RP, 4]: of entries, or of places where bias is None."""
+        of_entries = bias is not None
+        heads = (self.heads,) if of_entries else ()
+        device, marked = sight.bits.device, marks is not None
+        raised = torch.empty(self.items, *heads, n_columns, dtype=torch.float32, device=device)  # [B, (H), X]
+        packed = torch.empty(self.items, n_columns if marked else 0, self.padded_marks, 4, dtype=dtype, device=device)
+        strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
+        grid = (triton.cdiv(n_columns, COLUMNS), self.items, self.heads if of_entries else 1)
+        prepare.column_kernel[grid](
+            sight.present, pointer(sight.since, sight.bits), pointer(sight.until, sight.bits),
+            pointer(bias, sight.bits), pointer(marks, sight.bits), raised, packed, n_columns, *strides, H=self.heads,
+            C=self.channels, R=self.marks if marked else 0, RP=self.padded_marks, ENTRIES=of_entries,
+            NARROW=narrow(self.dtype), BN=COLUMNS,
+        )  # fmt: skip
+        return raised, packed
+
+    def mark_features(self, marks: torch.Tensor | None, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Marks as columns of the backward product, [B, X, R] -> [B, X, DX]."""
+        n_columns = keys.shape[1]
+        features = keys.new_empty(self.items, n_columns, self.padded_features, dtype=dtype)  # [B, X, DX]
+        prepare.mark_kernel[(triton.cdiv(n_columns, COLUMNS), self.items)](
+            pointer(marks, keys), features, n_columns, C=self.channels, R=self.marks, SHARE=self.share,
+            DX=self.padded_features, NARROW=narrow(self.dtype), BN=COLUMNS,
+        )  # fmt: skip
+        return features
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -181,13 +189,8 @@ class Sizes:
             "R": self.marks,
             "BK": self.padded(self.key_width),
             "BV": self.padded(self.value_width),
-            "PRECISION": self.precision,
+            "PRECISION": precision(),
         }
-
-    @property
-    def precision(self) -> str:
-        """Of products in float32: three on Tensor Cores come near to it; one, of 10 bits, where PyTorch may too."""
-        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def bounds(self, sight: Sight, tiles: Tiles, q: torch.Tensor) -> torch.Tensor:
         """Which tiles of entries each tile of rows needs, int32 [B, Q, 4]."""
@@ -195,7 +198,7 @@ class Sizes:
             return sight.bits
         n_tiles = triton.cdiv(q.shape[1], tiles.rows)
         bounds = q.new_empty(self.items, n_tiles, 4, dtype=torch.int32)
-        kernels.bounds_kernel[(n_tiles, self.items)](
+        prepare.bounds_kernel[(n_tiles, self.items)](
             sight.since,
             sight.until,
             bounds,
@@ -206,6 +209,11 @@ class Sizes:
             BN=tiles.columns,
         )
         return bounds
+
+    def even(self, sight: Sight, rows: int, tiles: Tiles) -> bool:
+        """Does every tile of columns that a tile of rows reads lie inside its tensor? Then no load needs a mask."""
+        whole = rows % tiles.rows == 0 and self.entries % tiles.columns == 0 and self.channels == 1
+        return whole and (tiles.rows + sight.window) % tiles.columns == 0
 
     def parts(self, n_columns: int, tiles: Tiles) -> int:
         """Into how many parts the rows of a tile of columns are split, so that the device has enough to do."""

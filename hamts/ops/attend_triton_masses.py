@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hamts.ops.attend_triton_gradients import _column_weights, _row_range
 from hamts.ops.attend_triton_inputs import Sight, Sizes, biases, pointer
-from hamts.ops.attend_triton_kernels import ABSENT, VARYING, _tile
+from hamts.ops.attend_triton_prepare import ABSENT, LOG2E, VARYING, _life, _tile
 from hamts.ops.attend_triton_tiles import Tiles, launch
 
 __all__ = ["masses_of"]
@@ -26,10 +26,9 @@ def _mass_rows(
         rows = tl.multiple_of(start, BM) + tl.arange(0, BM)
         q = _tile(q_ptr, rows, n_rows, H * K, K, BK, MASKED)
         lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=-ABSENT)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) + (bias[:, None] - lse[None, :])
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * LOG2E + (bias[:, None] - lse[None, :])
         p, _ = _column_weights(
-            s, rows, columns, since, until, sources, bits_ptr, channel_bias, n_rows, window, span, words, C, ENTRIES,
-            MASKED,
+            x, rows, columns, since, until, sources, bits_ptr, channel_bias, window, span, words, C, ENTRIES, MASKED,
         )  # fmt: skip
         mass += tl.sum(p, 1)
     return mass
@@ -53,8 +52,8 @@ def mass_kernel(
     since, until, sources = columns, columns, columns
     if ENTRIES:
         bias_ptr += (item * H + head) * n_columns
-        since = tl.load(from_ptr + item * n_columns + columns, mask=inside, other=0)
-        until = tl.load(until_ptr + item * n_columns + columns, mask=inside, other=0)
+        base = item * n_columns
+        since, until = _life(from_ptr + base, until_ptr + base, columns, n_columns)
         if C > 1:
             sources = tl.load(source_ptr + item * n_columns + columns, mask=inside, other=0)
     else:
@@ -63,7 +62,7 @@ def mass_kernel(
     q_ptr += (item * n_rows * H + head) * K
     lse_ptr += (item * H + head) * n_rows
     bits_ptr += item * C * words
-    channel_bias = tl.load(channel_bias_ptr + head).to(tl.float32)
+    channel_bias = tl.load(channel_bias_ptr + head).to(tl.float32) * LOG2E
     mass = tl.zeros([BN], tl.float32)
     begin, full_begin, full_end, end = _row_range(
         since, until, columns, n_rows, n_columns, window, part, PARTS, C, ENTRIES, BM
@@ -129,9 +128,8 @@ def _mass(
         masses[:] = [lse.new_empty(parts, B, H, X)]
         mass_kernel[(triton.cdiv(X, tiles.columns) * B * H, parts)](
             q, k, bias, pointer(sight.since, sight.bits), pointer(sight.until, sight.bits),
-            pointer(sight.source, sight.bits),
-            sight.bits, channel_bias, lse, masses[0], T, X, sight.window, sight.span, sight.words, **widths,
-            ENTRIES=of_entries, PARTS=parts, **tiles.options(),
+            pointer(sight.source, sight.bits), sight.bits, channel_bias, lse, masses[0], T, X, sight.window, sight.span,
+            sight.words, **widths, ENTRIES=of_entries, PARTS=parts, **tiles.options(),
         )  # fmt: skip
 
     launch("mass", run, size.key)

@@ -79,7 +79,8 @@ class Kernels:
             return attend
         from hamts.ops import attend_triton
 
-        return attend_triton.attend
+        # a layer's marks are level, log scale and 1
+        return partial(attend_triton.attend, share_mark=True)
 
 
 TORCH = Kernels("torch", "runs everywhere")
