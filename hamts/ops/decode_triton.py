@@ -1,8 +1,9 @@
 """The read of one step, for thousands of streams whose scratchpads differ in length.
 
-One patch asks, so nothing but the bytes of keys and values counts. Each stream's entries are read up to its own last
-one, in parts where there are fewer streams than the device could serve at once. Sizes do not depend on what was
-routed, nothing waits for the device, and a CUDA graph can hold the whole step.
+One patch asks, so nothing but the bytes of keys and values counts. Each stream's entries, from its first living one to
+its last, are cut into parts of one length: a long list is read by more programs than a short one, and none waits for
+the longest. Programs are started for the capacity; those beyond a stream's last entry end at once. Sizes do not depend
+on what was routed, nothing waits for the device, and a CUDA graph can hold the whole step.
 
 B streams · C channels · H heads · K key · V value · M capacity (entries) · W window patches · R marks · P parts
 """
@@ -26,10 +27,13 @@ except ImportError as missing:
 __all__ = ["MOST_CHANNELS", "attend_step"]
 
 MOST_CHANNELS = 64
+# programs wanted for each multiprocessor, and entries that a program reads, unless there are too few for all
 PROGRAMS = 8
-MOST_PARTS = 32
+SHORTEST, LONGEST = 128, 1024
 TILE, WARPS, STAGES = 64, 4, 3
-VARYING = ("n_entries", "n_parts", "window", "span")
+# entries of a program that looks for the living, and parts that are joined at once
+LIVES, JOINED = 1024, 16
+VARYING = ("n_entries", "n_parts", "length", "window", "span")
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
@@ -55,16 +59,43 @@ def _fold(top, total, output, marked, s, own, keep, keys_inside, v, marks_ptr, s
 
 
 @triton.jit(do_not_specialize=VARYING)
+def living_kernel(from_ptr, until_ptr, alive_ptr, ends_ptr, n_entries, BN: tl.constexpr):
+    """Which entries the asking patch sees, int8 [B, M], and where they begin and end: [B, 2], M - first and last + 1.
+
+    Ends start at 0. The largest of whole numbers does not depend on the order in which programs run.
+    """
+    stream, entry = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = entry < n_entries
+    place = stream.to(tl.int64) * n_entries + entry
+    since = tl.load(from_ptr + place, mask=inside, other=1)
+    until = tl.load(until_ptr + place, mask=inside, other=0)
+    alive = (since <= 0) & (until > 0) & inside
+    tl.store(alive_ptr + place, alive.to(tl.int8), mask=inside)
+    tl.atomic_max(ends_ptr + stream * 2, tl.max(tl.where(alive, n_entries - entry, 0)))
+    tl.atomic_max(ends_ptr + stream * 2 + 1, tl.max(tl.where(alive, entry + 1, 0)))
+
+
+@triton.jit
+def _ends(ends_ptr, stream, n_entries):
+    past = tl.load(ends_ptr + stream * 2 + 1)
+    return tl.minimum(n_entries - tl.load(ends_ptr + stream * 2), past), past
+
+
+@triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     q_ptr, local_keys_ptr, local_values_ptr, local_marks_ptr, present_ptr, keys_ptr, values_ptr, marks_ptr, bias_ptr,
     alive_ptr, source_ptr, ends_ptr, readable_ptr, channel_bias_ptr, tops_ptr, totals_ptr, outputs_ptr, markeds_ptr,
-    n_entries, n_parts, window, span, bias_stride, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    R: tl.constexpr, CP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    n_entries, n_parts, length, window, span, bias_stride, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of one stream's entries for one head; the first part reads the window too."""
     head, part = tl.program_id(0) % H, tl.program_id(1)
     stream = (tl.program_id(0) // H).to(tl.int64)
+    first, end = _ends(ends_ptr, stream, n_entries)
+    begin = first + part * length
+    if (part > 0) & (begin >= end):
+        return
     channel = tl.arange(0, CP)
     at_k, at_v = tl.arange(0, BK), tl.arange(0, BV)
     row_inside = channel < C
@@ -78,10 +109,8 @@ def step_kernel(
     total = tl.zeros([CP], tl.float32)
     output = tl.zeros([CP, BV], tl.float32)
     marked = tl.zeros([CP, RP], tl.float32)
-    begin, end = tl.load(ends_ptr + stream * 2), tl.load(ends_ptr + stream * 2 + 1)
-    share = tl.cdiv(tl.cdiv(end - begin, n_parts), BN) * BN
-    stop = tl.minimum(begin + (part + 1) * share, end)
-    for start in tl.range(begin + part * share, stop, BN):
+    stop = tl.minimum(begin + length, end)
+    for start in tl.range(begin, stop, BN):
         entry = start + tl.arange(0, BN)
         inside = entry < stop
         place = stream * n_entries + entry
@@ -136,49 +165,54 @@ def step_kernel(
             top, total, output, marked = _fold(
                 top, total, output, marked, s, own, keep, inside, v, local_marks_ptr + place * R, 0, R, RP, PRECISION
             )
-    slot = (stream * H + head) * n_parts + part
-    tl.store(tops_ptr + slot * CP + channel, top)
-    tl.store(totals_ptr + slot * CP + channel, total)
-    tl.store(outputs_ptr + (slot * CP + channel[:, None]) * BV + at_v[None, :], output)
+    slot = (((stream * H + head) * n_parts) + part) * C + channel
+    tl.store(tops_ptr + slot, top, mask=row_inside)
+    tl.store(totals_ptr + slot, total, mask=row_inside)
+    tl.store(outputs_ptr + slot[:, None] * BV + at_v[None, :], output, mask=row_inside[:, None])
     if R > 0:
         at_r = tl.arange(0, RP)
-        tl.store(markeds_ptr + (slot * CP + channel[:, None]) * RP + at_r[None, :], marked)
+        tl.store(markeds_ptr + slot[:, None] * RP + at_r[None, :], marked, mask=row_inside[:, None])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def join_kernel(
-    tops_ptr, totals_ptr, outputs_ptr, markeds_ptr, output_ptr, marked_ptr, lse_ptr, n_parts, H: tl.constexpr,
-    C: tl.constexpr, V: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr,
+    ends_ptr, tops_ptr, totals_ptr, outputs_ptr, markeds_ptr, output_ptr, marked_ptr, lse_ptr, n_entries, n_parts,
+    length, H: tl.constexpr, C: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr,
+    BP: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of one stream and head."""
-    head, stream = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
-    channel, at_v, at_r = tl.arange(0, CP), tl.arange(0, BV), tl.arange(0, RP)
-    top = tl.full([CP], LOWEST, tl.float32)
-    total = tl.zeros([CP], tl.float32)
-    output = tl.zeros([CP, BV], tl.float32)
-    marked = tl.zeros([CP, RP], tl.float32)
-    for part in tl.range(0, n_parts):
-        slot = ((stream * H + head) * n_parts + part) * CP + channel
-        its_top = tl.load(tops_ptr + slot)
-        new_top = tl.maximum(top, its_top)
-        mine, its = tl.exp2(top - new_top), tl.exp2(its_top - new_top)
-        total = total * mine + tl.load(totals_ptr + slot) * its
-        its_output = tl.load(outputs_ptr + slot[:, None] * BV + at_v[None, :])
-        output = output * mine[:, None] + its_output * its[:, None]
+    """Join the parts of one stream, head and channel."""
+    channel, head = tl.program_id(0) % C, tl.program_id(0) // C % H
+    stream = (tl.program_id(0) // C // H).to(tl.int64)
+    at_v, at_r = tl.arange(0, BV), tl.arange(0, RP)
+    first, end = _ends(ends_ptr, stream, n_entries)
+    used = tl.maximum(tl.cdiv(end - first, length), 1)
+    slots = (stream * H + head) * n_parts
+    top = LOWEST + 0.0
+    for start in tl.range(0, used, BP):
+        part = start + tl.arange(0, BP)
+        top = tl.maximum(top, tl.max(tl.load(tops_ptr + (slots + part) * C + channel, mask=part < used, other=LOWEST)))
+    total = 0.0
+    output = tl.zeros([BV], tl.float32)
+    marked = tl.zeros([RP], tl.float32)
+    for start in tl.range(0, used, BP):
+        part = start + tl.arange(0, BP)
+        slot, inside = (slots + part) * C + channel, part < used
+        weight = tl.exp2(tl.load(tops_ptr + slot, mask=inside, other=LOWEST) - top)
+        weight = tl.where(inside, weight, 0.0)
+        total += tl.sum(weight * tl.load(totals_ptr + slot, mask=inside, other=0.0))
+        of_part = tl.load(outputs_ptr + slot[:, None] * BV + at_v[None, :], mask=inside[:, None], other=0.0)
+        output += tl.sum(weight[:, None] * of_part, 0)
         if R > 0:
-            its_marked = tl.load(markeds_ptr + slot[:, None] * RP + at_r[None, :])
-            marked = marked * mine[:, None] + its_marked * its[:, None]
-        top = new_top
+            of_part = tl.load(markeds_ptr + slot[:, None] * RP + at_r[None, :], mask=inside[:, None], other=0.0)
+            marked += tl.sum(weight[:, None] * of_part, 0)
     seen = total > 0
-    share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None]
-    row = (stream * C + channel[:, None]) * H + head
-    inside = (channel < C)[:, None]
-    place = output_ptr + row * V + at_v[None, :]
-    tl.store(place, (output * share).to(output_ptr.dtype.element_ty), mask=inside & (at_v < V)[None, :])
+    share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
+    row = (stream * C + channel) * H + head
+    tl.store(output_ptr + row * V + at_v, (output * share).to(output_ptr.dtype.element_ty), mask=at_v < V)
     if R > 0:
-        tl.store(marked_ptr + row * R + at_r[None, :], marked * share, mask=inside & (at_r < R)[None, :])
+        tl.store(marked_ptr + row * R + at_r, marked * share, mask=at_r < R)
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, 4.0e30)
-    tl.store(lse_ptr + (stream * H + head) * C + channel, lse, mask=channel < C)
+    tl.store(lse_ptr + (stream * H + head) * C + channel, lse)
 
 
 def attend_step(
@@ -204,28 +238,29 @@ def attend_step(
     V, R = local_values.shape[-1], 0 if local_marks is None else local_marks.shape[-1]
     n_entries = 0 if scratch is None else scratch.keys.shape[1]
     device = queries.device
-    padded = {"CP": _padded(C), "BV": _padded(V), "RP": max(4, triton.next_power_of_2(max(R, 1)))}
-    parts = _parts(B * H, n_entries, device)
+    padded = {"BV": _padded(V), "RP": max(4, triton.next_power_of_2(max(R, 1)))}
+    length = _length(B * H * n_entries, device)
+    parts = max(1, triton.cdiv(n_entries, length))
 
     def room(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    slots = (B, H, parts, padded["CP"])
+    slots = (B, H, parts, C)
     tops, totals, outputs = room(*slots), room(*slots), room(*slots, padded["BV"])
     markeds = room(*slots, padded["RP"]) if R else tops
-    entries, stride = _entries(queries, scratch, channel_bias)
+    entries, ends, stride = _entries(queries, scratch, channel_bias)
     step_kernel[(B * H, parts)](
         queries, local_keys, local_values, tops if local_marks is None else local_marks.float().contiguous(),
-        local_present.to(torch.int8), *entries, readable.to(torch.int8).contiguous(), channel_bias.float(), tops,
-        totals, outputs, markeds, n_entries, parts, window, cross_span, stride, H=H, C=C, K=K, V=V, R=R,
-        BK=_padded(K), BN=TILE, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, **padded,
+        local_present.to(torch.int8), *entries, ends, readable.to(torch.int8).contiguous(), channel_bias.float(), tops,
+        totals, outputs, markeds, n_entries, parts, length, window, cross_span, stride, H=H, C=C, K=K, V=V, R=R,
+        BK=_padded(K), BN=TILE, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C), **padded,
     )  # fmt: skip
     output = queries.new_empty(B, C, H, V)  # [B, C, H, V]
     marked = room(B, C, H, R) if R else None  # [B, C, H, R]
     lse = room(B, H, C)  # [B, H, C]
-    join_kernel[(B * H,)](
-        tops, totals, outputs, markeds, output, tops if marked is None else marked, lse, parts, H=H, C=C, V=V, R=R,
-        num_warps=WARPS, **padded,
+    join_kernel[(B * H * C,)](
+        ends, tops, totals, outputs, markeds, output, tops if marked is None else marked, lse, n_entries, parts, length,
+        H=H, C=C, V=V, R=R, BP=JOINED, num_warps=1, **padded,
     )  # fmt: skip
     return output, marked, lse
 
@@ -234,26 +269,28 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _parts(programs: int, n_entries: int, device: torch.device) -> int:
-    """Parts of each stream's entries; they follow from sizes alone."""
+def _length(numbers: int, device: torch.device) -> int:
+    """Entries of a part, a power of 2; it follows from sizes alone, for all streams and heads hold so many entries."""
     if device.type != "cuda":
-        return 2
+        return TILE
     wanted = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(MOST_PARTS, wanted // programs, triton.cdiv(n_entries, TILE)))
+    return min(LONGEST, max(SHORTEST, triton.next_power_of_2(numbers // wanted)))
 
 
-def _entries(q: torch.Tensor, scratch: ScratchKeys | None, channel_bias: torch.Tensor) -> tuple[tuple[Any, ...], int]:
-    """Keys, values, marks, biases, who is alive, sources and each stream's first and past-last living entry."""
-    if scratch is None or not scratch.keys.shape[1]:
-        nothing = torch.zeros(q.shape[0], 2, dtype=torch.int32, device=q.device)  # [B, 2]
-        return (q, q, channel_bias, channel_bias, nothing, nothing, nothing), 1
-    alive = (scratch.visible_from <= 0) & (scratch.visible_until > 0)  # [B, M]
-    index = torch.arange(alive.shape[1], device=q.device, dtype=torch.int32)  # [M]
-    first = torch.where(alive, index, alive.shape[1]).amin(1)  # [B]
-    past = torch.where(alive, index + 1, 0).amax(1)  # [B]
-    ends = torch.stack([torch.minimum(first, past), past], 1).int()  # [B, 2]
+def _entries(
+    q: torch.Tensor, scratch: ScratchKeys | None, channel_bias: torch.Tensor
+) -> tuple[tuple[Any, ...], torch.Tensor, int]:
+    """Keys, values, marks, biases, who is alive and sources; each stream's ends; entries' stride of biases."""
+    B, M = q.shape[0], 0 if scratch is None else scratch.keys.shape[1]
+    ends = torch.zeros(B, 2, dtype=torch.int32, device=q.device)  # [B, 2]
+    if scratch is None or not M:
+        return (q, q, channel_bias, channel_bias, ends, ends), ends, 1
+    alive = torch.empty(B, M, dtype=torch.int8, device=q.device)  # [B, M]
+    living_kernel[(B, triton.cdiv(M, LIVES))](
+        scratch.visible_from.contiguous(), scratch.visible_until.contiguous(), alive, ends, M, BN=LIVES
+    )
     bias = scratch.bias.float().contiguous()  # [B, M] or [B, M, H]
     marks = channel_bias if scratch.marks is None else scratch.marks.float().contiguous()
     stride = bias.shape[2] if bias.ndim == 3 else 1
     source = scratch.channel.int() if q.shape[1] > 1 else ends
-    return (scratch.keys, scratch.values, marks, bias, alive.to(torch.int8), source, ends), stride
+    return (scratch.keys, scratch.values, marks, bias, alive, source), ends, stride
