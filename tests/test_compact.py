@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hamts.ops.compact import bucket, compact
+from hamts.ops.compact import append_, bucket, compact
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
@@ -71,3 +71,44 @@ def test_nothing_waits_for_the_device() -> None:
         compact(kept, 512).gather(rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_rows_are_appended_in_order_and_streams_stay_apart() -> None:
+    generator = torch.Generator().manual_seed(1)
+    buffers = {"rows": torch.zeros(3, 40, 2), "tags": torch.zeros(3, 40, dtype=torch.int64)}
+    count = torch.zeros(3, dtype=torch.int64)
+    expected: list[list[int]] = [[], [], []]
+    for step in range(10):
+        tags = torch.arange(4).expand(3, 4) + 100 * step
+        accepted = torch.rand(3, 4, generator=generator) < torch.tensor([[0.0], [0.4], [1.0]])
+        append_(buffers, {"rows": tags[..., None].expand(3, 4, 2).float(), "tags": tags}, accepted, count)
+        for b in range(3):
+            expected[b] += tags[b][accepted[b]].tolist()
+    assert count.tolist() == [len(tags) for tags in expected] and count[0] == 0
+    for b in range(3):
+        assert buffers["tags"][b, : count[b]].tolist() == expected[b]
+        assert buffers["rows"][b, : count[b], 1].tolist() == expected[b]
+
+
+def test_appending_without_room_or_under_other_names_is_refused() -> None:
+    buffers = {"rows": torch.zeros(1, 4, 2)}
+    with pytest.raises(ValueError, match=r"rows must have the names of buffers, \['rows'\]. Got \['keys'\]."):
+        append_(buffers, {"keys": torch.zeros(1, 1, 2)}, torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
+    with pytest.raises(IndexError):
+        append_(buffers, {"rows": torch.zeros(1, 1, 2)}, torch.ones(1, 1, dtype=torch.bool), torch.tensor([4]))
+
+
+@pytest.mark.gpu
+def test_a_graph_appends_at_every_replay() -> None:
+    buffers, count = {"rows": torch.zeros(2, 20, device="cuda")}, torch.zeros(2, dtype=torch.int64, device="cuda")
+    rows, accepted = torch.ones(2, 2, device="cuda"), torch.tensor([[True, True], [False, True]], device="cuda")
+    append_(buffers, {"rows": rows}, accepted, count)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        append_(buffers, {"rows": rows}, accepted, count)
+    for value in (2.0, 3.0):
+        rows.fill_(value)
+        graph.replay()
+    assert count.tolist() == [6, 3]
+    assert buffers["rows"][0, :6].tolist() == [1, 1, 2, 2, 3, 3]
+    assert buffers["rows"][1, :3].tolist() == [1, 2, 3]

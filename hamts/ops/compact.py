@@ -1,4 +1,4 @@
-"""Close the gaps between kept tokens: a prefix sum and one scatter, no sort, no wait for the device.
+"""Close the gaps between kept tokens, or append them in place: prefix sums and scatters, no sort, no wait.
 
 B items · J candidates · M capacity
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Compacted", "bucket", "compact"]
+__all__ = ["Compacted", "append_", "bucket", "compact"]
 
 # capacities are multiples of it, so that tiles of a kernel fill
 STEP = 128
@@ -68,3 +68,29 @@ def compact(kept: torch.Tensor, capacity: int) -> Compacted:
     count = kept.sum(1)  # [B]
     filled = torch.arange(capacity, device=kept.device) < count[:, None]  # [B, M]
     return Compacted(source[:, :capacity], filled, count)
+
+
+def append_(
+    buffers: dict[str, torch.Tensor], rows: dict[str, torch.Tensor], accepted: torch.Tensor, count: torch.Tensor
+) -> None:
+    """Write accepted rows behind the ones a buffer holds, in order, and raise the count; a CUDA graph can hold it.
+
+    Rows that are not accepted are written too, behind the accepted, where the count says that nothing is: so no slot
+    is written twice, and no row is left out by a mask.
+
+    Args:
+        buffers: [B, M, ...] each; M must be at least the largest count + J, which the host knows a bound of: what it
+            saw last, and J for every step since.
+        rows: under the same names, [B, J, ...].
+        accepted: bool [B, J].
+        count: rows that each buffer holds, int64 [B]; raised in place.
+    """
+    if set(buffers) != set(rows):
+        raise ValueError(f"rows must have the names of buffers, {sorted(buffers)}. Got {sorted(rows)}.")
+    added = accepted.sum(1, keepdim=True)  # [B, 1]
+    place = torch.where(accepted, accepted.cumsum(1) - 1, added + (~accepted).cumsum(1) - 1)  # [B, J]
+    slot = count[:, None] + place  # [B, J]
+    item = torch.arange(len(count), device=count.device)[:, None]  # [B, 1]
+    for name, buffer in buffers.items():
+        buffer[item, slot] = rows[name].to(buffer.dtype)
+    count += added[:, 0]
