@@ -4,10 +4,11 @@ Run ``python -m benchmarks.kernels`` from the clone on a machine with a CUDA dev
 ``benchmarks/results/kernels`` as it is measured; ``--table`` prints what is there and needs no device.
 
     attention   window and scratchpad in one softmax, forward and backward, 65,536 tokens in all
-    tiles       milliseconds of every candidate that the search for tiles tried
+    tiles       milliseconds of every tile in TRIAL; the fastest are used by the parts after it
     flex        FlexAttention on compacted keys, a rival
-    decode      one step of many streams with ragged scratchpads
+    decode      one step of many streams with ragged scratchpads, the read alone and a whole layer
     parity      the tests under the marker ``gpu``
+    compile     fill the caches of compiled kernels, on all cores, so that no part waits for a compiler
 
 Times are medians of device events. Beside each stands its floor: the larger of operations over the measured rate of
 matrix products and of bytes, each input read and each output written once, over the measured bandwidth of copies.
@@ -22,8 +23,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import platform
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,10 +38,21 @@ from hamts.ops.types import ScratchKeys
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
 TOKENS, HEADS, WIDTH, WINDOW, MARKS = 65_536, 16, 64, 64, 3
-SIZES = [(4_096, 0.25), (16_384, 0.5), (16_384, 0.25), (16_384, 0.1), (65_536, 0.25), (65_536, 0.1)]
+SIZES = [(16_384, 0.25), (16_384, 0.1), (65_536, 0.1), (4_096, 0.25), (16_384, 0.5), (65_536, 0.25)]
 # share of cuDNN's full attention that a read of (patches, share of them kept) may take, forward and backward
 BOUNDS = {(16_384, 0.25): 0.40, (16_384, 0.1): 0.20, (65_536, 0.1): 0.13}
 REPEATS_MS = 150
+# folders of RESULTS with what earlier versions of the kernels took
+ATTEMPTS = ("first", "second", "third", "fourth")
+# tiles worth trying on Hopper: rows, columns, warps, stages, registers; the table of ``attend_triton_tiles`` holds the
+# fastest
+TRIAL: dict[str, list[tuple[int, ...]]] = {
+    "forward": [(64, 64, 4, 2, 128), (128, 64, 4, 3), (64, 64, 4, 3, 168), (128, 64, 8, 3, 128)],
+    "query_grad": [(64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 2, 128), (128, 64, 4, 2)],
+    "entry_grad": [(64, 64, 4, 3, 168), (64, 64, 4, 2, 168), (64, 64, 4, 3), (64, 128, 8, 3)],
+    "local_grad": [(64, 64, 4, 3, 168), (64, 64, 4, 2, 168), (64, 64, 4, 2, 128)],
+    "mass": [(128, 64, 4, 3), (64, 64, 4, 3, 168), (64, 128, 4, 3)],
+}
 
 
 def measure(run: Callable[[], Any]) -> float:
@@ -103,11 +114,12 @@ class Read:
         places = (B, WINDOW + T, 1, HEADS, WIDTH)
         kept = torch.rand(B, WINDOW + T, device="cuda", generator=generator) < self.share  # [B, L]
         kept[:, :WINDOW] = False
+        ones = torch.ones(B, WINDOW + T, 1, 1, device="cuda")  # the layer's last mark
         return {
             "queries": normal(B, T, 1, HEADS, WIDTH) * WIDTH**-0.5 * 2,
             "local_keys": normal(*places),
             "local_values": normal(*places),
-            "local_marks": normal(B, WINDOW + T, 1, MARKS, dtype=torch.float32),
+            "local_marks": torch.cat([normal(B, WINDOW + T, 1, MARKS - 1, dtype=torch.float32), ones], -1),
             "bias": -normal(B, WINDOW + T, HEADS, dtype=torch.float32).abs(),
             "channel_bias": torch.ones(HEADS, device="cuda"),
             "kept": kept,
@@ -141,6 +153,7 @@ class Read:
             channel_bias=x["channel_bias"],
             window=WINDOW,
             local_marks=x["local_marks"],
+            share_mark=True,
         )
 
     def runs(self) -> dict[str, Callable[[], Any]]:
@@ -205,6 +218,7 @@ def full_attention(n_patches: int, backend: SDPBackend) -> dict[str, float]:
 
 
 def attention_cells(rates: dict[str, float], sizes: list[tuple[int, float]]) -> None:
+    chosen = use_fastest()
     rivals: dict[int, dict[str, float]] = {}
     for n_patches, share in sizes:
         if n_patches not in rivals:
@@ -217,10 +231,11 @@ def attention_cells(rates: dict[str, float], sizes: list[tuple[int, float]]) -> 
         cell["ratio"] = times["both_ms"] / full["both_ms"]
         cell["bound"] = BOUNDS.get((n_patches, share))
         cell |= read.floor_ms(rates, backward=True)
+        cell["tiles"] = chosen or "of the table"
         record(f"attention--T{n_patches}--{round(100 * share)}", cell)
 
 
-def flex_cells(sizes: list[tuple[int, float]]) -> None:
+def flex_cells(sizes: list[tuple[int, float]], *, only_compile: bool = False) -> None:
     """FlexAttention on compacted keys: no window, no biases, no marks; the gather of keys and values is timed."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -248,14 +263,18 @@ def flex_cells(sizes: list[tuple[int, float]]) -> None:
         ) -> Any:
             return torch.autograd.grad(forward(), leaves, pushed)
 
+        if only_compile:
+            both()
+            continue
         times = {"forward_ms": measure(forward), "both_ms": measure(both)}
         record(f"flex--T{n_patches}--{round(100 * share)}", {**asdict(read), **times})
 
 
 def search_cells(sizes: list[tuple[int, float]]) -> None:
-    """Time every candidate of every kernel at each size; the table of ``attend_triton_tiles`` comes from here."""
+    """Time every tile of TRIAL at each size."""
     from hamts.ops import attend_triton_tiles as tiles
 
+    tiles.CANDIDATES.update(trial())
     for n_patches, share in sizes:
         tiles.forget(measured=True)
         runs = Read(n_patches, share).runs()
@@ -268,120 +287,56 @@ def search_cells(sizes: list[tuple[int, float]]) -> None:
         del runs
 
 
+def use_fastest() -> dict[str, str]:
+    """Use the tiles that this device took the least time with, over all sizes tried together; none tried: the table."""
+    from hamts.ops import attend_triton_tiles as tiles
+
+    total: dict[str, dict[str, list[float]]] = {}
+    for cell in cells_of("tiles--*.json").values():
+        if cell["device"] == torch.cuda.get_device_name():
+            for kernel, times in cell["milliseconds"].items():
+                for tile, ms in times.items():
+                    total.setdefault(kernel, {}).setdefault(tile, []).append(ms)
+    best, sizes = {}, {}
+    for kernel, times_of in total.items():
+        most = max(len(times) for times in times_of.values())
+        # p1: a variant that was tried and dropped
+        full = {name: sum(ms) for name, ms in times_of.items() if len(ms) == most and not name.endswith("p1")}
+        best[kernel] = min(full, key=lambda name: full[name])
+        sizes[kernel] = tiles.Tiles(*[int(number) for number in re.findall(r"\d+", best[kernel])[:5]])
+    tiles.use(sizes)
+    return best
+
+
+def trial() -> dict[str, Any]:
+    from hamts.ops.attend_triton_tiles import Tiles
+
+    return {kernel: tuple(Tiles(*sizes) for sizes in several) for kernel, several in TRIAL.items()}
+
+
 def _compile(number: int) -> None:
-    """Compile the candidates of one number into the cache on disk."""
+    """Compile every kernel's tile of one number into the cache on disk; -1: FlexAttention, -2: decoding."""
     from hamts.ops import attend_triton_tiles as tiles
 
-    for kernel, candidates in tiles.CANDIDATES.items():
-        if number < len(candidates):
-            tiles.use({kernel: candidates[number]} | {k: c[-1] for k, c in tiles.CANDIDATES.items() if k != kernel})
-            try:
-                Read(1024, 0.25, tokens=1024).runs()["both_with_masses"]()
-            except Exception as problem:  # noqa: BLE001
-                print("candidate", kernel, candidates[number], "fails:", repr(problem)[:200], flush=True)
+    try:
+        if number == -1:
+            flex_cells(list(BOUNDS), only_compile=True)
+        elif number == -2:
+            from benchmarks.kernels_decode import Streams
+
+            Streams(1, 0.02, ragged=True).layer_step()()
+        else:
+            tiles.use({kernel: several[min(number, len(several) - 1)] for kernel, several in trial().items()})
+            Read(16_384, 0.1).runs()["both_with_masses"]()
+    except Exception as problem:  # noqa: BLE001
+        print("compiling", number, "fails:", repr(problem)[:200], flush=True)
 
 
-def compile_ahead() -> None:
-    """All candidates at once, on all cores: one process each."""
-    from hamts.ops import attend_triton_tiles as tiles
-
-    most = max(len(candidates) for candidates in tiles.CANDIDATES.values())
-    with concurrent.futures.ProcessPoolExecutor(most, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, range(most)))
-
-
-def decode_cells(rates: dict[str, float]) -> None:
-    """One step: append what leaves the window, read; in a CUDA graph."""
-    full_ms = {}
-    for streams, ragged in [(256, False), (256, True), (1, True), (64, True), (1024, True)]:
-        counts = entry_counts(streams, ragged)
-        step_ms = graph_ms(decode_step(streams, counts))
-        cell: dict[str, Any] = {"streams": streams, "ragged": ragged, "history": 65_536, "share": 0.1}
-        cell |= {"heads": HEADS, "width": WIDTH, "window": WINDOW, "step_ms": step_ms}
-        cell |= {"mean_entries": float(counts.float().mean()), "most_entries": int(counts.max())}
-        moved = 4 * WIDTH * HEADS * float(counts.sum() + streams * WINDOW)
-        cell["floor_bytes_ms"] = moved / rates["bytes_per_s"] * 1e3
-        cell["tokens_per_s"] = streams / step_ms * 1e3
-        if streams == 256:
-            full_ms = full_ms or full_decode_ms(streams)
-            cell |= {f"full_{name}_ms": ms for name, ms in full_ms.items()}
-            cell["times_as_many_tokens_per_s"] = min(full_ms.values()) / step_ms
-        record(f"decode--S{streams}{'--ragged' if ragged else ''}", cell)
-        torch.cuda.empty_cache()
-
-
-def entry_counts(streams: int, ragged: bool) -> torch.Tensor:
-    """Entries of each stream: a tenth of the history on average, a few streams many times as much."""
-    mean = 0.1 * 65_536
-    if not ragged:
-        return torch.full((streams,), int(mean))
-    draws = torch.randn(streams, generator=torch.Generator().manual_seed(0)).mul(0.6).exp()  # [S]
-    return (draws / draws.mean() * mean).clamp(max=3 * mean).long()
-
-
-def decode_step(streams: int, counts: torch.Tensor) -> Callable[[], Any]:
-    from hamts.ops.attend_triton import attend
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
-
-    S, M, L = streams, bucket(int(counts.max()) + 64), WINDOW + 1
-    pad = {"keys": normal(S, M, HEADS, WIDTH), "values": normal(S, M, HEADS, WIDTH)}
-    bias, marks = torch.randn(S, M, device="cuda"), torch.randn(S, M, MARKS, device="cuda")
-    local = {"local_keys": normal(S, L, 1, HEADS, WIDTH), "local_values": normal(S, L, 1, HEADS, WIDTH)}
-    queries = normal(S, 1, 1, HEADS, WIDTH) * WIDTH**-0.5
-    count, index = counts.cuda(), torch.arange(M, device="cuda")
-    stream, channel = torch.arange(S, device="cuda"), torch.zeros(S, M, dtype=torch.int64, device="cuda")
-    scale, local_marks = torch.randn(HEADS, device="cuda"), torch.randn(S, L, 1, MARKS, device="cuda")
-    present = torch.ones(S, L, 1, dtype=torch.bool, device="cuda")
-    readable, channel_bias = torch.ones(S, 1, 1, dtype=torch.bool, device="cuda"), torch.ones(HEADS, device="cuda")
-
-    def step() -> torch.Tensor:
-        # the count is not raised, so that every repeat reads as much
-        for name in ("keys", "values"):
-            pad[name][stream, count] = local[f"local_{name}"][:, 0, 0]
-        since = torch.where(index < count[:, None] + 1, 0, 2**40)  # [S, M]
-        scratch = ScratchKeys(
-            **pad,
-            channel=channel,
-            bias=bias[..., None] + scale,
-            visible_from=since,
-            visible_until=torch.full_like(since, 2**40),
-            marks=marks,
-        )
-        return attend(
-            queries,
-            **local,
-            local_present=present,
-            scratch=scratch,
-            readable=readable,
-            channel_bias=channel_bias,
-            window=WINDOW,
-            local_marks=local_marks,
-        ).output
-
-    return step
-
-
-def full_decode_ms(streams: int) -> dict[str, float]:
-    """Attention of one query over the whole history by the ways PyTorch has, each in a graph."""
-    shape = (streams, HEADS, 65_536, WIDTH)
-    keys, values = (torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2))
-    query, new = (torch.randn(streams, HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    found = {}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-
-        def step(backend: SDPBackend = backend) -> torch.Tensor:
-            keys[:, :, -1:] = new
-            values[:, :, -1:] = new
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
-
-        try:
-            found[backend.name.split("_")[0].lower()] = graph_ms(step)
-        except RuntimeError as problem:
-            print("full decode", backend.name, "fails:", str(problem)[:100])
-    return found
+def compile_ahead(parts: list[str]) -> None:
+    """All tiles of TRIAL at once, and what other parts need, one process each."""
+    numbers = [*range(max(len(several) for several in TRIAL.values())), *([-1] if "flex" in parts else []), -2]
+    with concurrent.futures.ProcessPoolExecutor(len(numbers), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, numbers))
 
 
 def graph_ms(step: Callable[[], Any]) -> float:
@@ -398,97 +353,44 @@ def graph_ms(step: Callable[[], Any]) -> float:
     return measure(graph.replay)
 
 
-def parity() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "12",
-        "--durations=4",
-        "--tb=short",
-    ]
-    files = ["tests/test_attend_triton.py", "tests/test_compact.py"]
-    here = Path(__file__).parent.parent
-    ran = subprocess.run(command + files, capture_output=True, text=True, cwd=here, check=False)
-    print(ran.stdout[-3000:], ran.stderr[-500:])
-    lines = ran.stdout.strip().splitlines() or [""]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    record("parity", {"passed": ran.returncode == 0, "summary": lines[-1], "failed": failed, "files": files})
-
-
 def cells_of(pattern: str, folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))}
-
-
-def table() -> None:
-    """What has been measured, as tables."""
-    first, flex = cells_of("attention--*.json", RESULTS / "first"), cells_of("flex--*.json")
-    cells = sorted(cells_of("attention--*.json").items(), key=lambda cell: (cell[1]["n_patches"], -cell[1]["share"]))
-    print(
-        "| patches | kept | read fwd / fwd+bwd ms | with masses | cuDNN full fwd / fwd+bwd ms | ratio | at most |",
-        end="",
-    )
-    print(" ratio of the first version | Flex, no window | floor ops / bytes ms |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, c in cells:
-        bound = "-" if c["bound"] is None else f"{c['bound']:.2f}"
-        before = f"{first[name]['ratio']:.3f}" if name in first else "-"
-        rival = flex.get(name.replace("attention", "flex"))
-        flexed = "not run" if rival is None else f"{rival['both_ms']:.2f}"
-        print(
-            f"| {c['n_patches']:,} | {c['share']:.0%} | {c['forward_ms']:.2f} / {c['both_ms']:.2f} |"
-            f" {c['both_with_masses_ms']:.2f} | {c['full_forward_ms']:.2f} / {c['full_both_ms']:.2f} |"
-            f" {c['ratio']:.3f} | {bound} | {before} | {flexed} |"
-            f" {c['floor_operations_ms']:.2f} / {c['floor_bytes_ms']:.2f} |"
-        )
-    print("\n| best tiles at | forward | query_grad | entry_grad | local_grad | sum | mass |")
-    print("|---|---|---|---|---|---|---|")
-    for folder in (RESULTS / "first", RESULTS):
-        for name, cell in cells_of("tiles--*.json", folder).items():
-            best = {kernel: min(times.values()) for kernel, times in cell["milliseconds"].items()}
-            parts = [best[kernel] for kernel in ("forward", "query_grad", "entry_grad", "local_grad")]
-            label = name.removeprefix("tiles--") + (" first version" if folder.name == "first" else "")
-            print(f"| {label} | {' | '.join(f'{ms:.2f}' for ms in [*parts, sum(parts), best['mass']])} |")
-    print("\n| streams | entries mean / most | ms a step | floor bytes ms | tokens/s | best full ms | times |")
-    print("|---|---|---|---|---|---|---|")
-    steps = sorted(cells_of("decode--*.json").values(), key=lambda cell: (cell["streams"], cell["ragged"]))
-    for c in steps:
-        full = [c[name] for name in c if name.startswith("full_")]
-        rival = f"{min(full):.2f} | {c['times_as_many_tokens_per_s']:.1f}" if full else "- | -"
-        print(
-            f"| {c['streams']:,} | {c['mean_entries']:,.0f} / {c['most_entries']:,} | {c['step_ms']:.3f} |"
-            f" {c['floor_bytes_ms']:.3f} | {c['tokens_per_s']:,.0f} | {rival} |"
-        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="*", default=["parity", "attention"])
+    parser.add_argument("--only", default="", help="run those parity tests whose name fits this, as pytest's -k")
+    parser.add_argument(
+        "--sizes", default="all", choices=["all", "bounds", "others"], help="of the attention: all, with bounds, others"
+    )
     parser.add_argument("--table", action="store_true", help="print what is there, measure nothing")
     options = parser.parse_args()
     if not options.table:
         if "compile" in options.parts:
-            compile_ahead()
+            compile_ahead(options.parts)
         if "parity" in options.parts:
-            parity()
+            from benchmarks.kernels_parity import parity
+
+            parity(options.only)
         rates: dict[str, float] = {}
         if {"attention", "decode"} & set(options.parts):
             rates = ceilings()
             record("ceilings", rates)
         if "tiles" in options.parts:
-            search_cells([(16_384, 0.25), (65_536, 0.1)])
+            search_cells([(16_384, 0.25), (16_384, 0.1), (65_536, 0.1)])
         if "attention" in options.parts:
-            attention_cells(rates, SIZES)
+            attention_cells(
+                rates, [size for size in SIZES if options.sizes != ("others" if size in BOUNDS else "bounds")]
+            )
         if "flex" in options.parts:
             flex_cells(list(BOUNDS))
         if "decode" in options.parts:
+            from benchmarks.kernels_decode import decode_cells
+
             decode_cells(rates)
+    from benchmarks.kernels_table import table
+
     table()
 
 
