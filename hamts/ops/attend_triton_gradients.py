@@ -228,8 +228,10 @@ def _column_grad_rows(
     R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RM: tl.constexpr, DX: tl.constexpr, ENTRIES: tl.constexpr,
     MARKS_GRAD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(begin, end, BM):
-        rows = tl.multiple_of(start, BM) + tl.arange(0, BM)
+    # from the last row back: nearly all programs begin there, so that they ask for the same rows at about the same
+    # time, and main memory is asked once for all of them
+    for done in tl.range(0, end - begin, BM):
+        rows = tl.multiple_of(end - BM - done, BM) + tl.arange(0, BM)
         q = _tile(q_ptr, rows, n_rows, H * K, K, BK, MASKED and not EVEN)
         grad_output = _tile(grad_output_ptr, rows, n_rows, H * V, V, BV, MASKED and not EVEN)
         if MASKED and not EVEN:
@@ -350,24 +352,23 @@ def column_grad_kernel(
     begin, full_begin, full_end, end = _row_range(
         since, until, columns, n_rows, n_columns, window, part, PARTS, C, ENTRIES, BM
     )
-    grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
-        grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, begin, full_begin,
-        q_ptr, lse_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr, channel_bias,
-        n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION, BM, True, EVEN,
-    )  # fmt: skip
     if ENTRIES:
+        grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
+            grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, full_end, end,
+            q_ptr, lse_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr, channel_bias,
+            n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION, BM, True, EVEN,
+        )  # fmt: skip
         grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
             grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, full_begin,
             full_end, q_ptr, lse_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr,
             channel_bias, n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION,
             BM, False, EVEN,
         )  # fmt: skip
-        grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
-            grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, full_end, end,
-            q_ptr, lse_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr,
-            channel_bias, n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION,
-            BM, True, EVEN,
-        )  # fmt: skip
+    grad_k, grad_v, grad_bias, grad_mark = _column_grad_rows(
+        grad_k, grad_v, grad_bias, grad_mark, k, v, bias, marks, columns, since, until, sources, begin, full_begin,
+        q_ptr, lse_ptr, slope_features_ptr, grad_output_ptr, grad_marks_ptr, through_ptr, bits_ptr, channel_bias,
+        n_rows, window, span, words, H, C, K, V, R, BK, BV, RM, DX, ENTRIES, MARKS_GRAD, PRECISION, BM, True, EVEN,
+    )  # fmt: skip
     offset = (part * n_items).to(tl.int64) * n_columns * H
     _store(grad_keys_ptr + offset * K + of_keys, columns, n_columns, H * K, K, BK, grad_k)
     _store(grad_values_ptr + offset * V + of_values, columns, n_columns, H * V, V, BV, grad_v)

@@ -22,8 +22,9 @@ def _mass_rows(
     span, words, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ENTRIES: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(begin, end, BM):
-        rows = tl.multiple_of(start, BM) + tl.arange(0, BM)
+    # from the last row back, as the gradients
+    for done in tl.range(0, end - begin, BM):
+        rows = tl.multiple_of(end - BM - done, BM) + tl.arange(0, BM)
         q = _tile(q_ptr, rows, n_rows, H * K, K, BK, MASKED)
         lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=-ABSENT)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * LOG2E + (bias[:, None] - lse[None, :])
@@ -67,19 +68,19 @@ def mass_kernel(
     begin, full_begin, full_end, end = _row_range(
         since, until, columns, n_rows, n_columns, window, part, PARTS, C, ENTRIES, BM
     )
-    mass = _mass_rows(
-        mass, k, columns, bias, since, until, sources, begin, full_begin, q_ptr, lse_ptr, bits_ptr,
-        channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
-    )  # fmt: skip
     if ENTRIES:
-        mass = _mass_rows(
-            mass, k, columns, bias, since, until, sources, full_begin, full_end, q_ptr, lse_ptr, bits_ptr,
-            channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, False,
-        )  # fmt: skip
         mass = _mass_rows(
             mass, k, columns, bias, since, until, sources, full_end, end, q_ptr, lse_ptr, bits_ptr,
             channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
         )  # fmt: skip
+        mass = _mass_rows(
+            mass, k, columns, bias, since, until, sources, full_begin, full_end, q_ptr, lse_ptr, bits_ptr,
+            channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, False,
+        )  # fmt: skip
+    mass = _mass_rows(
+        mass, k, columns, bias, since, until, sources, begin, full_begin, q_ptr, lse_ptr, bits_ptr,
+        channel_bias, n_rows, window, span, words, H, C, K, BK, ENTRIES, PRECISION, BM, True,
+    )  # fmt: skip
     n_items = tl.num_programs(0) // n_tiles // H
     place = mass_ptr + ((part * n_items + item) * H + head).to(tl.int64) * n_columns + columns
     tl.store(place, mass, mask=inside)

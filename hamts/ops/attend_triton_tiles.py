@@ -58,7 +58,7 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
 }
 SMALL = Tiles(32, 16, 4, 2)
 # by compute capability, kernel, padded head width and bytes of a number: the fastest on one H100, over the three sizes
-# of benchmarks/results/kernels/tiles--*.json together
+# of benchmarks/results/kernels/fifth/tiles--*.json together
 MEASURED: dict[tuple[tuple[int, int], str, int, int], Tiles] = {
     ((9, 0), "forward", 64, 2): Tiles(64, 64, 4, 2, 128),
     ((9, 0), "query_grad", 64, 2): Tiles(64, 64, 4, 2, 168),
