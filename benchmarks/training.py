@@ -25,7 +25,7 @@ import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -508,10 +508,15 @@ def cells() -> dict[str, Callable[[dict[str, float]], dict[str, Any]]]:
     return table
 
 
+def chosen(part: str, names: Iterable[str]) -> list[str]:
+    """The cell of that name, or those whose names begin so."""
+    return [part] if part in names else [name for name in names if name.startswith(part)]
+
+
 def measure(args: argparse.Namespace) -> None:
     most: dict[str, float] | None = None
     known = cells()
-    asked = [name for part in args.cells.split(",") for name in known if name.startswith(part)]
+    asked = [name for part in args.cells.split(",") for name in chosen(part, known)]
     for name in dict.fromkeys(asked):
         build, path = known[name], args.results / f"{name}.json"
         if path.exists() and not args.again:
@@ -565,7 +570,7 @@ def table(results: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--again", action="store_true", help="measure cells that are there already")
-    parser.add_argument("--cells", default="", help="cells whose names begin so, by commas, in this order")
+    parser.add_argument("--cells", default="", help="cells of these names, or whose names begin so, by commas, in this order")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
