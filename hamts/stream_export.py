@@ -183,7 +183,8 @@ def _fixed_room(room: int) -> Iterator[None]:
         origin = torch.arange(local.alive.shape[1], device=local.alive.device).expand(B, -1)  # [B, L]
         return both, torch.cat([before, origin], 1)
 
-    def merge(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor]:
+    def merge(kept: Entries, local: Entries, *, most: int | None = None) -> tuple[Entries, torch.Tensor]:
+        del most
         both = _joined(kept, local)
         order = torch.argsort((~both.alive).to(torch.uint8), dim=1, stable=True)[:, :room]  # [B, M]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hamts.nn.rows import RowMove, rows_for
 from hamts.nn.tokens import map_tensors
 
 __all__ = [
@@ -176,35 +177,28 @@ def empty_memory(
     )
 
 
-def merge_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor]:
+def merge_candidates(kept: Entries, local: Entries, *, most: int | None = None) -> tuple[Entries, torch.Tensor]:
     """Append newly routed tokens to the kept entries and close the gaps, oldest first.
 
     Args:
         kept: entries from before, [B, M].
-        local: tokens of the window and the chunk in time order, [B, (W + N) C]; ``alive`` says which are routed.
+        local: tokens of the window and the chunk in time order, [B, N C]; ``alive`` says which are routed.
+        most: more than so many are never alive in an item; None: all may be.
 
     Returns:
-        The merged entries, [B, M'] with M' the largest count of any item, and where each came from in ``local``
-        ([B, M'] int64; -1 for entries from before).
+        The merged entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before
+        and padding). M' is the largest count of any item, or more where asking for it would wait for the device.
     """
     alive = torch.cat([kept.alive, local.alive], dim=1)  # [B, J]
-    count = int(alive.sum(dim=1).max()) if alive.shape[1] else 0
-    slot = (alive.cumsum(dim=1) - 1).clamp_min(0)  # [B, J]
-    source = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)  # [B, J]
-    # one column too many takes the writes of dropped candidates
-    order = torch.zeros(alive.shape[0], count + 1, dtype=torch.int64, device=alive.device)  # [B, M' + 1]
-    order.scatter_(1, torch.where(alive, slot, count), source)
-    order = order[:, :count]  # [B, M']
-    filled = torch.arange(count, device=alive.device) < alive.sum(dim=1, keepdim=True)  # [B, M']
+    moved = RowMove.closing(alive, rows_for(alive, most))
     merged = {}
     for f in fields(Entries):
         if getattr(local, f.name) is None:
             continue
-        both = torch.cat([getattr(kept, f.name), getattr(local, f.name)], dim=1)  # [B, J, ...]
-        index = order.reshape(*order.shape, *(1,) * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
-        merged[f.name] = both.gather(1, index)  # [B, M', ...]
-    merged["alive"] = filled
-    origin = torch.where(filled, order - kept.alive.shape[1], -1).clamp_min(-1)  # [B, M']
+        before, own = getattr(kept, f.name), getattr(local, f.name)
+        merged[f.name] = moved(torch.cat([before, own], dim=1) if before.shape[1] else own)  # [B, M', ...]
+    merged["alive"] = moved.filled
+    origin = torch.where(moved.filled, moved.source - kept.alive.shape[1], -1).clamp_min(-1)  # [B, M']
     return Entries(**merged), origin
 
 
@@ -217,6 +211,8 @@ def append_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Ten
         Entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before).
     """
     fresh, origin = merge_candidates(map_tensors(kept, lambda tensor: tensor[:, :0]), local)
+    if kept.alive.shape[1] == 0:
+        return fresh, origin
     names = [f.name for f in fields(Entries) if getattr(kept, f.name) is not None]
     joined = Entries(**{name: torch.cat([getattr(kept, name), getattr(fresh, name)], 1) for name in names})
     before = torch.full_like(kept.channel, -1)  # [B, M]
@@ -224,12 +220,12 @@ def append_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Ten
 
 
 def as_entries(local: Pending, routed: torch.Tensor, rank: torch.Tensor, use_tags: bool) -> Entries:
-    """Tokens of the window and the chunk as candidates, time first, then channel: every field [B, (W + N) C, ...].
+    """Tokens of the window and the chunk as candidates, time first, then channel: every field [B, L C, ...].
 
-    routed and rank [B, W + N, C]; the rank is what eviction by score compares.
+    routed and rank [B, L, C]; the rank is what eviction by score compares.
     """
     B, L, C = routed.shape
-    channel = torch.arange(C, device=routed.device).expand(B, L, C)  # [B, W + N, C]
+    channel = torch.arange(C, device=routed.device).expand(B, L, C)  # [B, L, C]
     return Entries(
         keys=local.keys.flatten(1, 2),
         values=local.values.flatten(1, 2),

@@ -1,0 +1,87 @@
+"""Closing the gaps between rows that are alive: a prefix sum and a scatter of row numbers, then one gather per tensor.
+
+B items · J rows · M rows that are left
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hamts.ops.compact import bucket, compact
+
+__all__ = ["RowMove", "rows_for"]
+
+# so many rows are given room at once; beyond that, waiting once for their number is cheaper than copying padding
+ROOM_WITHOUT_ASKING = 8192
+
+
+def rows_for(alive: torch.Tensor, most: int | None = None) -> int:
+    """Rows that hold all that are alive in any item: their largest number, or a bound where that must be waited for.
+
+    On a GPU asking stops it for as long as the host takes to go on, so short lists get the room they may ever need:
+    kernels skip padding. Long ones are asked for, and get one of few sizes.
+    """
+    size = alive.shape[1]
+    most = size if most is None else min(most, size)
+    if not alive.is_cuda:
+        return min(int(alive.sum(dim=1).max()), most) if size else 0
+    if most <= ROOM_WITHOUT_ASKING or torch.cuda.is_current_stream_capturing():
+        return most
+    return min(bucket(int(alive.sum(dim=1).max())), most)
+
+
+@dataclass(frozen=True)
+class RowMove:
+    """Which row comes where."""
+
+    source: torch.Tensor  # [B, M] int64: the row that fills each place; any row where none does
+    filled: torch.Tensor  # [B, M] bool
+    place: torch.Tensor  # [B, J] int64: the place of each row; any where it has none
+    kept: torch.Tensor  # [B, J] bool
+
+    @staticmethod
+    def closing(alive: torch.Tensor, rows: int) -> RowMove:
+        """Rows that are alive, [B, J], in their order and without gaps; those beyond ``rows`` are left out."""
+        packed = compact(alive, rows)
+        place = alive.cumsum(1) - 1  # [B, J]
+        kept = alive & (place < rows)  # [B, J]
+        return RowMove(packed.source, packed.filled, place.clamp(0, max(rows - 1, 0)), kept)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, J, ...] -> [B, M, ...]; padding holds some row of the item."""
+        if not rows.requires_grad:
+            return _take(rows, self.source)
+        moved: torch.Tensor = _MoveRows.apply(rows, self.source, self.place, self.kept)
+        return moved
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Row numbers [B, M] of rows [B, J, ...] -> [B, M, ...]."""
+    index = index.reshape(*index.shape, *(1,) * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+    return rows.gather(1, index)
+
+
+class _MoveRows(torch.autograd.Function):
+    """A gather whose gradient is a gather too: every row has one place at most, so nothing is added up."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: torch.Tensor, source: torch.Tensor, place: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return _take(rows, source)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, _, place, kept = inputs
+        ctx.save_for_backward(place, kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        place, kept = ctx.saved_tensors
+        mask = kept.reshape(*kept.shape, *(1,) * (grad.dim() - 2))  # [B, J, ...]
+        if grad.shape[1] == 0:
+            return grad.new_zeros(*kept.shape, *grad.shape[2:]), None, None, None
+        return torch.where(mask, _take(grad, place), 0.0), None, None, None
