@@ -20,6 +20,7 @@ from hamts.data.patches import Chunk
 from hamts.data.scale import CausalScale, ScaleState, ScaleStats
 from hamts.nn.backbone import Backbone, ChannelSpec
 from hamts.nn.budget import check_room, entry_caps
+from hamts.data.constants import constant
 from hamts.nn.decide import prepared
 from hamts.nn.ham import LayerTrace
 from hamts.nn.head import QuantileHead
@@ -128,11 +129,11 @@ class HAMNetwork(nn.Module):
 
     def readable(self, cross: torch.Tensor) -> torch.Tensor:
         """Which channel may read which: covariates always, other targets where ``cross`` [B] says so. [B, C, C]."""
-        target = torch.tensor([role == "target" for role in self.spec.roles])  # [C]
+        target = constant([role == "target" for role in self.spec.roles], torch.bool, cross.device)  # [C]
+        own = torch.eye(len(target), dtype=torch.bool, device=cross.device)  # [C, C]
         if self.config.cross_reading == "never":
-            return torch.eye(len(target), dtype=torch.bool, device=cross.device).expand(len(cross), -1, -1)
-        allowed = ~target[None, None, :] | cross.cpu()[:, None, None] | torch.eye(len(target), dtype=torch.bool)
-        return allowed.expand(-1, len(target), -1).to(cross.device)
+            return own.expand(len(cross), -1, -1)
+        return (~target | cross[:, None, None] | own).expand(-1, len(target), -1)
 
     def policy(
         self, share: torch.Tensor, *, cross: torch.Tensor | None = None, capped: bool = True, use_tags: bool = True
@@ -204,11 +205,11 @@ class HAMNetwork(nn.Module):
         kind = self.head.project.weight.dtype
         mean, scale = stats.mean[..., :1], stats.scale[..., :1]  # 2 x [B, C, N, 1]
         values = ((chunk.values - mean) / scale).clamp(-VALUE_CLAMP, VALUE_CLAMP)  # [B, C, N, P]
-        codes = torch.tensor([n > 0 for n in self.spec.levels], device=values.device)[:, None, None]  # [C, 1, 1]
+        codes = constant([n > 0 for n in self.spec.levels], torch.bool, values.device)[:, None, None]  # [C, 1, 1]
         values = torch.where(codes, chunk.values, values)  # [B, C, N, P]
         ahead_values, ahead_observed = self._ahead(chunk, mean, scale)
-        event = torch.tensor([role == "event" for role in self.spec.roles], device=values.device)[:, None]  # [C, 1]
-        target = torch.tensor([role == "target" for role in self.spec.roles], device=values.device)[:, None]
+        event = constant([role == "event" for role in self.spec.roles], torch.bool, values.device)[:, None]  # [C, 1]
+        target = constant([role == "target" for role in self.spec.roles], torch.bool, values.device)[:, None]
         share = chunk.observed.to(kind).mean(-1)  # [B, C, N]
         tagged = chunk.tags.any(-1)  # [B, C, N]
         heard = torch.where(event | tagged, tagged.to(kind), share)  # [B, C, N]
@@ -262,7 +263,7 @@ class HAMNetwork(nn.Module):
         observed = torch.zeros(B, C, N, L * P, dtype=torch.bool, device=values.device)  # [B, C, N, L P]
         if chunk.horizon is None or L == 0:
             return values, observed
-        known = torch.tensor([role in KNOWN_AHEAD for role in self.spec.roles], device=values.device)
+        known = constant([role in KNOWN_AHEAD for role in self.spec.roles], torch.bool, values.device)
         known = (known & self.adaptive)[:, None, None]  # [C, 1, 1]
         for ahead in range(1, min(L, N - 1) + 1):
             place = slice((ahead - 1) * P, ahead * P)

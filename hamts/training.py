@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
 from hamts.config import MachineConfig, ModelConfig, TrainConfig
+from hamts.data.constants import constant
 from hamts.data.patches import Chunk, PatchStore
-from hamts.nn.allocation import update_tables
 from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
 from hamts.nn.tokens import Policy, map_tensors
@@ -38,8 +38,16 @@ from hamts.ops.kernels import KernelError, Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
 from hamts.training_auxiliary import inner_loss, score_loss
-from hamts.training_parallel import everyones, follow_average, make_strategy, own_streams, shard, total, touch_all
-from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, scale_history
+from hamts.training_parallel import (
+    follow_average,
+    follow_scores,
+    make_strategy,
+    own_streams,
+    shard,
+    total,
+    touch_all,
+)
+from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, on_device, scale_history, sent
 
 __all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
 
@@ -81,7 +89,7 @@ class HAMTrainer(L.LightningModule):
         return optimizer
 
     def transfer_batch_to_device(self, batch: Windows, device: torch.device, dataloader_idx: int) -> Windows:
-        return map_tensors(own_streams(batch), lambda tensor: tensor.to(device))
+        return on_device(own_streams(batch), device)
 
     def on_train_batch_start(self, batch: Windows, batch_idx: int) -> None:
         done = self.run.progress(self.state.steps)
@@ -102,8 +110,7 @@ class HAMTrainer(L.LightningModule):
         losses, counts, traces = [], [], []
         for context, horizon in batch.parts:
             past = network(context, memory, policy)
-            scores = [everyones(trace.scores[past.heard >= 0.5]) for trace in past.traces]
-            update_tables(network.backbone.layers(), scores, network.config.allocation, calibrate=False)
+            follow_scores(network, past)
             memory = past.memory
             ahead = network(horizon, memory, ahead_policy, advance=False)
             for reading, chunk in ((past, context), (ahead, horizon)):
@@ -114,7 +121,7 @@ class HAMTrainer(L.LightningModule):
         self.state.carried = memory.detach()
         task = torch.stack(losses).sum() / total(torch.stack(counts).sum()).clamp_min(1)  # []
         # added up where it is: asking for the number would wait for the device at every step
-        self.loss_sum, self.loss_count = self.loss_sum.to(task.device) + task.detach(), self.loss_count + 1
+        self.loss_sum, self.loss_count = self.loss_sum + task.detach(), self.loss_count + 1
         scored = score_loss(traces, task, self.config.auxiliary_target)  # []
         loss = task + self.config.auxiliary_weight * scored + self.config.inner_weight * inner_loss(traces, task)
         return loss + touch_all(network) if self.sharded else loss
@@ -127,7 +134,7 @@ class HAMTrainer(L.LightningModule):
 
     def _memory(self, batch: Windows) -> StreamMemory:
         """The carried memory; streams that restart get a fresh one, filled from the patches before their window."""
-        rows = torch.nonzero(batch.reset).squeeze(1)  # [b]
+        rows = torch.nonzero(batch.reset).squeeze(1)  # [b], on the CPU: nothing waits for the device
         carried = self.state.carried
         if carried is not None and len(rows) == 0:
             if self.sharded:
@@ -137,23 +144,23 @@ class HAMTrainer(L.LightningModule):
         fresh = self._fresh(batch, rows)
         if carried is None or len(rows) == len(batch.reset):
             return fresh
-        others = torch.nonzero(~batch.reset).squeeze(1)  # [B - b]
-        order = torch.argsort(torch.cat([others, rows]))  # [B]
-        return stack_memories([carried.select(others), fresh]).select(order)
+        taken = torch.arange(len(batch.reset))  # [B]
+        taken[rows] = len(taken) + torch.arange(len(rows))
+        return stack_memories([carried, fresh]).select(sent(taken, batch.share.device))
 
     @torch.no_grad()
     def _fresh(self, batch: Windows, rows: torch.Tensor) -> StreamMemory:
         """Memory of streams that restart: warm statistics, and everything kept of the prefix by the present weights."""
         network, windows = self.network, self.state.windows
-        scale = map_tensors(batch.scale, lambda tensor: tensor[rows])
-        memory = replace(network.empty_memory(len(rows)), scale=scale)
-        policy = self._policy(map_tensors(batch.share, lambda t: t[rows]), batch.cross[rows])
+        chosen = sent(rows, batch.share.device)  # [b]
+        memory = replace(network.empty_memory(len(rows)), scale=map_tensors(batch.scale, lambda t: t[chosen]))
+        policy = replace(self._policy(batch.share[chosen], batch.cross[chosen]), masses=False)
+        items, begins = (sent(x[rows], windows.device) for x in (batch.items, batch.first))  # 2 x [b]
         network.eval()
         most = PREFIX_CHUNK_PATCHES if windows.device.type == "cpu" else PREFIX_CHUNK_PATCHES_GPU
         for low in range(0, batch.prefix, most):
             size = min(most, batch.prefix - low)
-            first = batch.first[rows].to(windows.device) - batch.prefix + low
-            chunk = windows.store.window(batch.items[rows].to(windows.device), first, size)
+            chunk = windows.store.window(items, begins - batch.prefix + low, size)
             memory = network(chunk, memory, policy, decode=False).memory
         network.train()
         return memory
@@ -165,6 +172,7 @@ class HAMTrainer(L.LightningModule):
             threshold="fixed",
             explore_share=self.network.memory_config.explore_share,
             explore_generator=self.state.explore,
+            masses=self.config.auxiliary_target == "attention",
         )
 
     def _task_loss(self, reading: Any, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +183,7 @@ class HAMTrainer(L.LightningModule):
         assert chunk.horizon is not None
         asked = chunk.horizon[:, None] & ~chunk.observed[:, targets] & ~torch.isnan(truth)  # [B, G, N, P]
         scaled = torch.where(asked, scaled.clamp(-30, 30), 0.0).to(reading.quantiles.dtype)  # [B, G, N, P]
-        levels = torch.tensor(self.network.config.quantiles, dtype=scaled.dtype, device=scaled.device)  # [Q]
+        levels = constant(self.network.config.quantiles, scaled.dtype, scaled.device)  # [Q]
         losses = pinball(reading.quantiles, scaled, levels)  # [B, G, N, P]
         return torch.where(asked, losses, 0.0).sum(), asked.sum()
 

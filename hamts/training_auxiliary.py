@@ -35,7 +35,7 @@ def score_loss(traces: Sequence[Any], task: torch.Tensor, target: str) -> torch.
     loss = torch.zeros((), device=parts.device)
     for trace, part, gain in zip(traces, parts, gains, strict=True):
         judged, mass = trace.entries_judged, trace.entries_mass
-        if mass is None or not bool(judged.any()) or not trace.entries_bias.requires_grad:
+        if not trace.entries_bias.requires_grad or (mass is None and target == "attention"):
             continue
         if target == "gain":
             if gain is None:
@@ -47,7 +47,9 @@ def score_loss(traces: Sequence[Any], task: torch.Tensor, target: str) -> torch.
             wanted = mass / (mass + even).clamp_min(1e-12)  # [B, M']; a half where it is the mean
         given = kept_probability(trace.entries_bias)  # [B, M']
         with torch.autocast(given.device.type, enabled=False):
-            loss = loss + part * F.binary_cross_entropy(given[judged].float(), wanted[judged].float())
+            each = F.binary_cross_entropy(given.float(), wanted.float(), reduction="none")  # [B, M']
+        # how many are judged is known where they are: picking them out would wait for the device
+        loss = loss + part * torch.where(judged, each, 0.0).sum() / judged.sum().clamp_min(1)
     return loss / max(len(traces), 1)
 
 

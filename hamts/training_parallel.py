@@ -17,7 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from hamts.nn.allocation import update_tables
 from hamts.nn.tokens import map_tensors
+from hamts.reader import HAMNetwork, Reading
 from hamts.windows import Windows
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "everyone",
     "everyones",
     "follow_average",
+    "follow_scores",
     "make_strategy",
     "own_streams",
     "shard",
@@ -90,6 +93,17 @@ def total(counts: torch.Tensor) -> torch.Tensor:
     summed = counts.detach().to(torch.float64)
     dist.all_reduce(summed)
     return summed / world
+
+
+@torch.no_grad()
+def follow_scores(network: HAMNetwork, reading: Reading) -> None:
+    """Move every layer's thresholds towards the scores that all processes gave what was observed."""
+    heard = reading.heard.flatten() >= 0.5  # [n]
+    samples = [trace.scores.flatten(0, 2) for trace in reading.traces]  # each [n, S]
+    counted: torch.Tensor | None = heard
+    if everyone() > 1:
+        samples, counted = [everyones(scores[heard]) for scores in samples], None
+    update_tables(network.backbone.layers(), samples, network.config.allocation, calibrate=False, counted=counted)
 
 
 def everyones(scores: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hamts.config import TrainConfig
+from hamts.data.constants import constant
 from hamts.data.patches import Chunk, PatchStore, horizon_patches
 from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork
 
-__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "scale_history"]
+__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "scale_history", "sent"]
 
 # budget shares of training streams; 0 and 1 are drawn on purpose, they are the ends of the frontier
 EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.75
@@ -39,6 +40,19 @@ class Windows:
     scale: ScaleState  # warm statistics of each stream, as of ``prefix`` patches before the context
     share: torch.Tensor  # [B] budget share asked of each stream
     cross: torch.Tensor  # [B] bool: targets may read one another
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on a device, without a wait: a GPU copies from pinned memory while the host goes on."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_device(batch: Windows, device: torch.device) -> Windows:
+    """A batch on a device, but for what the host goes by: which streams restart, and where they are."""
+    moved = map_tensors(batch, lambda tensor: sent(tensor, device))
+    return replace(moved, reset=batch.reset, items=batch.items, first=batch.first)
 
 
 def scale_history(network: HAMNetwork, store: PatchStore) -> ScaleState:
@@ -148,16 +162,16 @@ class StreamWindows(IterableDataset[Windows]):
     def _part(self, first: torch.Tensor, patches: int) -> tuple[Chunk, Chunk]:
         """Some patches of every stream, and a forecast after them."""
         store, B = self.store, len(self.items)
-        items = self.items.to(self.device)  # [B]
-        context = self._hide_spans(store.window(items, first.to(self.device), patches))
+        items = sent(self.items, self.device)  # [B]
+        context = self._hide_spans(store.window(items, sent(first, self.device), patches))
         # half of all forecasts start on a patch boundary: scheduled forecasts do
         inside = float(self._uniform(1)) < 0.5
         begun = (self._uniform(B) * store.patch_steps).long() if inside else torch.zeros(B, dtype=torch.int64)  # [B]
         boundary = (first + patches) * store.patch_steps - self.host.lead[self.items]  # [B]
         cutoffs = torch.minimum(boundary + begun, self.ends[self.items] - 1).maximum(boundary)  # [B]
-        reveal = (self._uniform(B) < 0.5).to(self.device)  # [B]
+        reveal = sent(self._uniform(B) < 0.5, self.device)  # [B]
         ahead = horizon_patches(cutoffs - boundary, self.horizon, store.patch_steps)
-        horizon = store.horizon(items, cutoffs.to(self.device), self.horizon, reveal, ahead)
+        horizon = store.horizon(items, sent(cutoffs, self.device), self.horizon, reveal, ahead)
         return context, self._hide_beyond(horizon, cutoffs)
 
     def _prefix(self) -> int:
@@ -169,7 +183,7 @@ class StreamWindows(IterableDataset[Windows]):
         """Statistics of each stream before its prefix, [B, C, ...]."""
         local = (self.at - prefix - self.host.first_patch[self.items]).clamp_min(0)
         rows = self.host.first_row[self.items] + local.minimum(self.host.row_count[self.items] - 1)
-        rows = rows.to(self.device)  # [B]
+        rows = sent(rows, self.device)  # [B]
         return map_tensors(self.history, lambda tensor: tensor[rows])
 
     def _hide_spans(self, context: Chunk) -> Chunk:
@@ -180,7 +194,7 @@ class StreamWindows(IterableDataset[Windows]):
         start = (self._uniform(B) * (N * P - length)).long()  # [B]
         step = torch.arange(N * P)  # [N P]
         span = chosen[:, None] & (step >= start[:, None]) & (step < (start + length)[:, None])  # [B, N P]
-        span = span.to(self.device)
+        span = sent(span, self.device)
         hidden = span.view(B, 1, N, P) & self._hideable()  # [B, C, N, P]
         observed = context.observed & ~hidden  # [B, C, N, P]
         return replace(
@@ -194,7 +208,7 @@ class StreamWindows(IterableDataset[Windows]):
     def _hideable(self) -> torch.Tensor:
         """Targets and past channels, [C, 1, 1] bool."""
         roles = [role in ("target", "past") for role in self.store.roles]
-        return torch.tensor(roles, device=self.device)[:, None, None]
+        return constant(roles, torch.bool, self.device)[:, None, None]
 
     def _hide_beyond(self, horizon: Chunk, cutoffs: torch.Tensor) -> Chunk:
         """No truth from beyond the training rows."""
@@ -204,7 +218,7 @@ class StreamWindows(IterableDataset[Windows]):
         lead = self.host.lead[self.items]  # [B]
         origin = (cutoffs + lead) // P * P - lead  # [B]
         step = origin[:, None, None] + torch.arange(N * P).view(N, P)  # [B, N, P]
-        usable = (step < self.ends[self.items][:, None, None]).to(self.device)  # [B, N, P]
+        usable = sent(step < self.ends[self.items][:, None, None], self.device)  # [B, N, P]
         return replace(
             horizon,
             truth=torch.where(usable[:, None], horizon.truth, torch.nan),

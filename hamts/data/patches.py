@@ -13,6 +13,7 @@ import torch
 
 from hamts.data.calendar import calendar_features
 from hamts.data.clock import as_numbers, future_times, lead_steps, step_times
+from hamts.data.constants import constant
 from hamts.data.panel import KNOWN_AHEAD, Panel, Schema
 
 __all__ = [
@@ -125,8 +126,8 @@ class PatchStore:
         step = torch.arange(patches * P, device=items.device).view(patches, P)  # [N, P]
         step = step - begun[:, None, None]  # [B, N, P] counted from the cutoff
         past, ahead = step < 0, (step >= 0) & (step < steps)  # 2 x [B, N, P]
-        known_roles = torch.tensor([role in KNOWN_AHEAD for role in self.roles], device=items.device)
-        event_roles = torch.tensor([role == "event" for role in self.roles], device=items.device)[:, None, None]
+        known_roles = constant([role in KNOWN_AHEAD for role in self.roles], torch.bool, items.device)
+        event_roles = constant([role == "event" for role in self.roles], torch.bool, items.device)[:, None, None]
         open_ahead = known_roles[:, None, None].expand(len(items), -1, -1, -1)  # [B, C, 1, 1]
         if reveal is not None:
             open_ahead = open_ahead | (event_roles & reveal[:, None, None, None])  # [B, C, 1, 1]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hamts.data.constants import constant
+
 __all__ = ["CausalScale", "ScaleState", "ScaleStats", "find_bounds"]
 
 # an extreme is a bound if so large a share of the values lies exactly there, and so many of them
@@ -155,7 +157,7 @@ class CausalScale:
         centred = torch.where(observed, values - reference[..., None, None], 0.0)  # [B, C, N, P]
         weight = observed.to(torch.float64)  # [B, C, N, P]
         moments = torch.stack([weight, centred, centred * centred], -1)  # [B, C, N, P, 3]
-        rate = torch.tensor(self.half_lives, dtype=torch.float64, device=values.device)  # [L]
+        rate = constant(self.half_lives, torch.float64, values.device)  # [L]
         decay = torch.exp2(-1.0 / rate)  # [L] per step
         steps = torch.arange(P, device=values.device)  # [P]
         within = decay[:, None] ** (P - 1 - steps)  # [L, P]

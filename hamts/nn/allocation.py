@@ -18,17 +18,24 @@ POOLED = ("pooled", "learned")
 
 
 def update_tables(
-    layers: Sequence[HAMLayer], samples: Sequence[torch.Tensor], allocation: str, *, calibrate: bool
+    layers: Sequence[HAMLayer],
+    samples: Sequence[torch.Tensor],
+    allocation: str,
+    *,
+    calibrate: bool,
+    counted: torch.Tensor | None = None,
 ) -> None:
     """Move every layer's thresholds to its scores, [n, S] each, or to those of all layers.
 
     Args:
         calibrate: set them for good, from a large sample of the finished network, instead of following a batch.
+        counted: which rows of every sample count, [n] bool; None: all. Not where ``calibrate``.
     """
     if allocation in POOLED and samples:
+        counted = None if counted is None else counted.repeat(len(samples))  # [n of all]
         samples = [torch.cat(list(samples))] * len(samples)
     for layer, scores in zip(layers, samples, strict=True):
         if calibrate:
             layer.thresholds.calibrate(scores)
         else:
-            layer.thresholds.follow(scores)
+            layer.thresholds.follow(scores, counted)

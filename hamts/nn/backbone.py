@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hamts.config import ModelConfig
 from hamts.nn.checkpointing import run_checkpointed
+from hamts.data.constants import constant
 from hamts.nn.ham import HAMLayer, LayerTrace
 from hamts.nn.mixers import layer_makers
 from hamts.nn.scratchpad import LayerMemory
@@ -78,7 +79,7 @@ class Embedding(nn.Module):
         """[B, C, N, ...] -> [B, C, N, D]."""
         B, C, N, _ = tokens.values.shape
         kind = tokens.values.dtype
-        categorical = torch.tensor([n > 0 for n in self.spec.levels], device=tokens.values.device)[:, None, None]
+        categorical = constant([n > 0 for n in self.spec.levels], torch.bool, tokens.values.device)[:, None, None]
         values = torch.where(categorical, 0.0, tokens.values)  # [B, C, N, P]
         features = torch.cat(
             [

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 
+from hamts.data.constants import constant
 from hamts.nn.scores import as_level
 
 __all__ = ["SHARES", "ThresholdTable", "check_room", "entry_caps"]
@@ -39,19 +40,33 @@ class ThresholdTable(nn.Module):
         self.register_buffer("seen_steps", torch.zeros((), dtype=torch.int64))  # []
 
     @torch.no_grad()
-    def quantiles(self, scores: torch.Tensor) -> torch.Tensor:
-        """Thresholds of a sample of scores, [n, S] -> [S, A]."""
-        levels = torch.tensor([1.0 - share for share in SHARES], dtype=scores.dtype, device=scores.device)  # [A]
-        return torch.quantile(scores, levels, dim=0).T.to(self.values.dtype)  # [S, A]
+    def quantiles(self, scores: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+        """Thresholds of a sample of scores, [n, S] -> [S, A]; of those that are counted, [n] bool, at least one."""
+        levels = constant([1.0 - share for share in SHARES], scores.dtype, scores.device)  # [A]
+        if counted is None:
+            return torch.quantile(scores, levels, dim=0).T.to(self.values.dtype)  # [S, A]
+        # the same for a part of the rows without asking how many they are: all others are sorted behind them
+        ordered = torch.where(counted[:, None], scores, torch.inf).sort(0).values  # [n, S]
+        last = (counted.sum() - 1).clamp_min(0)  # []
+        rank = levels * last.to(scores.dtype)  # [A]
+        below = rank.floor()  # [A]
+        low, high = ordered[below.long()], ordered[rank.ceil().long()]  # 2 x [A, S]
+        return torch.lerp(low, high, (rank - below)[:, None]).T.to(self.values.dtype)  # [S, A]
 
     @torch.no_grad()
-    def follow(self, scores: torch.Tensor) -> None:
-        """Move towards the quantiles of one training batch's scores, [n, S]."""
+    def follow(self, scores: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Move towards the quantiles of one training batch's scores, [n, S], of all or of those counted, [n]."""
         if scores.shape[0] == 0 or scores.shape[1] == 0:
             return
-        rate = 1.0 if int(self.seen_steps) < FOLLOW_EXACTLY_STEPS else FOLLOW_RATE
-        self.values.lerp_(self.quantiles(scores), rate)
-        self.seen_steps += 1
+        # decided where the numbers are: asking for them would wait for the device at every step
+        rate = torch.where(self.seen_steps < FOLLOW_EXACTLY_STEPS, 1.0, FOLLOW_RATE).to(self.values.dtype)  # []
+        step, found = torch.ones_like(self.seen_steps), self.quantiles(scores, counted)  # [], [S, A]
+        if counted is not None:
+            some = counted.any()  # []
+            rate, step = rate * some, step * some  # [], []
+            found = torch.where(some, found, self.values)  # [S, A]
+        self.values.lerp_(found, rate)
+        self.seen_steps += step
 
     @torch.no_grad()
     def calibrate(self, scores: torch.Tensor) -> None:
@@ -76,7 +91,7 @@ class ThresholdTable(nn.Module):
         """Thresholds for the share asked of each item, [B] -> [B, S]; interpolated in log-odds of the share."""
         scores = max(self.values.shape[0], 1)
         asked = (share / scores).clamp(1e-6, 1 - 1e-6).to(self.values.dtype)  # [B]
-        nodes = torch.tensor([math.log(s / (1 - s)) for s in SHARES], dtype=asked.dtype, device=asked.device)  # [A]
+        nodes = constant([math.log(s / (1 - s)) for s in SHARES], asked.dtype, asked.device)  # [A]
         odds = torch.logit(asked)  # [B]
         right = torch.searchsorted(nodes, odds).clamp(1, len(SHARES) - 1)  # [B]
         weight = (odds - nodes[right - 1]) / (nodes[right] - nodes[right - 1])  # [B]; beyond [0, 1] it extrapolates

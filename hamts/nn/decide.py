@@ -95,8 +95,10 @@ def decide(
         routed = chosen & local.routable & some  # [B, L, C]
         asked, rank = routed[..., None].expand(asked.shape), order.to(rank.dtype)  # [B, L, C, S], [B, L, C]
     if policy.explore_share > 0:
-        chance = torch.rand(routed.shape, generator=policy.explore_generator)  # [B, L, C]
-        lucky = (chance < policy.explore_share).to(routed.device) & some  # [B, L, C]
+        chosen_by = policy.explore_generator
+        where = "cpu" if chosen_by is None else chosen_by.device
+        chance = torch.rand(routed.shape, generator=chosen_by, device=where)  # [B, L, C]
+        lucky = (chance < policy.explore_share).to(routed.device, non_blocking=True) & some  # [B, L, C]
         routed = routed | (lucky & local.routable)  # [B, L, C]
     revised = None
     if policy.use_tags:

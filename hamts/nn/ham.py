@@ -156,7 +156,7 @@ class HAMLayer(nn.Module):
         both = self._mix(recurrent.output, read.output, read.marks, tokens.marks, gates, self.to_output_gate(x))
         output = self.to_output(both)  # [B, C, N, D]
         if advance:
-            after = self._after(recurrent.state, tail, scores.error_mean, decision, entries, until, origin, N)
+            after = self._after(recurrent.state, tail, scores.error_mean, decision, entries, until, origin, N, policy)
         trace = self._trace(scores, decision, read, entries, until, origin, tokens, policy)
         return LayerOutput(output, after, trace)
 
@@ -179,7 +179,10 @@ class HAMLayer(nn.Module):
 
         # how many steps of this chunk could see each entry: those still in the window are not judged yet
         sights = until.clamp_max(N) - visible_from.clamp_min(0)  # [B, M']
-        mass = read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias)  # [B, M']
+        mass = None
+        if policy.masses:
+            mass = read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias)  # [B, M']
+            mass = mass / sights.clamp_min(1)  # [B, M']
         must_keep = local.must_keep & policy.use_tags & (policy.share > 0)[:, None, None]  # [B, W + N, C]
         return LayerTrace(
             scores=scores.scores,
@@ -188,7 +191,7 @@ class HAMLayer(nn.Module):
             must_keep=must_keep[:, W:].transpose(1, 2),
             routed=decision.routed[:, W:].transpose(1, 2),
             entries_bias=entries.bias,
-            entries_mass=mass / sights.clamp_min(1),
+            entries_mass=mass,
             entries_judged=entries.alive & ~entries.must_keep & (sights > 0),
             entries_sights=torch.where(entries.alive, sights.clamp_min(0), 0),
             entries_position=entries.position,
@@ -271,11 +274,13 @@ class HAMLayer(nn.Module):
         self, queries: torch.Tensor, decision: Decision, kept: Entries, policy: Policy
     ) -> tuple[Attended, Entries, torch.Tensor, torch.Tensor]:
         """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
-        C, local = queries.shape[2], decision.local
-        fresh = as_entries(local, decision.routed, decision.rank, policy.use_tags)  # [B, (W + N) C]
+        (N, C), local = queries.shape[1:3], decision.local
+        # what the chunk leaves in the window no query of the chunk finds in the scratchpad
+        gone = map_tensors(local, lambda tensor: tensor[:, :N])
+        fresh = as_entries(gone, decision.routed[:, :N], decision.rank[:, :N], policy.use_tags)  # [B, N C]
         each = 1
-        if self.steps is not None and local.steps is not None:
-            fresh, each = self.steps(fresh, local.steps), self.steps.steps  # [B, (W + N) C P]
+        if self.steps is not None and gone.steps is not None:
+            fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, N C P]
         entries, origin = append_candidates(kept, fresh)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
@@ -350,11 +355,13 @@ class HAMLayer(nn.Module):
         until: torch.Tensor,
         visible_from: torch.Tensor,
         N: int,
+        policy: Policy,
     ) -> LayerMemory:
         """The memory as the next chunk finds it: evicted entries gone, tokens still in the window pending."""
         survives = entries.alive & (visible_from <= N - 1) & (until > N - 1)  # [B, M']
         nothing = map_tensors(entries, lambda tensor: tensor[:, :0])
-        scratchpad, _ = merge_candidates(nothing, replace(entries, alive=survives))
+        most = None if policy.cap_kept is None or policy.cap_must is None else policy.cap_kept + policy.cap_must
+        scratchpad, _ = merge_candidates(nothing, replace(entries, alive=survives), most=most)
         local = decision.local if decision.local.asked is None else replace(decision.local, asked=decision.asked)
         pending = map_tensors(local, lambda tensor: tensor[:, -self.window :])
         return LayerMemory(state, tail, error_mean, pending, scratchpad, decision.carried)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hamts.data.constants import constant
+
 __all__ = ["QuantileHead", "interpolate_quantiles", "pinball", "quantile_mean"]
 
 
@@ -45,7 +47,7 @@ def pinball(quantiles: torch.Tensor, truth: torch.Tensor, levels: torch.Tensor) 
 
 def quantile_mean(quantiles: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """Mean of the piecewise linear quantile function, flat beyond its outermost levels. [..., Q] -> [...]."""
-    level = torch.tensor(levels, dtype=quantiles.dtype, device=quantiles.device)  # [Q]
+    level = constant(levels, quantiles.dtype, quantiles.device)  # [Q]
     edges = torch.cat([level.new_zeros(1), (level[1:] + level[:-1]) / 2, level.new_ones(1)])  # [Q + 1]
     return (quantiles * edges.diff()).sum(-1)
 
@@ -62,8 +64,8 @@ def interpolate_quantiles(quantiles: torch.Tensor, levels: tuple[float, ...], as
             f"Quantiles must lie within the trained levels {levels[0]} to {levels[-1]}. Got {outside}."
             " Ask for levels inside that range."
         )
-    grid = torch.tensor(levels, dtype=quantiles.dtype, device=quantiles.device)  # [Q]
-    wanted = torch.tensor(asked, dtype=quantiles.dtype, device=quantiles.device)  # [A]
+    grid = constant(levels, quantiles.dtype, quantiles.device)  # [Q]
+    wanted = constant(asked, quantiles.dtype, quantiles.device)  # [A]
     right = torch.searchsorted(grid, wanted).clamp(1, len(levels) - 1)  # [A]
     weight = (wanted - grid[right - 1]) / (grid[right] - grid[right - 1])  # [A]
     return quantiles[..., right - 1] + weight * (quantiles[..., right] - quantiles[..., right - 1])

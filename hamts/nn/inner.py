@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hamts.config import ModelConfig
+from hamts.data.constants import constant
 from hamts.nn.head import QuantileHead, pinball
 from hamts.nn.scores import LARGEST_VALUE
 from hamts.nn.tokens import Tokens
@@ -64,7 +65,7 @@ class InnerHead(nn.Module):
         asked = tokens.observed[:, :, 1:] & present[:, :, :-1, None]  # [B, C, N - 1, P]
         if asked.shape[2] == 0 or not self.training:
             return None
-        levels = torch.tensor(INNER_LEVELS, dtype=ahead.dtype, device=ahead.device)  # [Q]
+        levels = constant(INNER_LEVELS, ahead.dtype, ahead.device)  # [Q]
         truth = tokens.values[:, :, 1:].clamp(-LARGEST_VALUE, LARGEST_VALUE)  # [B, C, N - 1, P]
         losses = pinball(ahead[:, :, :-1], truth, levels)  # [B, C, N - 1, P]
         return torch.where(asked, losses, 0.0).sum() / asked.sum().clamp_min(1)

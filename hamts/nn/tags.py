@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hamts.config import MemoryConfig, TagType
+from hamts.data.constants import constant
 from hamts.nn.scratchpad import LOWEST_LEVEL, Pending
 from hamts.nn.tokens import Tokens
 
@@ -92,7 +93,7 @@ def mark_tagged(rules: TagRules, local: Pending, tokens: Tokens, tagged: torch.T
         own[:, window:, channel, number] = now[..., number]
     asked = own | (local.markable[..., None] & reach[:, :, None])  # [B, W + N, C, K]
     fades = 0.0 if rules.half_life_patches is None else 1.0 / rules.half_life_patches
-    level = torch.tensor(rules.levels, dtype=torch.float64, device=now.device)  # [K]
+    level = constant(rules.levels, torch.float64, now.device)  # [K]
     highest = torch.where(asked, level, -torch.inf).amax(-1, keepdim=True)  # [B, W + N, C, 1]
     # the first of those of the same priority, in one chunk as in several
     kind = (asked & (level == highest)).int().argmax(-1)  # [B, W + N, C]
@@ -116,8 +117,8 @@ def _reached(
 ) -> torch.Tensor:
     """Which types reach each moment of the window and the chunk: now and last [B, N, K] -> [B, W + N, K]."""
     B, N, K = now.shape
-    after = torch.tensor(rules.after, dtype=torch.float64, device=now.device)  # [K]
-    before = torch.tensor(rules.before, dtype=torch.float64, device=now.device)  # [K]
+    after = constant(rules.after, torch.float64, now.device)  # [K]
+    before = constant(rules.before, torch.float64, now.device)  # [K]
     since = tokens.position[..., None] - last  # [B, N, K]
     reach = torch.zeros(B, window + N, K, dtype=torch.bool, device=now.device)  # [B, W + N, K]
     reach[:, window:] = since <= after + ROUNDING_PATCHES

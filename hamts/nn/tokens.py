@@ -74,6 +74,7 @@ class Policy:
         tags: rules of typed tags; None: all tags alike.
         entries_per_token: caps and quotas are whole tokens.
         explore_share, explore_generator: keep some unrouted tokens at random (training only).
+        masses: whether the trace tells the attention that entries received; it costs a pass over them.
     """
 
     share: torch.Tensor
@@ -90,3 +91,4 @@ class Policy:
     entries_per_token: int = 1
     explore_share: float = 0.0
     explore_generator: torch.Generator | None = None
+    masses: bool = True

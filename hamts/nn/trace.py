@@ -24,7 +24,8 @@ class LayerTrace:
     must_keep: torch.Tensor  # [B, C, N] bool: asked for by a tag
     routed: torch.Tensor  # [B, C, N] bool: goes to the scratchpad on leaving the window
     entries_bias: torch.Tensor  # [B, M'] with gradient
-    entries_mass: torch.Tensor  # [B, M'] attention received in a step, summed over channels and heads
+    # attention received in a step, summed over channels and heads; None where the policy does not ask
+    entries_mass: torch.Tensor | None  # [B, M']
     entries_judged: torch.Tensor  # [B, M'] bool: kept by score, so that mass teaches their bias
     entries_sights: torch.Tensor  # [B, M'] int64: steps of this chunk that could see the entry; 0 for padding
     entries_position: torch.Tensor  # [B, M'] float64, and

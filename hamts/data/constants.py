@@ -1,0 +1,36 @@
+"""Numbers that a network knows from the start, on the device that asks for them.
+
+Copying even one number to a GPU waits until the GPU has done all it was given, so there each is copied once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["constant"]
+
+Number = bool | int | float
+
+
+def constant(
+    values: Sequence[Number], dtype: torch.dtype, device: torch.device | str, *, kept: bool | None = None
+) -> torch.Tensor:
+    """A tensor of these numbers, which nobody may write to.
+
+    Args:
+        kept: whether the next call gets the same tensor; None: on a GPU.
+    """
+    device = torch.device(device)
+    if kept if kept is not None else device.type == "cuda":
+        return _kept(tuple(values), dtype, device)
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=512)
+def _kept(values: tuple[Number, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # what inference mode makes could never take part in a gradient
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
