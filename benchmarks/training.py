@@ -570,7 +570,9 @@ def table(results: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--again", action="store_true", help="measure cells that are there already")
-    parser.add_argument("--cells", default="", help="cells of these names, or whose names begin so, by commas, in this order")
+    parser.add_argument(
+        "--cells", default="", help="cells of these names, or whose names begin so, by commas, in this order"
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from hamts.config import MemoryConfig, ModelConfig
+from hamts.data.constants import constant
 from hamts.data.panel import KNOWN_AHEAD
 from hamts.data.patches import Chunk
 from hamts.data.scale import CausalScale, ScaleState, ScaleStats
 from hamts.nn.backbone import Backbone, ChannelSpec
 from hamts.nn.budget import check_room, entry_caps
-from hamts.data.constants import constant
 from hamts.nn.decide import prepared
 from hamts.nn.ham import LayerTrace
 from hamts.nn.head import QuantileHead

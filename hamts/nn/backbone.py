@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hamts.config import ModelConfig
-from hamts.nn.checkpointing import run_checkpointed
 from hamts.data.constants import constant
+from hamts.nn.checkpointing import run_checkpointed
 from hamts.nn.ham import HAMLayer, LayerTrace
 from hamts.nn.mixers import layer_makers
 from hamts.nn.scratchpad import LayerMemory
