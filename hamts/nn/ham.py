@@ -11,7 +11,7 @@ S score routers
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from hamts.nn.budget import ThresholdTable
 from hamts.nn.clipped import Clipped
 from hamts.nn.decide import Decision, decide, prepared
 from hamts.nn.eviction import end_times
-from hamts.nn.heads import HeadNorm, rotate
+from hamts.nn.heads import HeadNorm, Turn, angles, rotate, turned
 from hamts.nn.router import Router, Scores
 from hamts.nn.scratchpad import (
     Carried,
@@ -36,7 +36,7 @@ from hamts.nn.scratchpad import (
 )
 from hamts.nn.steps import StepEntries, step_features
 from hamts.nn.tokens import Policy, Tokens, map_tensors
-from hamts.nn.trace import LayerOutput, LayerTrace
+from hamts.nn.trace import LayerOutput, LayerTrace, layer_trace
 from hamts.ops.kernels import TORCH, Kernels
 from hamts.ops.types import Attended, GatedDelta, ScratchKeys
 
@@ -46,6 +46,20 @@ CONV_WIDTH = 4
 MARKS = 3
 SCRATCH_BIAS = -4.0
 FASTEST_TOKENS, SLOWEST_TOKENS = 4.0, 512.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both branches take of a chunk's projections."""
+
+    # of the recurrence: convolved queries and keys of length 1, values
+    q: torch.Tensor  # [B C, N, H, K]
+    k: torch.Tensor  # [B C, N, H, K]
+    v: torch.Tensor  # [B C, N, H, K]
+    # of the read: keys, normed and turned, and values, of the window and the chunk
+    keys: torch.Tensor  # [B, W + N, C, H, K]
+    values: torch.Tensor  # [B, W + N, C, H, K]
+    tail: torch.Tensor  # [B, C, taps - 1, 3 D] to carry on
 
 
 class HAMLayer(nn.Module):
@@ -129,116 +143,93 @@ class HAMLayer(nn.Module):
             advance: False where the memory after the chunk is not wanted, as in a forecast; the old one comes back.
         """
         B, C, N, _ = x.shape
-        H, K = self.heads, self.head_width
+        H = self.heads
         policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
         types = len(policy.tags.channels) if policy.use_tags and policy.tags is not None else 0
         after = memory
         memory = prepared(memory, tracked=policy.threshold != "fixed", types=types, scores=len(self.router.names))
-        # an absent token is as if it had never been: no trace in the convolution either
-        mixed = self.to_memory(x)  # [B, C, N, 3 D]
-        mixed = mixed * tokens.present[:, None, :, None].to(mixed.dtype)  # [B, C, N, 3 D]
+        turn = self.turn_of(tokens.position)
+        # one cast for all that multiply it
+        kind = x.device.type
+        narrow = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # [B, C, N, D]
         # also under mixed precision: a decay of 0.999 has no bfloat16
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             gates = self.to_gates(x.to(self.to_gates.weight.dtype)).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
-        recurrent, came, beta, tail, carried = self._recurrent(mixed, gates, tokens, memory, stepwise=stepwise)
+        inputs = self._inputs(self.to_memory(narrow), tokens, memory, turn)
+        recurrent, beta, carried = self._recurrent(inputs, gates, tokens, memory, stepwise=stepwise)
         scores = self.router(
-            x, recurrent=recurrent, values=came, beta=beta, tokens=tokens, error_mean=memory.error_mean,
-            carried=carried,
+            x, recurrent=recurrent, values=inputs.v.unflatten(0, (B, C)), beta=beta, tokens=tokens,
+            error_mean=memory.error_mean, carried=carried, narrow=narrow, fused=self.kernels.fused,
         )  # fmt: skip
-        raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
-        local = self._local(raw_keys, raw_values, scores, tokens, memory.pending)
+        local = self._local(inputs, scores, tokens, memory.pending)
         decision = decide(
             local, tokens=tokens, policy=policy, carried=scores.carried, router=self.router,
             thresholds=self.thresholds, frozen=not advance,
         )  # fmt: skip
-        queries = self._turned_queries(self.to_query(x), tokens.position)  # [B, N, C, H, K]
+        queries = self._queries(self.to_query(narrow), turn)  # [B, N, C, H, K]
         read, entries, until, origin = self._read(queries, decision, memory.scratchpad, policy)
-        both = self._mix(recurrent.output, read.output, read.marks, tokens.marks, gates, self.to_output_gate(x))
+        both = self._both(recurrent.output, read, tokens.marks, gates, self.to_output_gate(narrow))  # [B, C, N, D]
         output = self.to_output(both)  # [B, C, N, D]
         if advance:
-            after = self._after(recurrent.state, tail, scores.error_mean, decision, entries, until, origin, N, policy)
-        trace = self._trace(scores, decision, read, entries, until, origin, tokens, policy)
+            after = self._after(
+                recurrent.state, inputs.tail, scores.error_mean, decision, entries, until, origin, N, policy
+            )
+        threshold = self.thresholds(policy.share)  # [B, S]
+        trace = layer_trace(scores, decision, read, entries, until, origin, policy, threshold)
         return LayerOutput(output, after, trace)
-
-    def _trace(
-        self,
-        scores: Scores,
-        decision: Decision,
-        read: Attended,
-        entries: Entries,
-        until: torch.Tensor,
-        visible_from: torch.Tensor,
-        tokens: Tokens,
-        policy: Policy,
-    ) -> LayerTrace:
-        """Every decision about the chunk, and how its entries were read."""
-        W, N, local = self.window, tokens.position.shape[1], decision.local
-
-        def own(x: torch.Tensor | None, *, before: bool = False) -> torch.Tensor | None:
-            return None if x is None else x[:, slice(W) if before else slice(W, None)].transpose(1, 2)  # [B, C, N, ...]
-
-        # how many steps of this chunk could see each entry: those still in the window are not judged yet
-        sights = until.clamp_max(N) - visible_from.clamp_min(0)  # [B, M']
-        mass = None
-        if policy.masses:
-            mass = read.scratch_mass if read.scratch_mass is not None else torch.zeros_like(entries.bias)  # [B, M']
-            mass = mass / sights.clamp_min(1)  # [B, M']
-        must_keep = local.must_keep & policy.use_tags & (policy.share > 0)[:, None, None]  # [B, W + N, C]
-        return LayerTrace(
-            scores=scores.scores,
-            threshold=self.thresholds(policy.share),
-            by_score=decision.asked[:, W:].transpose(1, 2),
-            must_keep=must_keep[:, W:].transpose(1, 2),
-            routed=decision.routed[:, W:].transpose(1, 2),
-            entries_bias=entries.bias,
-            entries_mass=mass,
-            entries_judged=entries.alive & ~entries.must_keep & (sights > 0),
-            entries_sights=torch.where(entries.alive, sights.clamp_min(0), 0),
-            entries_position=entries.position,
-            entries_channel=entries.channel,
-            rank=decision.rank[:, W:].transpose(1, 2),
-            online=decision.online,
-            tag_type=own(local.tag_type),
-            tag_level=own(local.tag_level),
-            window_must=None if local.tag_type is None else own(must_keep & local.present, before=True),
-            window_type=own(local.tag_type, before=True),
-            window_level=own(local.tag_level, before=True),
-            revised=None if decision.revised is None else decision.revised.transpose(1, 2),
-            inner_loss=scores.inner_loss,
-        )
 
     def step(self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy) -> LayerOutput:
         """One patch, [B, C, 1, D], through the step-by-step recurrence: what a stream runs."""
         return self.forward(x, tokens=tokens, memory=memory, policy=policy, stepwise=True)
 
+    def turn_of(self, position: torch.Tensor) -> Turn:
+        """Angles by which the read's queries and keys turn with time, position [B, N]."""
+        return angles(position, self.head_width, self.conv.dtype)
+
+    def _inputs(self, mixed: torch.Tensor, tokens: Tokens, memory: LayerMemory, turn: Turn) -> Inputs:
+        """What both branches take of the projections, [B, C, N, 3 D]."""
+        (B, C, N, _), H, K = mixed.shape, self.heads, self.head_width
+        # an absent token is as if it had never been: no trace in the convolution either
+        present = tokens.present[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]
+        before = memory.conv_tail.to(mixed.dtype)  # [B, C, taps - 1, 3 D]
+        if self.kernels.fused:
+            from hamts.ops import layer_triton
+
+            last = mixed[:, :, 1 - CONV_WIDTH :] * present[:, :, 1 - CONV_WIDTH :]  # [B, C, up to taps - 1, 3 D]
+            tail = torch.cat([before[:, :, last.shape[2] :], last], 2)  # [B, C, taps - 1, 3 D]
+            return Inputs(
+                *layer_triton.layer_inputs(
+                    mixed, tail=before, present=tokens.present, conv=self.conv, gain=self.key_norm.gain, turn=turn,
+                    pending_keys=memory.pending.keys, pending_values=memory.pending.values,
+                ),
+                tail,
+            )  # fmt: skip
+        mixed = mixed * present  # [B, C, N, 3 D]
+        padded = torch.cat([before, mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
+        raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
+        keys = torch.cat([memory.pending.keys, self._turned_keys(raw_keys, turn)], 1)  # [B, W + N, C, H, K]
+        values = torch.cat([memory.pending.values, raw_values.transpose(1, 2)], 1)  # [B, W + N, C, H, K]
+        return Inputs(*self._convolved(padded), keys, values, padded[:, :, N:])
+
     def _recurrent(
-        self, mixed: torch.Tensor, gates: torch.Tensor, tokens: Tokens, memory: LayerMemory, *, stepwise: bool
-    ) -> tuple[GatedDelta, torch.Tensor, torch.Tensor, torch.Tensor, Carried]:
-        """Short convolution and gated delta rule; also the values, write gates, the new conv tail and what is usual."""
-        B, C, N, _ = mixed.shape
-        H, K = self.heads, self.head_width
-        padded = torch.cat([memory.conv_tail.to(mixed.dtype), mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
-        q, k, v = self._convolved(padded)  # 3 x [B C, N, H, K]
+        self, inputs: Inputs, gates: torch.Tensor, tokens: Tokens, memory: LayerMemory, *, stepwise: bool
+    ) -> tuple[GatedDelta, torch.Tensor, Carried]:
+        """The gated delta rule, [B, C, ...]; also the write gates, and what is usual."""
+        B, C, N, _, H = gates.shape
+        K, kind = self.head_width, inputs.v.dtype
         beta = gates[..., 1, :].sigmoid() * tokens.heard[..., None]  # [B, C, N, H]
-        elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]
+        elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(kind)  # [B, 1, N, 1]
         log_decay = -F.softplus(gates[..., 0, :] + self.decay_rate) * elapsed  # [B, C, N, H]
         rule, carried = self.kernels.gated_delta_step if stepwise else self.kernels.gated_delta, memory.carried
         if carried.write_scale is not None:
             rule = Clipped(self.write_clip, carried.write_scale.reshape(B * C, H, 2))
         result = rule(
-            q, k, v, log_decay=log_decay.reshape(B * C, N, H), beta=beta.reshape(B * C, N, H),
+            inputs.q, inputs.k, inputs.v, log_decay=log_decay.reshape(B * C, N, H), beta=beta.reshape(B * C, N, H),
             initial_state=memory.state.reshape(B * C, H, K, K),
         )  # fmt: skip
         if isinstance(rule, Clipped):
             carried = replace(carried, write_scale=rule.scale.reshape(B, C, H, 2))
-        grid = (B, C, N, H, K)
-        result = GatedDelta(
-            output=result.output.reshape(grid),
-            prediction=result.prediction.reshape(grid),
-            error=result.error.reshape(grid),
-            state=result.state.reshape(B, C, H, K, K),
-        )
-        return result, v.reshape(grid), beta, padded[:, :, N:], carried
+        return result.over(B, C), beta, carried
 
     def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Short convolution: [B, C, taps - 1 + N, 3 D] -> queries and keys of length 1, values, 3 x [B C, N, H, K]."""
@@ -250,15 +241,12 @@ class HAMLayer(nn.Module):
         q, k, v = F.silu(convolved).reshape(B * C, N, 3, self.heads, self.head_width).unbind(2)  # 3 x [B C, N, H, K]
         return F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v
 
-    def _local(
-        self, raw_keys: torch.Tensor, raw_values: torch.Tensor, scores: Scores, tokens: Tokens, pending: Pending
-    ) -> Pending:
+    def _local(self, inputs: Inputs, scores: Scores, tokens: Tokens, pending: Pending) -> Pending:
         """The window's carried tokens followed by the chunk's own, time first: every field [B, W + N, C, ...]."""
-        keys = self._turned_keys(raw_keys, tokens.position)  # [B, N, C, H, K]
-        C = raw_keys.shape[1]
+        C = inputs.keys.shape[2]
         chunk = Pending(
-            keys=keys,
-            values=raw_values.transpose(1, 2),
+            keys=inputs.keys,
+            values=inputs.values,
             marks=tokens.marks.transpose(1, 2),
             bias=scores.bias.transpose(1, 2),
             scores=scores.scores.transpose(1, 2),
@@ -266,7 +254,7 @@ class HAMLayer(nn.Module):
             present=tokens.present[:, :, None].expand(-1, -1, C),
             routable=tokens.routable.transpose(1, 2),
             must_keep=tokens.must_keep.transpose(1, 2),
-            steps=None if self.steps is None else step_features(tokens, keys.dtype),
+            steps=None if self.steps is None else step_features(tokens, inputs.keys.dtype),
         )
         return chunk.after(pending, tokens.markable)
 
@@ -281,6 +269,7 @@ class HAMLayer(nn.Module):
         each = 1
         if self.steps is not None and gone.steps is not None:
             fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, N C P]
+        kept = replace(kept, keys=kept.keys.to(fresh.keys.dtype), values=kept.values.to(fresh.values.dtype))
         entries, origin = append_candidates(kept, fresh)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
@@ -308,14 +297,36 @@ class HAMLayer(nn.Module):
         )
         return read, entries, until, visible_from
 
-    def _turned_queries(self, raw: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Queries of the read: [B, C, N, D] -> [B, N, C, H, K], scaled."""
-        heads = self.query_norm(raw.unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, N, C, H, K]
-        return (rotate(heads, position) * self.head_width**-0.5).to(raw.dtype)
+    def _queries(self, raw: torch.Tensor, turn: Turn) -> torch.Tensor:
+        """Queries of the read: [B, C, N, D] -> [B, N, C, H, K], normed, turned and scaled."""
+        if self.kernels.fused:
+            from hamts.ops import layer_triton
 
-    def _turned_keys(self, raw: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            return layer_triton.turned_queries(
+                raw, gain=self.query_norm.gain, turn=turn, scale=self.head_width**-0.5
+            )  # fmt: skip
+        return self._turned_queries(raw, turn)
+
+    def _turned_queries(self, raw: torch.Tensor, turn: Turn) -> torch.Tensor:
+        heads = self.query_norm(raw.unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, N, C, H, K]
+        return (turned(heads, turn) * self.head_width**-0.5).to(raw.dtype)
+
+    def _turned_keys(self, raw: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Keys of the read: [B, C, N, H, K] -> [B, N, C, H, K]."""
-        return rotate(self.key_norm(raw).transpose(1, 2), position).to(raw.dtype)
+        return turned(self.key_norm(raw).transpose(1, 2), turn).to(raw.dtype)
+
+    def _both(
+        self, recurrent: torch.Tensor, read: Attended, now: torch.Tensor, gates: torch.Tensor, opened: torch.Tensor
+    ) -> torch.Tensor:
+        """Two independent head-wise gates over both branches, and an output gate: [B, C, N, D]."""
+        if self.kernels.fused and read.marks is not None:
+            from hamts.ops import layer_triton
+
+            return layer_triton.mixed_branches(
+                recurrent, read.output, marks=read.marks, now=now, gates=gates, opened=opened,
+                recurrent_gain=self.recurrent_norm.gain, exact_gain=self.exact_norm.gain, from_marks=self.from_marks,
+            )  # fmt: skip
+        return self._mix(recurrent, read.output, read.marks, now, gates, opened)
 
     def _mix(
         self,
@@ -326,7 +337,6 @@ class HAMLayer(nn.Module):
         gates: torch.Tensor,
         opened: torch.Tensor,
     ) -> torch.Tensor:
-        """Two independent head-wise gates over both branches, and an output gate: [B, C, N, D]."""
         exact = exact.transpose(1, 2)  # [B, C, N, H, V]
         if marks is not None:
             exact = exact + self._relative_level(marks.transpose(1, 2), now)  # [B, C, N, H, V]

@@ -11,28 +11,42 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["HeadNorm", "rotate"]
+__all__ = ["HeadNorm", "Turn", "angles", "rotate", "turned"]
+
+# cosine and sine of every pair's angle, 2 x [B, N, pairs]
+Turn = tuple[torch.Tensor, torch.Tensor]
 
 # half of a head's width turns with time, the other half matches content at any age
 ROTARY_SHARE = 0.5
 ROTARY_LONGEST_PATCHES = 4096.0
 
 
-def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Rotary position on true time. x [B, N, C, H, K], position [B, N] float64 in patches -> [B, N, C, H, K].
+def angles(position: torch.Tensor, head_width: int, kind: torch.dtype) -> Turn:
+    """Angles of true time, position [B, N] float64 in patches, for heads of this width, 2 x [B, N, pairs].
 
-    Angles are taken in float64: at a million patches float32 would be off by several degrees.
+    They are taken in float64: at a million patches float32 would be off by several degrees.
     """
-    pairs = int(x.shape[-1] * ROTARY_SHARE) // 2
+    pairs = int(head_width * ROTARY_SHARE) // 2
+    rates = torch.logspace(
+        0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64, device=position.device
+    ) * (2 * math.pi / 4)  # [pairs]; periods from 4 patches to the longest
+    angle = position[..., None] * rates  # [B, N, pairs]
+    return angle.cos().to(kind), angle.sin().to(kind)
+
+
+def turned(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+    """The first pairs of units turned by these angles: x [B, N, C, H, K] -> [B, N, C, H, K]."""
+    cosine, sine = (part[:, :, None, None].to(x.dtype) for part in turn)  # 2 x [B, N, 1, 1, pairs]
+    pairs = cosine.shape[-1]
     if pairs == 0:
         return x
-    rates = torch.logspace(
-        0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64, device=x.device
-    ) * (2 * math.pi / 4)  # [pairs]; periods from 4 patches to the longest
-    angle = (position[..., None] * rates)[:, :, None, None]  # [B, N, 1, 1, pairs]
-    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], -1)
+
+
+def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Rotary position on true time. x [B, N, C, H, K], position [B, N] float64 in patches -> [B, N, C, H, K]."""
+    return turned(x, angles(position, x.shape[-1], x.dtype))
 
 
 class HeadNorm(nn.Module):

@@ -137,6 +137,8 @@ class Router(nn.Module):
         tokens: Tokens,
         error_mean: torch.Tensor,
         carried: Carried,
+        narrow: torch.Tensor | None = None,
+        fused: bool = False,
     ) -> Scores:
         """Score a chunk.
 
@@ -147,11 +149,19 @@ class Router(nn.Module):
             beta: write gates, [B, C, N, H].
             error_mean: running error sums, [B, C, H, 2].
             carried: what else the routers remember.
+            narrow: x in the dtype of autocast, where it is on.
+            fused: whether errors are compared by one kernel.
         """
+        narrow = x if narrow is None else narrow
         # scores are compared with thresholds: under mixed precision too they have all digits
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             error = recurrent.error  # [B, C, N, H, V]
-            squared, unlike = self._compared(error, recurrent.prediction, values)  # 2 x [B, C, N, H]
+            if fused:
+                from hamts.ops import layer_triton
+
+                squared, unlike = layer_triton.compared(error, values)  # 2 x [B, C, N, H]
+            else:
+                squared, unlike = self._compared(error, recurrent.prediction, values)  # 2 x [B, C, N, H]
             squared = squared.to(x.dtype)  # [B, C, N, H]
             running, after = causal_error_mean(squared, tokens.heard > 0, error_mean)  # [B, C, N, H], [B, C, H, 2]
             available = {
@@ -165,7 +175,7 @@ class Router(nn.Module):
         inner, carried = self._expect(x, recurrent, tokens, carried)
         if inner is not None:
             available |= self._doubts(inner, tokens)
-        logits = self._logits(x, available, beta, tokens)  # [B, C, N] each
+        logits = self._logits(narrow, available, beta, tokens, x.dtype)  # [B, C, N] each
         columns = [(logits | available)[name].detach() for name in self.names]  # S x [B, C, N]
         scores = torch.stack(columns, -1) if columns else x.new_zeros(*x.shape[:3], 0)  # [B, C, N, S]
         bias = torch.zeros_like(available["surprise"])  # [B, C, N]
@@ -174,7 +184,7 @@ class Router(nn.Module):
         if self.relative:
             scores, carried = self._against_own_past(scores, tokens, carried)
         if self.spend is not None:
-            level = self.spend(x).squeeze(-1)  # [B, C, N]
+            level = self.spend(narrow).squeeze(-1)  # [B, C, N]
             bias = log_bias(scores.amax(-1) + level)  # [B, C, N]
             scores = scores + level.detach()[..., None]  # [B, C, N, S]
         if self.decision == "step":
@@ -184,11 +194,15 @@ class Router(nn.Module):
         return Scores(scores, bias, after, carried, None if inner is None else inner.loss)
 
     def _logits(
-        self, x: torch.Tensor, available: dict[str, torch.Tensor], beta: torch.Tensor, tokens: Tokens
+        self,
+        x: torch.Tensor,
+        available: dict[str, torch.Tensor],
+        beta: torch.Tensor,
+        tokens: Tokens,
+        kind: torch.dtype,
     ) -> dict[str, torch.Tensor]:
         """The learned scores, which have a gradient, [B, C, N] each."""
         logits = {}
-        kind = x.dtype
         facts = [beta.detach().mean(-1), tokens.observed.to(kind).mean(-1)]  # 2 x [B, C, N]
         facts += [tokens.tags.any(-1).to(kind), tokens.must_keep.to(kind)]  # 4 x [B, C, N]
         if self.learned is not None:

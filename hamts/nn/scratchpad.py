@@ -83,21 +83,27 @@ class Pending:
     def after(self, earlier: Pending, markable: torch.Tensor | None) -> Pending:
         """These tokens of a chunk behind those of the window, [B, W + N, C, ...].
 
-        What only the window's tokens have, for moving thresholds and typed tags, starts empty here; markable [B, C, N].
+        Keys and values, the widest, come with the window's already. What only the window's tokens have, for moving
+        thresholds and typed tags, starts empty here; markable [B, C, N].
         """
         grid = self.must_keep  # [B, N, C]
         marks = self.routable if markable is None else markable.transpose(1, 2)  # [B, N, C]
         blank = {
-            "asked": torch.zeros_like(self.scores, dtype=torch.bool),  # [B, N, C, S]
-            "tag_type": torch.full_like(grid, -1, dtype=torch.int64),
-            "tag_level": torch.full_like(grid, LOWEST_LEVEL, dtype=torch.float64),
-            "markable": marks,
+            "asked": lambda: torch.zeros_like(self.scores, dtype=torch.bool),  # [B, N, C, S]
+            "tag_type": lambda: torch.full_like(grid, -1, dtype=torch.int64),
+            "tag_level": lambda: torch.full_like(grid, LOWEST_LEVEL, dtype=torch.float64),
+            "markable": lambda: marks,
         }
         joined: dict[str, Any] = {}
         for f in fields(Pending):
             before = getattr(earlier, f.name)
-            own = blank.get(f.name, getattr(self, f.name))
-            joined[f.name] = None if before is None else torch.cat([before, own], dim=1)  # [B, W + N, C, ...]
+            if f.name in ("keys", "values"):
+                joined[f.name] = getattr(self, f.name)
+            elif before is None:
+                joined[f.name] = None
+            else:
+                own = blank[f.name]() if f.name in blank else getattr(self, f.name)
+                joined[f.name] = torch.cat([before, own], dim=1)  # [B, W + N, C, ...]
         return Pending(**joined)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hamts.ops.gated_delta_trial import precise_products, problem_of
-from hamts.ops.types import GatedDelta
+from hamts.ops.types import GatedDelta, UnreadDelta
 
 __all__ = ["error_path", "gated_delta", "gated_delta_step"]
 
@@ -78,6 +78,8 @@ def gated_delta(
     with torch.autocast(values.device.type, enabled=False), precise_products(dtype):
         output, error, prediction, after = way(q, k, v, g, b, state, cu_seqlens, error_grad)
     kind = values.dtype
+    if prediction is None:
+        return UnreadDelta(output.to(kind), error.to(kind), after, values)
     return GatedDelta(output=output.to(kind), prediction=prediction.to(kind), error=error.to(kind), state=after)
 
 
@@ -167,7 +169,7 @@ def error_path(device: str, dtype: torch.dtype = torch.bfloat16) -> str:
     return "shifted query"
 
 
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def _from_internals(
@@ -180,10 +182,10 @@ def _from_internals(
     cu_seqlens: torch.Tensor | None,
     error_grad: bool,
 ) -> Parts:
-    """Output, error and prediction, [B, N, H, V], and the last state, [B, H, K, V]."""
+    """Output, error and prediction (None: the difference to the values), [B, N, H, V], and the last state."""
     tensors = [x if x is None else x.contiguous() for x in (q, k, v, g, beta, state)]
     output, error, after = _ChunksWithError.apply(*tensors, cu_seqlens, error_grad)
-    return output, error, (v if error_grad else v.detach()) - error, after
+    return output, error, v - error if error_grad else None, after
 
 
 def _from_shifted_query(

@@ -55,6 +55,11 @@ class Kernels:
         return "triton" if "triton" in self.name else "torch"
 
     @property
+    def fused(self) -> bool:
+        """Whether what lies between the two branches runs as kernels too, in ``ops/layer_triton.py``."""
+        return self.read == "triton"
+
+    @property
     def gated_delta(self) -> Callable[..., GatedDelta]:
         """The recurrence over many steps. No gradient goes through its error: routers detach it."""
         if self.recurrence == "torch":

@@ -6,10 +6,11 @@ B items · C channels · N patches · H heads · K key · V value · M entries (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["Attended", "GatedDelta", "ScratchKeys", "compute_dtype"]
+__all__ = ["Attended", "GatedDelta", "ScratchKeys", "UnreadDelta", "compute_dtype"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,28 @@ class GatedDelta:
     prediction: torch.Tensor  # [B, N, H, V]
     error: torch.Tensor  # [B, N, H, V]
     state: torch.Tensor  # [B, H, K, V]
+
+    def over(self, items: int, channels: int) -> GatedDelta:
+        """The same of B = items x channels streams, [items, channels, ...]."""
+        grid = (items, channels)
+        return GatedDelta(*(x.unflatten(0, grid) for x in (self.output, self.prediction, self.error, self.state)))
+
+
+class UnreadDelta(GatedDelta):
+    """A ``GatedDelta`` whose prediction is taken from values and error when it is first read, without a gradient."""
+
+    def __init__(self, output: torch.Tensor, error: torch.Tensor, state: torch.Tensor, values: torch.Tensor) -> None:
+        self.__dict__.update(output=output, error=error, state=state, values=values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "prediction":
+            raise AttributeError(name)
+        self.__dict__[name] = (self.__dict__["values"].detach() - self.error).to(self.error.dtype)  # [B, N, H, V]
+        return self.__dict__[name]
+
+    def over(self, items: int, channels: int) -> GatedDelta:
+        tensors = (self.output, self.error, self.state, self.__dict__["values"])
+        return UnreadDelta(*(x.unflatten(0, (items, channels)) for x in tensors))
 
 
 @dataclass(frozen=True)

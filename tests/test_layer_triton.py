@@ -1,0 +1,143 @@
+"""The fused layer equals the plain one, forward and gradients: interpreted on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from triton_on_cpu import DEVICE, INTERPRETED, RUNS, WHY_NOT
+
+from hamts.config import ModelConfig
+from hamts.nn.ham import HAMLayer
+from hamts.nn.heads import Turn
+from hamts.nn.scores import surprise
+
+pytest.importorskip("triton", reason="needs triton: pip install 'hamts[gpu]'")
+pytestmark = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
+
+from hamts.ops import layer_triton  # noqa: E402
+
+# float32 sums in another order
+TOLERANCE = 2e-5
+B, C, W = 2, 3, 2
+
+
+def make_layer(heads: int, head_width: int, generator: torch.Generator) -> HAMLayer:
+    layer = HAMLayer(ModelConfig(width=heads * head_width, heads=heads, layers=1, window_patches=W, patch_steps=1))
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    return layer.to(DEVICE)
+
+
+def draw(generator: torch.Generator, *shape: int, learns: bool = True) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_(learns)
+
+
+def agree(ours: Callable[[], Any], theirs: Callable[[], Any], leaves: dict[str, torch.Tensor], seed: int = 3) -> None:
+    """Outputs and the gradients of a random projection of them."""
+    found = []
+    for run in (ours, theirs):
+        outputs = run()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(seed)
+        loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
+        found.append((outputs, torch.autograd.grad(loss, list(leaves.values()))))
+    for number, (mine, truth) in enumerate(zip(found[0][0], found[1][0], strict=True)):
+        assert torch.allclose(mine, truth, rtol=TOLERANCE, atol=TOLERANCE), f"output {number}"
+    for name, mine, truth in zip(leaves, found[0][1], found[1][1], strict=True):
+        error = float((mine - truth).norm() / truth.norm().clamp_min(1e-12))
+        assert error < TOLERANCE, f"gradient of {name}: {error:.1e}"
+
+
+def turn_of(layer: HAMLayer, N: int) -> Turn:
+    return layer.turn_of(torch.linspace(0, 40, B * N, dtype=torch.float64, device=DEVICE).view(B, N))
+
+
+@pytest.mark.parametrize(("heads", "head_width", "N"), [(2, 16, 9), (1, 24, 70), (2, 64, 5), (3, 32, 1)])
+def test_inputs_of_both_branches(heads: int, head_width: int, N: int, generator: torch.Generator) -> None:
+    layer = make_layer(heads, head_width, generator)
+    D = heads * head_width
+    turn = turn_of(layer, N)
+    present = torch.rand(B, N, generator=generator).to(DEVICE) > 0.2
+    leaves = {
+        "mixed": draw(generator, B, C, N, 3 * D),
+        "tail": draw(generator, B, C, 3, 3 * D),
+        "pending_keys": draw(generator, B, W, C, heads, head_width),
+        "pending_values": draw(generator, B, W, C, heads, head_width),
+        "conv": layer.conv,
+        "gain": layer.key_norm.gain,
+    }
+
+    def fused() -> tuple[torch.Tensor, ...]:
+        return layer_triton.layer_inputs(**leaves, present=present, turn=turn)
+
+    def plain() -> tuple[torch.Tensor, ...]:
+        masked = leaves["mixed"] * present[:, None, :, None]
+        padded = torch.cat([leaves["tail"], masked], 2)
+        raw_keys, raw_values = masked.reshape(B, C, N, 3, heads, head_width)[:, :, :, 1:].unbind(3)
+        keys = torch.cat([leaves["pending_keys"], layer._turned_keys(raw_keys, turn)], 1)
+        values = torch.cat([leaves["pending_values"], raw_values.transpose(1, 2)], 1)
+        return (*layer._convolved(padded), keys, values)
+
+    agree(fused, plain, leaves)
+
+
+@pytest.mark.parametrize(("heads", "head_width", "N"), [(2, 16, 9), (1, 24, 70), (3, 32, 1)])
+def test_queries(heads: int, head_width: int, N: int, generator: torch.Generator) -> None:
+    layer = make_layer(heads, head_width, generator)
+    turn = turn_of(layer, N)
+    leaves = {"raw": draw(generator, B, C, N, heads * head_width), "gain": layer.query_norm.gain}
+    agree(
+        lambda: layer_triton.turned_queries(**leaves, turn=turn, scale=head_width**-0.5),
+        lambda: layer._turned_queries(leaves["raw"], turn),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize(("heads", "head_width", "N"), [(2, 16, 9), (1, 24, 70), (3, 32, 1)])
+def test_mix_of_both_branches(heads: int, head_width: int, N: int, generator: torch.Generator) -> None:
+    layer = make_layer(heads, head_width, generator)
+    # beyond its bounds too
+    marks = 4 * torch.randn(B, N, C, heads, 3, generator=generator)
+    leaves = {
+        "recurrent": draw(generator, B, C, N, heads, head_width),
+        "exact": draw(generator, B, N, C, heads, head_width),
+        "marks": marks.to(DEVICE).requires_grad_(),
+        "gates": draw(generator, B, C, N, 4, heads),
+        "opened": draw(generator, B, C, N, heads * head_width),
+        "recurrent_gain": layer.recurrent_norm.gain,
+        "exact_gain": layer.exact_norm.gain,
+        "from_marks": layer.from_marks,
+    }
+    now = draw(generator, B, C, N, 3, learns=False)
+    agree(
+        lambda: layer_triton.mixed_branches(**leaves, now=now),
+        lambda: layer._mix(
+            leaves["recurrent"], leaves["exact"], leaves["marks"], now, leaves["gates"], leaves["opened"]
+        ),
+        leaves,
+    )
+
+
+def test_errors_and_surprise(generator: torch.Generator) -> None:
+    values, error = draw(generator, 5, 7, 24, learns=False), draw(generator, 5, 7, 24, learns=False)
+    values[0, 0], error[0, 1] = 0.0, values[0, 1]
+    squared, unlike = layer_triton.compared(error, values)
+    assert torch.allclose(squared, error.square().sum(-1), rtol=1e-5)
+    assert torch.allclose(unlike, surprise(values - error, values), atol=1e-5)
+
+
+def test_half_precision_comes_near_to_single(generator: torch.Generator) -> None:
+    if INTERPRETED:
+        pytest.skip("the interpreter truncates bfloat16")
+    layer = make_layer(2, 64, generator)
+    turn = turn_of(layer, 50)
+    raw = draw(generator, B, C, 50, 128, learns=False)
+    results = [
+        layer_triton.turned_queries(x, gain=layer.query_norm.gain, turn=turn, scale=0.125).float()
+        for x in (raw, raw.bfloat16())
+    ]
+    assert float((results[0] - results[1]).norm() / results[0].norm()) < 5e-3

@@ -1,0 +1,87 @@
+"""The fused layer's kernels compile for a Hopper GPU, on a machine that has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, "tests")
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Hopper:
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+driver.set_active(Hopper())
+launch, compiled = JITFunction.run, {}
+
+def compile_only(self, *positional, grid, warmup, **named):
+    kernel = launch(self, *positional, grid=grid, warmup=True, **named)
+    compiled[self.__name__] = len(kernel.asm["cubin"])
+
+JITFunction.run = compile_only
+import test_layer_triton as layer
+
+layer.DEVICE = "cpu"
+width = int(sys.argv[1])
+whole = layer.make_layer(2, width, torch.Generator().manual_seed(0))
+half = {"dtype": torch.bfloat16, "requires_grad": True}
+turn = whole.turn_of(torch.zeros(2, 9, dtype=torch.float64))
+mixed, tail = torch.zeros(2, 3, 9, 6 * width, **half), torch.zeros(2, 3, 3, 6 * width, **half)
+pending = torch.zeros(2, 2, 3, 2, width, **half)
+present = torch.ones(2, 9, dtype=torch.bool)
+q, k, v, keys, values = layer.layer_triton.layer_inputs(
+    mixed, tail=tail, present=present, conv=whole.conv, gain=whole.key_norm.gain, turn=turn, pending_keys=pending,
+    pending_values=pending,
+)
+queries = layer.layer_triton.turned_queries(mixed[..., : 2 * width], gain=whole.query_norm.gain, turn=turn, scale=1.0)
+both = layer.layer_triton.mixed_branches(
+    v.unflatten(0, (2, 3)), queries, marks=torch.zeros(2, 9, 3, 2, 3), now=torch.zeros(2, 3, 9, 3),
+    gates=torch.zeros(2, 3, 9, 4, 2), opened=mixed[..., : 2 * width], recurrent_gain=whole.recurrent_norm.gain,
+    exact_gain=whole.exact_norm.gain, from_marks=whole.from_marks,
+)
+layer.layer_triton.compared(v, v)
+(q.sum() + k.sum() + keys.sum() + values.sum() + both.sum()).backward()
+print(json.dumps(compiled))
+"""
+KERNELS = {
+    "inputs_kernel", "written_grad_kernel", "inputs_grad_kernel", "queries_kernel", "queries_grad_kernel",
+    "mix_kernel", "mix_grad_kernel", "compared_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("width", [32, 64])
+def test_every_kernel_compiles_for_a_hopper_gpu(width: int) -> None:
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(width)],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=root,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    compiled = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert set(compiled) == KERNELS
+    assert min(compiled.values()) > 0
