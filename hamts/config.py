@@ -353,6 +353,8 @@ class MachineConfig:
         checkpointing: whether blocks compute their inner tensors again for the gradient instead of keeping them.
         compile_mode: ``none``; ``default`` fuses the arithmetic between kernels; ``reduce-overhead`` also replays CUDA
             graphs, for short contexts. The first steps then wait for the compiler.
+        cuda_graphs: record the passes and gradients of a step once and replay them, where launching takes longer than
+            computing, as on short contexts; with kernel ``fla+triton`` on one GPU.
     """
 
     accelerator: str = "auto"
@@ -363,6 +365,7 @@ class MachineConfig:
     accumulate: int = 1
     checkpointing: bool = False
     compile_mode: str = "none"
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("devices", "accumulate"):

@@ -86,6 +86,7 @@ class HAMNetwork(nn.Module):
         super().__init__()
         self.config, self.memory_config, self.spec = config, memory, spec
         self.kernels: Kernels = TORCH
+        self._entry_bytes: dict[torch.dtype, int] = {}
         self.backbone = Backbone(config, spec, budget_bytes=memory.budget_bytes)
         self.head = QuantileHead(config.width, config.patch_steps, config.quantiles)
         C = len(spec.roles)
@@ -125,7 +126,10 @@ class HAMNetwork(nn.Module):
 
     def entry_bytes(self) -> int:
         """Bytes of one scratchpad entry, as its tensors are stored."""
-        return self.empty_memory(1).layers[0].scratchpad.bytes_per_entry()
+        kind = self.head.project.weight.dtype
+        if kind not in self._entry_bytes:
+            self._entry_bytes[kind] = self.empty_memory(1).layers[0].scratchpad.bytes_per_entry()
+        return self._entry_bytes[kind]
 
     def readable(self, cross: torch.Tensor) -> torch.Tensor:
         """Which channel may read which: covariates always, other targets where ``cross`` [B] says so. [B, C, C]."""

@@ -20,7 +20,7 @@ from hamts.nn.ham import LayerTrace
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
 
-__all__ = ["ChunkTrace", "Rollout", "forecast_from", "join_memories", "roll", "stack_memories"]
+__all__ = ["ChunkTrace", "Rollout", "forecast_from", "join_memories", "roll", "stack_memories", "stack_trees"]
 
 CHUNK_PATCHES = 64
 ITEMS_SIDE_BY_SIDE = 64
@@ -309,8 +309,8 @@ def join_memories(parts: list[tuple[np.ndarray, StreamMemory]]) -> StreamMemory:
 
 def stack_memories(memories: list[StreamMemory]) -> StreamMemory:
     """Memories side by side, [B1 + B2 + ..., ...]; shorter scratchpads are padded with entries that are not alive."""
-    layers = [_cat(list(parts)) for parts in zip(*(memory.layers for memory in memories), strict=True)]
-    return StreamMemory(layers, _cat([memory.scale for memory in memories]))
+    layers = [stack_trees(list(parts)) for parts in zip(*(memory.layers for memory in memories), strict=True)]
+    return StreamMemory(layers, stack_trees([memory.scale for memory in memories]))
 
 
 def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -320,7 +320,7 @@ def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
-def _cat(parts: list[Any]) -> Any:
+def stack_trees(parts: list[Any]) -> Any:
     """Concatenate like trees of tensors along items; rows of entries are padded to the most of any part."""
     if parts[0] is None:
         return None
@@ -328,4 +328,4 @@ def _cat(parts: list[Any]) -> Any:
         most = max(part.shape[1] for part in parts) if parts[0].dim() > 1 else 0
         return torch.cat([_pad_rows(part, most) for part in parts] if most else parts)
     names = type(parts[0]).__dataclass_fields__
-    return type(parts[0])(**{name: _cat([getattr(part, name) for part in parts]) for name in names})
+    return type(parts[0])(**{name: stack_trees([getattr(part, name) for part in parts]) for name in names})

@@ -7,16 +7,12 @@ B streams side by side · C channels · G targets · N context patches · P step
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import logging
 import math
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +34,7 @@ from hamts.ops.kernels import KernelError, Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
 from hamts.training_auxiliary import inner_loss, score_loss
+from hamts.training_graphs import Passes, StepGraph, StepInputs, check_graphs, side_by_side
 from hamts.training_parallel import (
     follow_average,
     follow_scores,
@@ -47,14 +44,13 @@ from hamts.training_parallel import (
     total,
     touch_all,
 )
+from hamts.training_process import keep_freed_memory, quiet_lightning
 from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, on_device, scale_history, sent
 
 __all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
 
 # on a GPU a few large chunks beat many small ones
 PREFIX_CHUNK_PATCHES, PREFIX_CHUNK_PATCHES_GPU = 128, 512
-# of glibc's malloc.h
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
 CORE_FLOPS, TARGET_SECONDS = 2.1e10, 240.0
 FEWEST_STEPS, MOST_STEPS, GPU_STEPS = 150, 1500, 1500
@@ -69,6 +65,7 @@ class HAMTrainer(L.LightningModule):
         self.network, self.config, self.task, self.run, self.state = task.network, task.config, task, run, state
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.sharded = False
+        self.graph: StepGraph | None = None
 
     def configure_model(self) -> None:
         if self.task.machine.strategy == "fsdp" and not self.sharded:
@@ -83,10 +80,19 @@ class HAMTrainer(L.LightningModule):
             {"params": decayed, "weight_decay": self.config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
+        # fused: one pass over all weights instead of a dozen small operations for each
+        fused = not self.sharded and not self.task.machine.precision.startswith("16")
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98), fused=fused)
         if self.state.optimizer is not None:
             optimizer.load_state_dict(self.state.optimizer)
         return optimizer
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **given: Any) -> None:
+        """Lightning clips no gradients of a fused optimiser, for its scaler's sake; where it is fused there is none."""
+        if optimizer.defaults["fused"]:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.gradient_clip)
+        else:
+            self.clip_gradients(optimizer, *args, **given)
 
     def transfer_batch_to_device(self, batch: Windows, device: torch.device, dataloader_idx: int) -> Windows:
         return on_device(own_streams(batch), device)
@@ -103,28 +109,47 @@ class HAMTrainer(L.LightningModule):
 
     def forward(self, batch: Windows) -> torch.Tensor:
         """Loss of a step: read each part of the context, then forecast."""
+        inputs = StepInputs(batch.parts, batch.share, batch.cross)
+        if self.task.machine.cuda_graphs and self.graph is None:
+            policy = self._policy(batch.share, batch.cross)
+            self.graph = StepGraph(
+                self._passes,
+                list(self.network.parameters()),
+                rows=(policy.cap_kept or 0) + (policy.cap_must or 0),
+                generators=[self.state.explore],
+            )
+        result = (self.graph or self._passes)(inputs, self._memory(batch))
+        self.state.carried = result.memory
+        # added up where it is: asking for the number would wait for the device at every step
+        self.loss_sum, self.loss_count = self.loss_sum + result.task.detach(), self.loss_count + 1
+        return result.loss + touch_all(self.network) if self.sharded else result.loss
+
+    def _passes(self, inputs: StepInputs, memory: StreamMemory) -> Passes:
+        """Everything of a step that has a gradient; nothing of it waits for the device, or asks it."""
         network = self.network
-        memory = self._memory(batch)
-        policy = self._policy(batch.share, batch.cross)
+        policy = self._policy(inputs.share, inputs.cross)
         ahead_policy = replace(policy, cap_kept=None, cap_must=None, explore_share=0.0)
-        losses, counts, traces = [], [], []
-        for context, horizon in batch.parts:
+        readings, origins = [], []
+        for context, horizon in inputs.parts:
             past = network(context, memory, policy)
             follow_scores(network, past)
             memory = past.memory
-            ahead = network(horizon, memory, ahead_policy, advance=False)
-            for reading, chunk in ((past, context), (ahead, horizon)):
-                loss, count = self._task_loss(reading, chunk)
-                losses.append(loss)
-                counts.append(count)
-            traces += [*past.traces, *ahead.traces]
-        self.state.carried = memory.detach()
+            readings.append((past, context))
+            origins.append((memory, horizon))
+        traces = [trace for past, _ in readings for trace in past.traces]
+        for start, chunk in side_by_side(origins):
+            times = len(chunk.values) // len(inputs.share)
+            rule = replace(
+                ahead_policy, share=policy.share.repeat(times), readable=policy.readable.repeat(times, 1, 1)
+            )  # fmt: skip
+            ahead = network(chunk, start, rule, advance=False)
+            readings.append((ahead, chunk))
+            traces += ahead.traces
+        losses, counts = zip(*(self._task_loss(reading, chunk) for reading, chunk in readings), strict=True)
         task = torch.stack(losses).sum() / total(torch.stack(counts).sum()).clamp_min(1)  # []
-        # added up where it is: asking for the number would wait for the device at every step
-        self.loss_sum, self.loss_count = self.loss_sum + task.detach(), self.loss_count + 1
         scored = score_loss(traces, task, self.config.auxiliary_target)  # []
         loss = task + self.config.auxiliary_weight * scored + self.config.inner_weight * inner_loss(traces, task)
-        return loss + touch_all(network) if self.sharded else loss
+        return Passes(loss, task.detach(), memory.detach())
 
     def mean_loss(self) -> float:
         """Mean task loss since the last call."""
@@ -280,11 +305,11 @@ def fit_network(
     run = Run(task, quiet=bar or not verbose)
     windows = StreamWindows(
         store, history, ends=ends, horizon=horizon, config=config,
-        cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0, device=device,
+        cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0, device=device, same_sizes=machine.cuda_graphs,
     )  # fmt: skip
     if not gpu:
         keep_freed_memory()
-    state = FitState(windows, torch.Generator().manual_seed(config.seed + 1))
+    state = FitState(windows, torch.Generator(device).manual_seed(config.seed + 1))
     fitted.backbone.checkpointing = machine.checkpointing
     compile_parts(fitted, machine.compile_mode)
     module = HAMTrainer(task, run, state)
@@ -323,9 +348,10 @@ def planned_kernels(model: ModelConfig, machine: MachineConfig) -> Kernels:
             raise KernelError(f"kernel={machine.kernel!r} runs layers of mixer='ham' only. Got {model.mixer!r}.")
         return Kernels("torch", f"mixer={model.mixer!r} has no other")
     dtype = torch.float64 if machine.precision.startswith("64") else torch.float32
-    return resolve_kernels(
-        machine.kernel, device=fit_device(machine), head_width=model.width // model.heads, dtype=dtype
-    )
+    device = fit_device(machine)
+    kernels = resolve_kernels(machine.kernel, device=device, head_width=model.width // model.heads, dtype=dtype)
+    check_graphs(machine, kernels, device)
+    return kernels
 
 
 def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, bar: bool) -> None:
@@ -346,40 +372,3 @@ def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, bar: bool) -> 
             # lightning turns Ctrl-C into an exit; what was fitted so far is usable
             if module.run.stopped_by != "interrupt":
                 raise
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed for the next step instead of handing pages back and faulting them in again.
-
-    A step frees and takes the same few hundred megabytes; this saves a fifth of its time. It holds for the process, and
-    does nothing where the allocator is another one.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
-            mallopt(parameter, value)
-
-
-@contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """No banners, no tips: hamts says what there is to say."""
-    loggers = [
-        logging.getLogger(name)
-        for name in (
-            "lightning.pytorch",
-            "lightning.fabric",
-            "lightning",
-            "lightning.pytorch.utilities.rank_zero",
-            "lightning.fabric.utilities.rank_zero",
-        )
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

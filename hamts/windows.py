@@ -97,9 +97,13 @@ class StreamWindows(IterableDataset[Windows]):
         config: TrainConfig,
         cross_chance: float,
         device: torch.device | str = "cpu",
+        same_sizes: bool = False,
     ) -> None:
-        """Where streams are is kept on the CPU; rows and statistics on ``device``, where windows are cut."""
-        self.cross_chance = cross_chance
+        """Where streams are is kept on the CPU; rows and statistics on ``device``, where windows are cut.
+
+        With ``same_sizes`` every forecast has room for the longest, so that all batches have the same sizes.
+        """
+        self.cross_chance, self.same_sizes = cross_chance, same_sizes
         self.horizon, self.config, self.device = horizon, config, torch.device(device)
         self.host = store
         self.store, self.history = map_tensors((store, history), lambda tensor: tensor.to(device))
@@ -170,7 +174,8 @@ class StreamWindows(IterableDataset[Windows]):
         boundary = (first + patches) * store.patch_steps - self.host.lead[self.items]  # [B]
         cutoffs = torch.minimum(boundary + begun, self.ends[self.items] - 1).maximum(boundary)  # [B]
         reveal = sent(self._uniform(B) < 0.5, self.device)  # [B]
-        ahead = horizon_patches(cutoffs - boundary, self.horizon, store.patch_steps)
+        most = torch.tensor([store.patch_steps - 1]) if self.same_sizes else cutoffs - boundary
+        ahead = horizon_patches(most, self.horizon, store.patch_steps)
         horizon = store.horizon(items, sent(cutoffs, self.device), self.horizon, reveal, ahead)
         return context, self._hide_beyond(horizon, cutoffs)
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from networks import random_tokens
 from triton_on_cpu import DEVICE, INTERPRETED, RUNS, WHY_NOT
 
 from hamts.config import ModelConfig
 from hamts.nn.ham import HAMLayer
 from hamts.nn.heads import Turn
 from hamts.nn.scores import surprise
+from hamts.nn.tokens import Policy, map_tensors
+from hamts.ops.kernels import Kernels
 
 pytest.importorskip("triton", reason="needs triton: pip install 'hamts[gpu]'")
 pytestmark = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
@@ -141,3 +144,48 @@ def test_half_precision_comes_near_to_single(generator: torch.Generator) -> None
         for x in (raw, raw.bfloat16())
     ]
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 5e-3
+
+
+def two_chunks(layer: HAMLayer, tokens: list[Any], inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """A layer over two chunks, its memory carried: outputs, state and masses."""
+    memory = layer.empty_memory(2, 3, layer.conv)
+    policy = Policy(
+        share=torch.tensor([0.5, 0.3], device=DEVICE),
+        readable=torch.ones(2, 3, 3, dtype=torch.bool, device=DEVICE),
+        cap_kept=6,
+        cap_must=3,
+    )
+    outputs = []
+    for part, x in zip(tokens, inputs, strict=True):
+        result = layer(x, tokens=part, memory=memory, policy=policy)
+        memory = result.memory
+        assert result.trace.entries_mass is not None
+        outputs += [result.output, result.trace.entries_bias[result.trace.entries_judged].sum()]
+        outputs.append(result.trace.entries_mass.sum())
+    return (*outputs, memory.state, memory.pending.keys, memory.conv_tail)
+
+
+@pytest.mark.parametrize("router", ["surprise+tags", "learned+innovation+tags"])
+def test_a_whole_layer(router: str, generator: torch.Generator) -> None:
+    config = ModelConfig(width=32, heads=2, layers=1, window_patches=W, patch_steps=2, router=router)
+    layer = HAMLayer(config)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+        layer.thresholds.values.fill_(0.6)
+    layer = layer.to(DEVICE)
+    tokens = [
+        map_tensors(random_tokens(generator, patches=n, dtype=torch.float32), lambda t: t.to(DEVICE)) for n in (12, 7)
+    ]
+    inputs = [draw(generator, 2, 3, n, 32) for n in (12, 7)]
+    leaves = {f"input {n}": x for n, x in enumerate(inputs)}
+    leaves |= {name: weight for name, weight in layer.named_parameters() if "router" not in name}
+
+    def on(kernels: Kernels) -> Callable[[], tuple[torch.Tensor, ...]]:
+        def run() -> tuple[torch.Tensor, ...]:
+            layer.kernels = kernels
+            return two_chunks(layer, tokens, inputs)
+
+        return run
+
+    agree(on(Kernels("triton")), on(Kernels("torch")), leaves)

@@ -1,0 +1,199 @@
+"""A training step as one CUDA graph: its passes, its loss and all gradients are recorded once, and replayed.
+
+Launching thousands of small kernels takes the host longer than they run. What changes size or is decided on the host
+stays outside: drawing windows, filling the memory of streams that restart, the optimiser. For that every batch and
+every memory has the same sizes, ``StreamWindows(same_sizes=True)`` and scratchpads of as many rows as their caps allow.
+
+B streams side by side · M entries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from hamts.config import MachineConfig
+from hamts.data.patches import Chunk
+from hamts.nn.tokens import map_tensors
+from hamts.ops.kernels import KernelError, Kernels
+from hamts.reader import StreamMemory
+from hamts.rollout import stack_memories, stack_trees
+
+__all__ = ["Passes", "StepGraph", "StepInputs", "check_graphs", "roomy", "side_by_side"]
+
+# steps before recording: kernels are compiled and tuned, the memory has all its parts
+PLAIN_STEPS = 3
+
+
+def check_graphs(machine: MachineConfig, kernels: Kernels, device: torch.device) -> None:
+    """Refuse what a graph cannot record. Raises KernelError; it says what must hold, what came, and what to do."""
+    if not machine.cuda_graphs:
+        return
+    wanted = (
+        (device.type == "cuda", "a CUDA device", f"device={device.type!r}", "accelerator='gpu' on a machine with one"),
+        (kernels.name == "fla+triton", "kernel='fla+triton'", f"kernel={kernels.name!r}", "that kernel"),
+        (machine.devices == 1 and machine.strategy == "auto", "one process",
+         f"devices={machine.devices}, strategy={machine.strategy!r}", "devices=1"),
+        (not machine.checkpointing, "checkpointing=False", "checkpointing=True", "one of the two"),
+        (machine.compile_mode == "none", "compile_mode='none'", f"compile_mode={machine.compile_mode!r}",
+         "one of the two"),
+        (machine.precision in ("32-true", "bf16-mixed"), "precision '32-true' or 'bf16-mixed'",
+         f"precision={machine.precision!r}", "one of them"),
+    )  # fmt: skip
+    for holds, needed, got, do in wanted:
+        if not holds:
+            raise KernelError(f"cuda_graphs=True needs {needed}. Got {got}. Use {do}, or cuda_graphs=False.")
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """All that the passes of a step read, on the device."""
+
+    parts: list[tuple[Chunk, Chunk]]
+    share: torch.Tensor  # [B]
+    cross: torch.Tensor  # [B] bool
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Result of the passes of a step."""
+
+    loss: torch.Tensor  # [] with gradient
+    task: torch.Tensor  # [] of the task alone
+    memory: StreamMemory  # after the step, detached
+
+
+def roomy(memory: StreamMemory, rows: int) -> StreamMemory:
+    """The same memory with scratchpads of at least so many rows; what is added is not alive."""
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        missing = rows - tensor.shape[1]
+        return (
+            tensor
+            if missing <= 0
+            else torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1)
+        )
+
+    layers = [replace(layer, scratchpad=map_tensors(layer.scratchpad, padded)) for layer in memory.layers]
+    return replace(memory, layers=layers)
+
+
+def side_by_side(origins: Sequence[tuple[StreamMemory, Chunk]]) -> list[tuple[StreamMemory, Chunk]]:
+    """Forecasts to be made, each from its memory: in one pass, of [origins x B], where they have the same length."""
+    if len(origins) < 2 or len({chunk.values.shape for _, chunk in origins}) > 1:
+        return list(origins)
+    memories, chunks = zip(*origins, strict=True)
+    return [(stack_memories(list(memories)), stack_trees(list(chunks)))]
+
+
+def _leaves(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(tree, note)
+    return found
+
+
+@torch.no_grad()
+def _overwrite(target: Any, source: Any) -> None:
+    """Copy every tensor of one tree into those of another of the same sizes."""
+    mine, theirs = _leaves(target), _leaves(source)
+    for a, b in zip(mine, theirs, strict=True):
+        if a.shape != b.shape:
+            raise RuntimeError(
+                f"A step of a CUDA graph must have the sizes it was recorded with, {a.shape}. Got {b.shape}."
+            )
+        if a is not b:
+            a.copy_(b, non_blocking=True)
+
+
+class StepGraph:
+    """Runs the passes of a step: plainly at first, then recorded, then replayed."""
+
+    def __init__(
+        self,
+        passes: Callable[[StepInputs, StreamMemory], Passes],
+        parameters: Sequence[nn.Parameter],
+        *,
+        rows: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        """The passes decide nothing on the host.
+
+        Args:
+            rows: most entries of a scratchpad.
+            generators: of random numbers, on the device, that the passes draw from beside the default one.
+        """
+        self.passes, self.rows, self.generators = passes, rows, list(generators)
+        self.parameters = [weight for weight in parameters if weight.requires_grad]
+        self.plain_steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: StepInputs
+        self.memory: StreamMemory
+        self.loss: torch.Tensor
+        self.task: torch.Tensor
+        self.gradients: tuple[torch.Tensor | None, ...]
+
+    def __call__(self, inputs: StepInputs, memory: StreamMemory) -> Passes:
+        """Loss of a step whose gradient reaches the parameters, and the memory after it."""
+        memory = roomy(memory, self.rows)
+        if self.plain_steps < PLAIN_STEPS:
+            self.plain_steps += 1
+            return self.passes(inputs, memory)
+        if self.graph is None:
+            self._record(inputs, memory)
+        else:
+            _overwrite(self.inputs, inputs)
+            _overwrite(self.memory, memory)
+        assert self.graph is not None
+        self.graph.replay()
+        loss: torch.Tensor = _Replayed.apply(self.loss, self.gradients, *self.parameters)
+        return Passes(loss, self.task, self.memory)
+
+    def _record(self, inputs: StepInputs, memory: StreamMemory) -> None:
+        self.inputs = map_tensors(inputs, lambda tensor: tensor.clone())
+        self.memory = map_tensors(memory, lambda tensor: tensor.detach().clone())
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        # weights cast before the graph would be those of this step for ever
+        torch.clear_autocast_cache()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph):
+                result = self.passes(self.inputs, self.memory)
+                self.gradients = torch.autograd.grad(result.loss, self.parameters, allow_unused=True)
+                self.loss, self.task = result.loss.detach(), result.task.detach()
+                _overwrite(self.memory, roomy(result.memory, self.rows))
+        except RuntimeError as error:
+            raise KernelError(f"cuda_graphs=True cannot record this step: {error}. Use cuda_graphs=False.") from error
+        finally:
+            torch.clear_autocast_cache()
+        self.graph = graph
+
+
+class _Replayed(torch.autograd.Function):
+    """A loss whose gradients are there already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: torch.Tensor, gradients: tuple[torch.Tensor | None, ...], *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        there = [x for x in ctx.gradients if x is not None]
+        # new tensors: the next replay overwrites these
+        scaled = iter(torch._foreach_mul(there, grad))
+        return (None, None, *(None if x is None else next(scaled) for x in ctx.gradients))
