@@ -251,7 +251,6 @@ class _ChunksWithError(torch.autograd.Function):
         from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
         from fla.ops.common.chunk_o import chunk_fwd_o
         from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
-        from fla.ops.utils import chunk_local_cumsum
         from fla.ops.utils.constant import RCP_LN2
         from fla.ops.utils.index import prepare_chunk_indices
 
@@ -260,7 +259,7 @@ class _ChunksWithError(torch.autograd.Function):
         common: dict[str, Any] = {"cu_seqlens": cu_seqlens, "chunk_indices": indices, "chunk_size": chunk}
         beta = beta.clamp_min(LEAST_BETA)  # [B, N, H]
         with _device_of(v):
-            decay = chunk_local_cumsum(g, scale=RCP_LN2, **common)  # [B, N, H] in base 2, within chunks
+            decay = _sums(g, common, scale=RCP_LN2)  # [B, N, H] in base 2, within chunks
             w, u, solved = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=decay, beta=beta, **common)
             before, written, after = chunk_gated_delta_rule_fwd_h(
                 k=k, w=w, u=u, g=decay, initial_state=state, output_final_state=True, **common
@@ -282,7 +281,6 @@ class _ChunksWithError(torch.autograd.Function):
         from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
         from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local
         from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
-        from fla.ops.utils import chunk_local_cumsum
 
         q, k, v, decay, beta, solved, state, error, cu_seqlens, indices = ctx.saved_tensors
         packed: dict[str, Any] = {"cu_seqlens": cu_seqlens, "chunk_indices": indices}
@@ -308,8 +306,26 @@ class _ChunksWithError(torch.autograd.Function):
             )
             if grad_error is not None:
                 dbeta = _grad_beta(q, k, decay, do, dbefore, dv, error, common)  # [B, N, H]
-            dg = chunk_local_cumsum(dg.add_(dg_wy), reverse=True, **common)  # [B, N, H]
+            dg = _sums(dg.add_(dg_wy), common, reverse=True)  # [B, N, H]
         return dq.to(q), dk.add_(dk_wy).to(k), dv.to(v), dg, dbeta.to(beta), dstate, None, None
+
+
+def _sums(g: torch.Tensor, common: dict[str, Any], *, scale: float = 1.0, reverse: bool = False) -> torch.Tensor:
+    """Running sums within chunks, [B, N, H], from the end where ``reverse``.
+
+    The library's own kernel is compiled and tuned anew for every B, which differs from step to step where streams
+    restart; it is left for packed sequences.
+    """
+    if common["cu_seqlens"] is not None:
+        from fla.ops.utils import chunk_local_cumsum
+
+        return chunk_local_cumsum(g, scale=None if scale == 1.0 else scale, reverse=reverse, **common)
+    N, chunk = g.shape[1], common["chunk_size"]
+    blocks = torch.nn.functional.pad(g, (0, 0, 0, -N % chunk)).unflatten(1, (-1, chunk))  # [B, L, T, H]
+    sums = blocks.cumsum(2)  # [B, L, T, H]
+    if reverse:
+        sums = sums[:, :, -1:] - sums + blocks  # [B, L, T, H]
+    return (sums if scale == 1.0 else sums * scale).flatten(1, 2)[:, :N].contiguous()
 
 
 def _grad_beta(
