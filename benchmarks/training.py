@@ -6,9 +6,10 @@ is written to ``benchmarks/results/training`` as it is measured and not measured
 
 delta   the gated delta rule with its prediction error, against the library's own op without it
 layer   a whole HAM layer, forward and backward, against full attention by cuDNN with the same projections, gate,
-        norms and rotations; ``fused``: what lies between the kernels is compiled, in both
-fit     steps of training of the preset ``base`` on contexts of 512 patches of seven channels: on kernels, on plain
-        torch, and a full-attention network of the same size that sees the same patches (PatchTST-like)
+        norms and rotations, these by hamts' own kernels too; ``compiled``: by torch's compiler instead, in both
+fit     steps of training of the preset ``base`` on contexts of 512 patches of seven channels: on kernels, the same
+        recorded as a CUDA graph, on plain torch, and a full-attention network of the same size that sees the same
+        patches (PatchTST-like)
 
 Times are medians by device events after warming up. Beside each stand the floating-point operations it must do and the
 bytes it must move, over what the device did of each in the same run: no version runs faster than that floor.
@@ -39,8 +40,9 @@ from torch.nn import functional as F
 
 from hamts.config import PRESETS, MachineConfig, ModelConfig
 from hamts.nn.compiled import compile_parts
-from hamts.nn.ham import HAMLayer, HeadNorm, rotate
-from hamts.nn.tokens import Policy, Tokens, map_tensors
+from hamts.nn.ham import HAMLayer
+from hamts.nn.heads import HeadNorm, angles, rotate
+from hamts.nn.tokens import Policy, Tokens
 from hamts.ops.kernels import resolve_kernels
 
 RESULTS = Path(__file__).parent / "results" / "training"
@@ -49,8 +51,8 @@ TOKENS, WIDTH, HEADS, WINDOW = 65_536, 1024, 16, 64
 HEAD = WIDTH // HEADS
 DELTA_LENGTHS, LAYER_LENGTHS, LAYER_SHARES = (4_096, 16_384, 65_536), (8_192, 16_384, 65_536), (0.25, 0.10)
 CONTEXT_PATCHES, CHANNELS, WINDOWS, PATCH_STEPS, HORIZON_STEPS = 512, 7, 32, 12, 96
-FITS = ("kernels", "kernels-fused", "torch-bf16", "torch-fp32", "patchtst")
-REPEATS, FIT_STEPS = 12, 12
+FITS = ("kernels-graphs", "kernels", "torch-bf16", "torch-fp32", "patchtst")
+REPEATS, FIT_STEPS, FIT_REPEATS, WARM_STEPS = 12, 12, 3, 8
 
 Timed = dict[str, float]
 
@@ -171,8 +173,10 @@ def delta_cell(length: int, most: dict[str, float]) -> dict[str, Any]:
 class FullAttention(nn.Module):
     """Causal attention over everything by cuDNN, with the exact branch's projections, norms, rotations and gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool) -> None:
+        """With ``fused``, norms and rotations run in the kernels that the HAM layer runs them in."""
         super().__init__()
+        self.fused = fused
         self.to_qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.to_output_gate, self.to_output = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
         self.query_norm, self.key_norm, self.exact_norm = (HeadNorm(HEADS, HEAD) for _ in range(3))
@@ -181,6 +185,16 @@ class FullAttention(nn.Module):
         self, qkv: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = qkv.unflatten(-1, (3, HEADS, HEAD)).unbind(-3)  # 3 x [B, N, H, K]
+        if self.fused:
+            from hamts.ops.layer_triton import turned_queries
+
+            turn = angles(position, HEAD, torch.float32)
+            norms = (self.query_norm, self.key_norm)
+            q, k = (
+                turned_queries(x.flatten(-2)[:, None], gain=norm.gain, turn=turn, scale=1.0)[:, :, 0]
+                for x, norm in zip((q, k), norms, strict=True)
+            )  # 2 x [B, N, H, K]
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # 3 x [B, H, N, K]
         q = rotate(self.query_norm(q)[:, :, None], position)[:, :, 0]  # [B, N, H, K]
         k = rotate(self.key_norm(k)[:, :, None], position)[:, :, 0]  # [B, N, H, K]
         q, k, v = (x.to(qkv.dtype).transpose(1, 2) for x in (q, k, v))  # 3 x [B, H, N, K]
@@ -230,7 +244,9 @@ def plain_tokens(items: int, length: int) -> Tokens:
     return Tokens(**fields)
 
 
-def ham_layer(length: int, share: float, mode: str) -> tuple[HAMLayer, Callable[[torch.Tensor], Any]]:
+def ham_layer(
+    length: int, share: float, mode: str, *, masses: bool = False
+) -> tuple[HAMLayer, Callable[[torch.Tensor], Any]]:
     """A layer whose thresholds keep the share asked for, and the call that the network makes of it."""
     items = TOKENS // length
     config = ModelConfig(width=WIDTH, heads=HEADS, layers=1, window_patches=WINDOW, patch_steps=1)
@@ -241,6 +257,7 @@ def ham_layer(length: int, share: float, mode: str) -> tuple[HAMLayer, Callable[
     policy = Policy(
         share=torch.full((items,), share, device=DEVICE),
         readable=torch.ones(items, 1, 1, dtype=torch.bool, device=DEVICE),
+        masses=masses,
     )
 
     def call(x: torch.Tensor) -> Any:
@@ -269,15 +286,23 @@ def layer_cell(length: int, share: float, most: dict[str, float], mode: str) -> 
         kept = float(call(x).trace.routed.float().mean())
     kernels = kernel_table(partial(_output, call, x), leaves)
     del layer, call, leaves
-    rival = FullAttention().to(DEVICE)
-    compile_parts(rival, mode)
+    rows = {"ham": ham}
+    if mode == "none":
+        layer, call = ham_layer(length, share, mode, masses=True)
+        rows["ham with masses"] = pass_times(partial(_output, call, x), [x, *layer.parameters()])
+        del layer, call
     place = torch.arange(length, device=DEVICE, dtype=torch.float64).expand(items, -1)
+    for name, fused in (("cudnn attention", False), ("cudnn attention, norms fused", True)):
+        rival = FullAttention(fused=fused).to(DEVICE)
+        compile_parts(rival, mode)
 
-    def attend() -> torch.Tensor:
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            return rival(x[:, 0], place)
+        def attend(rival: FullAttention = rival) -> torch.Tensor:
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
+                return rival(x[:, 0], place)
 
-    full = pass_times(attend, [x, *rival.parameters()])
+        rows[name] = pass_times(attend, [x, *rival.parameters()])
+    # against the faster of both
+    full = min(list(rows.values())[-2:], key=lambda row: row["both_ms"])
     dense = 2 * TOKENS * WIDTH * WIDTH
     pairs = TOKENS * (share * length / 2 + WINDOW)
     recurrence = 2 * TOKENS * HEADS * HEAD * (2 * 64 + 4 * HEAD)
@@ -286,7 +311,7 @@ def layer_cell(length: int, share: float, most: dict[str, float], mode: str) -> 
     return {
         "kept": kept,
         "compile_mode": mode,
-        "rows": {"ham": ham, "cudnn attention": full},
+        "rows": rows,
         "floor_ms": {"forward": floor_ms(flops, moved, most), "both": floor_ms(3.2 * flops, 3 * moved, most)},
         "ratio": ham["both_ms"] / full["both_ms"],
         "ratio_memory": ham["peak_gib"] / full["peak_gib"],
@@ -354,9 +379,10 @@ def fit_steps(machine: MachineConfig) -> Callable[[], Any]:
     task = FitTask(network, store, [], HORIZON_STEPS, plan.memory.budget_share, train, 1000, None, machine)
     run = Run(task, quiet=True)
     windows = StreamWindows(
-        store, history, ends=ends, horizon=HORIZON_STEPS, config=train, cross_chance=0.5, device=DEVICE
-    )
-    module = HAMTrainer(task, run, FitState(windows, torch.Generator().manual_seed(1)))
+        store, history, ends=ends, horizon=HORIZON_STEPS, config=train, cross_chance=0.5, device=DEVICE,
+        same_sizes=machine.cuda_graphs,
+    )  # fmt: skip
+    module = HAMTrainer(task, run, FitState(windows, torch.Generator(DEVICE).manual_seed(1)))
     network.train()
     network.backbone.checkpointing = machine.checkpointing
     compile_parts(network, machine.compile_mode)
@@ -364,7 +390,7 @@ def fit_steps(machine: MachineConfig) -> Callable[[], Any]:
     half = machine.precision == "bf16-mixed"
 
     def step() -> None:
-        batch = map_tensors(windows.draw(), lambda tensor: tensor.to(DEVICE))
+        batch = module.transfer_batch_to_device(windows.draw(), torch.device(DEVICE), 0)
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=half):
             loss = module.training_step(batch, 0)
         optimizer.zero_grad(set_to_none=True)
@@ -415,7 +441,7 @@ def patchtst_steps() -> Callable[[], Any]:
     config = ModelConfig(**PRESETS["base"].model, patch_steps=PATCH_STEPS)
     levels = torch.tensor(config.quantiles, device=DEVICE)  # [Q]
     network = PatchAttention(config, len(levels)).to(DEVICE)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     values = torch.randn(WINDOWS * CHANNELS, CONTEXT_PATCHES, PATCH_STEPS, device=DEVICE)
 
     def step() -> None:
@@ -436,23 +462,25 @@ def fit_cell(kind: str, most: dict[str, float]) -> dict[str, Any]:
     """Steps per second, and what share of the time the device was busy with kernels."""
     machines = {
         "kernels": MachineConfig(accelerator="gpu", precision="bf16-mixed", kernel="fla+triton"),
-        "kernels-fused": MachineConfig(
-            accelerator="gpu", precision="bf16-mixed", kernel="fla+triton", compile_mode="default"
+        "kernels-graphs": MachineConfig(
+            accelerator="gpu", precision="bf16-mixed", kernel="fla+triton", cuda_graphs=True
         ),
         "torch-bf16": MachineConfig(accelerator="gpu", precision="bf16-mixed", kernel="torch"),
         "torch-fp32": MachineConfig(accelerator="gpu", precision="32-true", kernel="torch"),
     }
     step = patchtst_steps() if kind == "patchtst" else fit_steps(machines[kind])
-    for _ in range(4):
+    for _ in range(WARM_STEPS):
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     times = []
-    for _ in range(FIT_STEPS):
+    # as a fit does, nothing waits between steps
+    for _ in range(FIT_REPEATS):
         begin = time.perf_counter()
-        step()
+        for _ in range(FIT_STEPS):
+            step()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin) / FIT_STEPS)
     weights = sum(p.numel() for p in step.network.parameters())  # type: ignore[attr-defined]
     patches = WINDOWS * CHANNELS * CONTEXT_PATCHES
     cell: dict[str, Any] = {
@@ -466,7 +494,7 @@ def fit_cell(kind: str, most: dict[str, float]) -> dict[str, Any]:
     return cell | busy(step)
 
 
-def busy(step: Callable[[], Any], steps: int = 4) -> dict[str, Any]:
+def busy(step: Callable[[], Any], steps: int = 8) -> dict[str, Any]:
     """Kernel time over wall time in a trace of some steps, without a wait between them; and the slowest kernels."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -502,7 +530,7 @@ def cells() -> dict[str, Callable[[dict[str, float]], dict[str, Any]]]:
         for length in LAYER_LENGTHS:
             name = f"layer-n{length}-share{round(100 * share)}"
             table[name] = lambda most, n=length, s=share: layer_cell(n, s, most, "none")  # type: ignore[misc]
-            table[f"{name}-fused"] = lambda most, n=length, s=share: layer_cell(n, s, most, "default")  # type: ignore[misc]
+            table[f"{name}-compiled"] = lambda most, n=length, s=share: layer_cell(n, s, most, "default")  # type: ignore[misc]
     for kind in FITS:
         table[f"fit-{kind}"] = lambda most, k=kind: fit_cell(k, most)  # type: ignore[misc]
     return table
