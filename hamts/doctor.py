@@ -98,6 +98,7 @@ def ops() -> list[Finding]:
         Finding("kernel='auto'", f"{chosen.name!r} on {device} ({chosen.why})"),
         Finding("gated_delta", _form("torch, chunked", "fla", fla_problem(device))),
         Finding("attend", _form("torch, blocks of queries", "triton", triton_problem(device))),
+        Finding("norms, gates, convolution", _form("torch, one by one", "triton, fused", triton_problem(device))),
     ]
     found.append(
         Finding("step by step", "torch, one token at a time (what a stream runs, and the truth of all others)")
@@ -141,6 +142,7 @@ def self_test() -> list[Finding]:
         found.append(_parity("gated_delta by fla", partial(_delta, kernels=Kernels("fla")), "cuda"))
     if "cuda" in kinds and triton_problem("cuda") is None:
         found.append(_parity("attend by triton", partial(_read, kernels=Kernels("triton")), "cuda"))
+        found.append(_parity("fused layer by triton", _fused, "cuda"))
     return found
 
 
@@ -171,6 +173,20 @@ def _delta(device: str, generator: Any, *, kernels: Kernels) -> float:
     queries, keys, values, log_decay, beta = (x.double() for x in (queries, keys, values, log_decay, beta))
     true = naive.gated_delta(queries, keys, values, log_decay=log_decay, beta=beta)
     return max(_distance(getattr(fast, name), getattr(true, name)) for name in ("output", "error", "state"))
+
+
+def _fused(device: str, generator: Any) -> float:
+    import torch
+
+    from hamts.nn.heads import angles, turned
+    from hamts.ops import layer_triton
+
+    B, C, N, H, K = 2, 3, 9, 2, 16
+    raw, gain = (torch.randn(*shape, generator=generator).to(device) for shape in ((B, C, N, H * K), (H, K)))
+    turn = angles(torch.arange(N, device=device).double().expand(B, -1), K, torch.float32)
+    fast = layer_triton.turned_queries(raw, gain=gain, turn=turn, scale=1.0)  # [B, N, C, H, K]
+    heads = torch.nn.functional.rms_norm(raw.double().unflatten(-1, (H, K)), (K,), eps=1e-6) * gain.double()
+    return _distance(fast, turned(heads.transpose(1, 2), turn))
 
 
 def _read(device: str, generator: Any, *, kernels: Kernels) -> float:
