@@ -65,6 +65,12 @@ MEASURED: dict[tuple[tuple[int, int], str, int, int], Tiles] = {
     ((9, 0), "entry_grad", 64, 2): Tiles(64, 64, 4, 3, 168),
     ((9, 0), "local_grad", 64, 2): Tiles(64, 64, 4, 3, 168),
     ((9, 0), "mass", 64, 2): Tiles(128, 64, 4, 3),
+    # not measured at this width: a search compiles for a minute
+    ((9, 0), "forward", 32, 2): Tiles(128, 64, 4, 3),
+    ((9, 0), "query_grad", 32, 2): Tiles(64, 64, 4, 3),
+    ((9, 0), "entry_grad", 32, 2): Tiles(64, 64, 4, 3),
+    ((9, 0), "local_grad", 32, 2): Tiles(64, 64, 4, 2),
+    ((9, 0), "mass", 32, 2): Tiles(64, 64, 4, 2),
 }
 
 _chosen: dict[tuple[Any, ...], Tiles] = {}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hamts.ops.gated_delta_trial import precise_products, problem_of
+from hamts.ops.gated_delta_trial import precise_products, problem_of, shortlisted
 from hamts.ops.types import GatedDelta, UnreadDelta
 
 __all__ = ["error_path", "gated_delta", "gated_delta_step"]
@@ -258,7 +258,7 @@ class _ChunksWithError(torch.autograd.Function):
         indices = None if cu_seqlens is None else prepare_chunk_indices(cu_seqlens, chunk)
         common: dict[str, Any] = {"cu_seqlens": cu_seqlens, "chunk_indices": indices, "chunk_size": chunk}
         beta = beta.clamp_min(LEAST_BETA)  # [B, N, H]
-        with _device_of(v):
+        with _device_of(v), shortlisted(v.shape[-1], v.dtype, v.device):
             decay = _sums(g, common, scale=RCP_LN2)  # [B, N, H] in base 2, within chunks
             w, u, solved = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=decay, beta=beta, **common)
             before, written, after = chunk_gated_delta_rule_fwd_h(
@@ -287,7 +287,7 @@ class _ChunksWithError(torch.autograd.Function):
         common: dict[str, Any] = {**packed, "chunk_size": CHUNKS[v.dtype]}
         do = torch.zeros_like(v) if grad_output is None else grad_output.contiguous()  # [B, N, H, V]
         dht = None if grad_state is None else grad_state.float().contiguous()  # [B, H, K, V]
-        with _device_of(v), precise_products(v.dtype):
+        with _device_of(v), precise_products(v.dtype), shortlisted(v.shape[-1], v.dtype, v.device):
             w, u = recompute_w_u_fwd(k=k, v=v, beta=beta, A=solved, g=decay, **packed)
             before, written, _ = chunk_gated_delta_rule_fwd_h(
                 k=k, w=w, u=u, g=decay, initial_state=state, output_final_state=False, **common

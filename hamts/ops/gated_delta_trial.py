@@ -6,6 +6,7 @@ B items · N patches · H heads · K key · V value
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 
 from hamts.ops.gated_delta import gated_delta
 
-__all__ = ["TUNED_MODULES", "precise_products", "problem_of", "untuned"]
+__all__ = ["TUNED_MODULES", "precise_products", "problem_of", "shortlisted", "untuned"]
 
 # where fla keeps the kernels of the rule
 TUNED_MODULES = (
@@ -28,6 +29,18 @@ TUNED_MODULES = (
     "utils.cumsum",
     "utils.solve_tril",
 )
+HOPPER, WIDEST_SHORTLISTED = 9, 64
+# warps, stages, and what else a configuration says
+SHORTLIST: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": ((4, 2, ("BV", 32)), (2, 3, ("BV", 32)), (4, 3, ("BV", 64))),
+    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": ((4, 2, ("BV", 32)), (2, 3, ("BV", 32)), (4, 2, ("BV", 64))),
+    "chunk_fwd_kernel_o": ((4, 3, ("BK", 64), ("BV", 64)), (8, 3, ("BK", 128), ("BV", 128))),
+    "chunk_bwd_kernel_dqkwg": ((4, 2), (4, 3)),
+    "chunk_bwd_kernel_dv_local": ((4, 3), (2, 3)),
+    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": ((4, 3, ("BK", 64)), (2, 3, ("BK", 64))),
+    "recompute_w_u_fwd_kernel": ((4, 3), (2, 3)),
+    "prepare_wy_repr_bwd_kernel": ((4, 2), (2, 3)),
+}
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
@@ -76,17 +89,50 @@ def problem_of(way: Callable[..., Any], device: str, dtype: torch.dtype) -> str 
 @contextlib.contextmanager
 def untuned() -> Iterator[None]:
     """Every kernel of the rule with the first of its configurations: for a trial, compiling one is enough."""
-    tuners = []
-    for name in TUNED_MODULES:
-        for kernel in vars(importlib.import_module(f"fla.ops.{name}")).values():
+    with _configured(lambda name, configs: configs[:1]):
+        yield
+
+
+@contextlib.contextmanager
+def shortlisted(width: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Tune over few configurations where they are known to do: on Hopper, in half precision, heads of up to 64.
+
+    All that the library tries take a minute and more to compile, at the first step of every fit on a new machine.
+    """
+    known = device.type == "cuda" and dtype != torch.float32 and width <= WIDEST_SHORTLISTED
+    if not known or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        yield
+        return
+
+    def few(name: str, configs: list[Any]) -> list[Any]:
+        chosen = SHORTLIST.get(name, ())
+        return [c for c in configs if (c.num_warps, c.num_stages, *sorted(c.kwargs.items())) in chosen] or configs
+
+    with _configured(few):
+        yield
+
+
+@contextlib.contextmanager
+def _configured(choose: Callable[[str, list[Any]], list[Any]]) -> Iterator[None]:
+    kernels = _tuned_kernels()
+    before = [kernel.configs for _, kernel in kernels]
+    try:
+        for name, kernel in kernels:
+            kernel.configs = choose(name, kernel.configs)
+        yield
+    finally:
+        for (_, kernel), configs in zip(kernels, before, strict=True):
+            kernel.configs = configs
+
+
+@functools.cache
+def _tuned_kernels() -> list[tuple[str, Any]]:
+    """The kernels of the rule that are tuned, by name."""
+    found = []
+    for module in TUNED_MODULES:
+        for name, kernel in vars(importlib.import_module(f"fla.ops.{module}")).items():
             while kernel is not None and not hasattr(kernel, "configs"):
                 kernel = getattr(kernel, "fn", None)
             if kernel is not None:
-                tuners.append((kernel, kernel.configs))
-    try:
-        for kernel, configs in tuners:
-            kernel.configs = configs[:1]
-        yield
-    finally:
-        for kernel, configs in tuners:
-            kernel.configs = configs
+                found.append((name, kernel))
+    return found
