@@ -18,8 +18,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Triton is not supported on current platform:UserWarning"),
 ]
 
+from triton import Config  # noqa: E402
+
 from hamts.ops import gated_delta_fla  # noqa: E402
-from hamts.ops.gated_delta_trial import problem_of, untuned  # noqa: E402
+from hamts.ops.gated_delta_trial import SHORTLIST, _tuned_kernels, problem_of, shortlisted, untuned  # noqa: E402
 
 # float32 sums in another order; on a GPU three TF32 products stand for one of float32
 TOLERANCE = 5e-6 if INTERPRETED else 3e-5
@@ -220,3 +222,19 @@ def test_on_a_gpu_long_streams_agree_in_both_dtypes(way: str, width: int, genera
     half = {name: x.bfloat16() if name in ("queries", "keys", "values") else x for name, x in given.items()}
     rounded = parts_and_gradients(naive.gated_delta, doubled(half))
     assert_alike(parts_and_gradients(gated_delta_fla.gated_delta, half), rounded, TOLERANCE_BF16)
+
+
+def test_on_hopper_few_configurations_are_tuned_over_and_all_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [kernel for name, kernel in _tuned_kernels() if name in SHORTLIST]
+    assert len(kernels) == len(SHORTLIST)
+    before = [kernel.configs for kernel in kernels]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    every = [Config({"BV": v}, num_warps=w, num_stages=s) for v in (32, 64) for w in (2, 4) for s in (2, 3, 4)]
+    name, kernel = next(pair for pair in _tuned_kernels() if pair[0].endswith("fwd_kernel_h_blockdim64"))
+    monkeypatch.setattr(kernel, "configs", every)
+    for width, dtype, few in ((64, torch.bfloat16, True), (128, torch.bfloat16, False), (64, torch.float32, False)):
+        with shortlisted(width, dtype, torch.device("cuda")):
+            assert len(kernel.configs) == (len(SHORTLIST[name]) if few else len(every))
+        assert kernel.configs is every
+    monkeypatch.undo()
+    assert all(now.configs is then for now, then in zip(kernels, before, strict=True))
