@@ -226,6 +226,7 @@ def _attention(fitted: Fitted, result: Backtest) -> float:
         B, C, N = chunk.heard.shape
         there = (chunk.first_patch[:, None] + torch.arange(N) >= 0).sum()  # of absent patches nothing is asked
         for layer in chunk.layers:
+            assert layer.entries_mass is not None  # traces were asked for
             spent += float((layer.entries_mass.double() * layer.entries_sights).sum())
             asked += float(there) * C * heads
     return spent / max(asked, 1.0)

@@ -106,6 +106,7 @@ def _layer_rows(
     network: HAMNetwork, store: PatchStore, items: torch.Tensor, first: torch.Tensor, N: int, trace: LayerTrace
 ) -> pd.DataFrame:
     """What one layer read of its entries in one chunk."""
+    assert trace.entries_mass is not None  # traces were asked for
     b, m = (trace.entries_sights > 0).cpu().nonzero(as_tuple=True)  # 2 x [R]
     item = items.cpu()[b]  # [R]
     sights = trace.entries_sights.cpu()[b, m].numpy()  # [R]
