@@ -28,6 +28,7 @@ class Decision:
     asked: torch.Tensor  # [B, L, C, S] bool: by each score router
     routed: torch.Tensor  # [B, L, C] bool
     rank: torch.Tensor  # [B, L, C] what eviction by score compares
+    threshold: torch.Tensor  # [B, S] of the trained table
     online: torch.Tensor | None  # [B, N, S] thresholds, where they moved
     revised: torch.Tensor | None  # [B, W, C] bool: kept after all, because of a tag of this chunk
     carried: Carried
@@ -86,7 +87,8 @@ def decide(
         frozen: in a forecast thresholds stand still, and nothing decides in the router's place.
     """
     channels = local.routable.shape[2]
-    asked, online, carried = _asked(local, tokens, policy, carried, router, thresholds, frozen)
+    fixed = thresholds(policy.share)  # [B, S]
+    asked, online, carried = _asked(local, tokens, policy, carried, router, thresholds, fixed, frozen)
     rank = thresholds.rank(local.scores)  # [B, L, C]
     some = (policy.share > 0)[:, None, None]  # [B, 1, 1]; a budget of nothing keeps nothing, tagged or not
     routed = asked.any(-1)  # [B, L, C]
@@ -110,7 +112,7 @@ def decide(
             window = local.position.shape[1] - tokens.position.shape[1]
             revised = (local.must_keep & ~before & ~routed & local.present & some)[:, :window]  # [B, W, C]
         routed = routed | (local.must_keep & local.present & some)  # [B, L, C]
-    return Decision(local, asked, routed, rank, online, revised, carried)
+    return Decision(local, asked, routed, rank, fixed, online, revised, carried)
 
 
 def _asked(
@@ -120,10 +122,11 @@ def _asked(
     carried: Carried,
     router: Router,
     thresholds: ThresholdTable,
+    fixed: torch.Tensor,
     frozen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Carried]:
     """Tokens that each score router asks for, [B, L, C, S], by thresholds that stand or move."""
-    fixed = thresholds(policy.share).to(local.scores.dtype)  # [B, S]
+    fixed = fixed.to(local.scores.dtype)  # [B, S]
     asked = local.routable[..., None] & (local.scores >= fixed[:, None, None])  # [B, L, C, S]
     if policy.threshold == "fixed" or local.asked is None or not router.names:
         return asked, None, carried

@@ -174,8 +174,7 @@ class HAMLayer(nn.Module):
             after = self._after(
                 recurrent.state, inputs.tail, scores.error_mean, decision, entries, until, origin, N, policy
             )
-        threshold = self.thresholds(policy.share)  # [B, S]
-        trace = layer_trace(scores, decision, read, entries, until, origin, policy, threshold)
+        trace = layer_trace(scores, decision, read, entries, until, origin, policy)
         return LayerOutput(output, after, trace)
 
     def step(self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy) -> LayerOutput:

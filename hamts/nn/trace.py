@@ -61,13 +61,11 @@ def layer_trace(
     until: torch.Tensor,
     visible_from: torch.Tensor,
     policy: Policy,
-    threshold: torch.Tensor,
 ) -> LayerTrace:
     """Every decision about a chunk, and how its entries were read.
 
     Args:
         until, visible_from: first query that no longer sees each entry, and first that does, [B, M'] int64.
-        threshold: of the trained table, [B, S].
     """
     local, N = decision.local, scores.scores.shape[2]
     W = local.position.shape[1] - N
@@ -84,7 +82,7 @@ def layer_trace(
     must_keep = local.must_keep & policy.use_tags & (policy.share > 0)[:, None, None]  # [B, W + N, C]
     return LayerTrace(
         scores=scores.scores,
-        threshold=threshold,
+        threshold=decision.threshold,
         by_score=decision.asked[:, W:].transpose(1, 2),
         must_keep=must_keep[:, W:].transpose(1, 2),
         routed=decision.routed[:, W:].transpose(1, 2),
