@@ -52,7 +52,7 @@ HEAD = WIDTH // HEADS
 DELTA_LENGTHS, LAYER_LENGTHS, LAYER_SHARES = (4_096, 16_384, 65_536), (8_192, 16_384, 65_536), (0.25, 0.10)
 CONTEXT_PATCHES, CHANNELS, WINDOWS, PATCH_STEPS, HORIZON_STEPS = 512, 7, 32, 12, 96
 FITS = ("kernels-graphs", "kernels", "torch-bf16", "torch-fp32", "patchtst")
-REPEATS, FIT_STEPS, FIT_REPEATS, WARM_STEPS = 12, 12, 3, 8
+REPEATS, FIT_STEPS, FIT_REPEATS, WARM_STEPS, FIT_SECONDS = 12, 12, 3, 5, 8.0
 
 Timed = dict[str, float]
 
@@ -469,18 +469,25 @@ def fit_cell(kind: str, most: dict[str, float]) -> dict[str, Any]:
         "torch-fp32": MachineConfig(accelerator="gpu", precision="32-true", kernel="torch"),
     }
     step = patchtst_steps() if kind == "patchtst" else fit_steps(machines[kind])
+    begun = time.perf_counter()
     for _ in range(WARM_STEPS):
         step()
     torch.cuda.synchronize()
+    warm = time.perf_counter() - begun
+    begun = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    # a slow step need not be repeated as often
+    steps = max(2, min(FIT_STEPS, int(FIT_SECONDS / (time.perf_counter() - begun) / FIT_REPEATS)))
     torch.cuda.reset_peak_memory_stats()
     times = []
     # as a fit does, nothing waits between steps
     for _ in range(FIT_REPEATS):
-        begin = time.perf_counter()
-        for _ in range(FIT_STEPS):
+        begun = time.perf_counter()
+        for _ in range(steps):
             step()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) / FIT_STEPS)
+        times.append((time.perf_counter() - begun) / steps)
     weights = sum(p.numel() for p in step.network.parameters())  # type: ignore[attr-defined]
     patches = WINDOWS * CHANNELS * CONTEXT_PATCHES
     cell: dict[str, Any] = {
@@ -488,13 +495,15 @@ def fit_cell(kind: str, most: dict[str, float]) -> dict[str, Any]:
         "steps_per_s": 1 / statistics.median(times),
         "patches_per_s": patches / statistics.median(times),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "steps_a_repeat": steps,
+        "first_steps_s": warm,
         "weights": weights,
         "floor_ms": {"both": 1e3 * 6 * weights * patches / most["flops"]},
     }
-    return cell | busy(step)
+    return cell | busy(step, max(2, steps // 2))
 
 
-def busy(step: Callable[[], Any], steps: int = 8) -> dict[str, Any]:
+def busy(step: Callable[[], Any], steps: int) -> dict[str, Any]:
     """Kernel time over wall time in a trace of some steps, without a wait between them; and the slowest kernels."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
