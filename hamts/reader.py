@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hamts.config import MemoryConfig, ModelConfig
-from hamts.data.constants import constant
+from hamts.data.constants import chosen, constant
 from hamts.data.panel import KNOWN_AHEAD
 from hamts.data.patches import Chunk
 from hamts.data.scale import CausalScale, ScaleState, ScaleStats
@@ -188,11 +188,9 @@ class HAMNetwork(nn.Module):
         policies = [policy] * self.config.layers if isinstance(policy, Policy) else list(policy)
         result = self.backbone(tokens, memory.layers, policies, stepwise=stepwise, advance=advance)
         targets = self.spec.targets
-        hidden = result.hidden[:, targets]  # [B, G, N, D]
-        if not decode:
-            hidden = hidden[:, :, :0]  # [B, G, 0, D]
         first = slice(None) if decode else slice(0, 0)
-        mean, scale = stats.mean[:, targets, first, 0], stats.scale[:, targets, first, 0]  # 2 x [B, G, N]
+        hidden = chosen(result.hidden[:, :, first], targets)  # [B, G, N, D], or no N
+        mean, scale = (chosen(x[:, :, first, 0], targets) for x in (stats.mean, stats.scale))  # 2 x [B, G, N]
         bounds = stats.bounds[:, :, first]  # [B, G, N, 2]
         return Reading(
             quantiles=bounded(self.head(hidden), bounds, mean, scale),
@@ -250,9 +248,11 @@ class HAMNetwork(nn.Module):
         spread = torch.log(stats.scale[..., :1] / slow_scale)  # [B, C, N, L - 1]
         where = torch.zeros(*level.shape[:-1], 4, dtype=level.dtype, device=level.device)  # [B, C, N, 4]
         targets = self.spec.targets
-        bounds = (stats.bounds - stats.mean[:, targets, :, :1]) / stats.scale[:, targets, :, :1]  # [B, G, N, 2]
+        mean, scale = (chosen(x[..., :1], targets) for x in (stats.mean, stats.scale))  # 2 x [B, G, N, 1]
+        bounds = (stats.bounds - mean) / scale  # [B, G, N, 2]
         there = stats.bound_share > 0  # [B, G, N, 2]
-        where[:, targets] = torch.cat([torch.where(there, bounds, 0.0), stats.bound_share], -1)
+        known = torch.cat([torch.where(there, bounds, 0.0), stats.bound_share], -1)  # [B, G, N, 4]
+        where = where.index_copy(1, constant(targets, torch.int64, where.device), known)  # [B, C, N, 4]
         return torch.cat([level, spread, where], -1).clamp(-LEVEL_CLAMP, LEVEL_CLAMP)
 
     def _ahead(self, chunk: Chunk, mean: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
 from hamts.config import MachineConfig, ModelConfig, TrainConfig
-from hamts.data.constants import constant
+from hamts.data.constants import chosen, constant
 from hamts.data.patches import Chunk, PatchStore
 from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
@@ -203,10 +203,10 @@ class HAMTrainer(L.LightningModule):
     def _task_loss(self, reading: Any, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed quantile loss over hidden target steps whose truth is known, and how many there were."""
         targets = self.network.spec.targets
-        truth = chunk.truth[:, targets]  # [B, G, N, P]
+        truth = chosen(chunk.truth, targets)  # [B, G, N, P]
         scaled = (truth - reading.mean[..., None]) / reading.scale[..., None]  # [B, G, N, P]
         assert chunk.horizon is not None
-        asked = chunk.horizon[:, None] & ~chunk.observed[:, targets] & ~torch.isnan(truth)  # [B, G, N, P]
+        asked = chunk.horizon[:, None] & ~chosen(chunk.observed, targets) & ~torch.isnan(truth)  # [B, G, N, P]
         scaled = torch.where(asked, scaled.clamp(-30, 30), 0.0).to(reading.quantiles.dtype)  # [B, G, N, P]
         levels = constant(self.network.config.quantiles, scaled.dtype, scaled.device)  # [Q]
         losses = pinball(reading.quantiles, scaled, levels)  # [B, G, N, P]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["constant"]
+__all__ = ["chosen", "constant"]
 
 Number = bool | int | float
 
@@ -27,6 +27,11 @@ def constant(
     if kept if kept is not None else device.type == "cuda":
         return _kept(tuple(values), dtype, device)
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def chosen(x: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Some channels of a tensor, [B, C, ...] -> [B, G, ...]; a list between brackets would be copied to the device."""
+    return x.index_select(1, constant(places, torch.int64, x.device))
 
 
 @functools.lru_cache(maxsize=512)

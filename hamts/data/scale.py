@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hamts.data.constants import constant
+from hamts.data.constants import chosen, constant
 
 __all__ = ["CausalScale", "ScaleState", "ScaleStats", "find_bounds"]
 
@@ -121,13 +121,15 @@ class CausalScale:
         Masses age by observed steps: a gap, or a long horizon, must not wear a bound away.
         """
         targets = list(self.targets)
-        signed = torch.stack([values[:, targets], -values[:, targets]], -1)  # [B, G, N, P, 2]
-        seen = observed[:, targets][..., None].expand_as(signed)  # [B, G, N, P, 2]
+        own = chosen(values, targets)  # [B, G, N, P]
+        signed = torch.stack([own, -own], -1)  # [B, G, N, P, 2]
+        known = chosen(observed, targets)  # [B, G, N, P]
+        seen = known[..., None].expand_as(signed)  # [B, G, N, P, 2]
         signed = torch.where(seen, signed, torch.inf)  # [B, G, N, P, 2]
         lows = torch.cat([state.extreme[:, :, None], signed.amin(3)], 2)  # [B, G, 1 + N, 2]
         extreme = lows.cummin(2).values[:, :, 1:]  # [B, G, N, 2]
         decay = 2.0 ** (-1.0 / self.half_lives[-1])
-        there = observed[:, targets].double()  # [B, G, N, P]
+        there = known.double()  # [B, G, N, P]
         count = there.sum(-1).cumsum(2)  # [B, G, N]
         within = decay ** (there.sum(-1, keepdim=True) - there.cumsum(-1))  # [B, G, N, P]
         hit = (signed == extreme[:, :, :, None]) & seen  # [B, G, N, P, 2]

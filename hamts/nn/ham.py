@@ -262,12 +262,15 @@ class HAMLayer(nn.Module):
     ) -> tuple[Attended, Entries, torch.Tensor, torch.Tensor]:
         """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
         (N, C), local = queries.shape[1:3], decision.local
-        # what the chunk leaves in the window no query of the chunk finds in the scratchpad
-        gone = map_tensors(local, lambda tensor: tensor[:, :N])
-        fresh = as_entries(gone, decision.routed[:, :N], decision.rank[:, :N], policy.use_tags)  # [B, N C]
+        # what the chunk leaves in the window no query of the chunk finds in the scratchpad; for a gradient it is only
+        # left out, as one of a slice would fill and add the whole once more
+        L = local.position.shape[1] if local.keys.requires_grad else N
+        gone = map_tensors(local, lambda tensor: tensor[:, :L]) if L < local.position.shape[1] else local
+        routed = decision.routed[:, :L] & (torch.arange(L, device=queries.device) < N)[:, None]  # [B, L, C]
+        fresh = as_entries(gone, routed, decision.rank[:, :L], policy.use_tags)  # [B, L C]
         each = 1
         if self.steps is not None and gone.steps is not None:
-            fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, N C P]
+            fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, L C P]
         kept = replace(kept, keys=kept.keys.to(fresh.keys.dtype), values=kept.values.to(fresh.values.dtype))
         entries, origin = append_candidates(kept, fresh)  # [B, M']
         # the token at local index l leaves the window when query l is asked

@@ -32,7 +32,7 @@ from hamts.nn.scores import (
 )
 from hamts.nn.scratchpad import Carried
 from hamts.nn.tokens import Tokens
-from hamts.ops.types import GatedDelta, compute_dtype
+from hamts.ops.types import GatedDelta, UnreadDelta, compute_dtype
 
 __all__ = [
     "BIAS_FLOOR",
@@ -155,13 +155,14 @@ class Router(nn.Module):
         narrow = x if narrow is None else narrow
         # scores are compared with thresholds: under mixed precision too they have all digits
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            error = recurrent.error  # [B, C, N, H, V]
             if fused:
                 from hamts.ops import layer_triton
 
-                squared, unlike = layer_triton.compared(error, values)  # 2 x [B, C, N, H]
+                unread = isinstance(recurrent, UnreadDelta)
+                given = (recurrent.written, values, recurrent.beta) if unread else (recurrent.error, values)
+                squared, unlike = layer_triton.compared(*given)  # 2 x [B, C, N, H]
             else:
-                squared, unlike = self._compared(error, recurrent.prediction, values)  # 2 x [B, C, N, H]
+                squared, unlike = self._compared(recurrent.error, recurrent.prediction, values)  # 2 x [B, C, N, H]
             squared = squared.to(x.dtype)  # [B, C, N, H]
             running, after = causal_error_mean(squared, tokens.heard > 0, error_mean)  # [B, C, N, H], [B, C, H, 2]
             available = {
@@ -169,9 +170,10 @@ class Router(nn.Module):
                 "surprise": self._over_heads(unlike),
             }  # [B, C, N] each
             if "error" in self.names or self.mixed is not None:
-                available["error"] = self._over_heads(normalised_error(error.to(x.dtype), values.to(x.dtype)))
+                error = recurrent.error.to(x.dtype)  # [B, C, N, H, V]
+                available["error"] = self._over_heads(normalised_error(error, values.to(x.dtype)))
             if "write" in self.names or self.mixed is not None:
-                available["write"] = self._over_heads(write_size(error.to(x.dtype), beta))
+                available["write"] = self._over_heads(write_size(recurrent.error.to(x.dtype), beta))
         inner, carried = self._expect(x, recurrent, tokens, carried)
         if inner is not None:
             available |= self._doubts(inner, tokens)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hamts.config import MemoryConfig, TagType
-from hamts.data.constants import constant
+from hamts.data.constants import chosen, constant
 from hamts.nn.scratchpad import LOWEST_LEVEL, Pending
 from hamts.nn.tokens import Tokens
 
@@ -84,7 +84,7 @@ def mark_tagged(rules: TagRules, local: Pending, tokens: Tokens, tagged: torch.T
     assert local.tag_type is not None and local.tag_level is not None and local.markable is not None
     window = local.position.shape[1] - tokens.position.shape[1]
     now = tokens.tags.any(-1)  # [B, C, N]
-    now = (now & tokens.must_keep)[:, list(rules.channels)].transpose(1, 2)  # [B, N, K]
+    now = chosen(now & tokens.must_keep, rules.channels).transpose(1, 2)  # [B, N, K]
     last = torch.where(now, tokens.position[..., None], LOWEST_LEVEL)  # [B, N, K]
     last = torch.cat([tagged[:, None], last], 1).cummax(1).values  # [B, 1 + N, K]
     reach = _reached(rules, local, tokens, now, last[:, 1:], window)  # [B, W + N, K]

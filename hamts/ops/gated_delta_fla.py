@@ -76,10 +76,12 @@ def gated_delta(
     state = None if initial_state is None else initial_state.float()  # [B, H, K, V]
     way = _from_internals if error_path(values.device.type, dtype) == "internals" else _from_shifted_query
     with torch.autocast(values.device.type, enabled=False), precise_products(dtype):
+        kind = values.dtype
+        if way is _from_internals and not error_grad:
+            tensors = [x if x is None else x.contiguous() for x in (q, k, v, g, b, state)]
+            output, written, after = _ChunksWithError.apply(*tensors, cu_seqlens, False)
+            return UnreadDelta(output.to(kind), after, values, written, b.detach().clamp_min(LEAST_BETA))
         output, error, prediction, after = way(q, k, v, g, b, state, cu_seqlens, error_grad)
-    kind = values.dtype
-    if prediction is None:
-        return UnreadDelta(output.to(kind), error.to(kind), after, values)
     return GatedDelta(output=output.to(kind), prediction=prediction.to(kind), error=error.to(kind), state=after)
 
 
@@ -169,7 +171,7 @@ def error_path(device: str, dtype: torch.dtype = torch.bfloat16) -> str:
     return "shifted query"
 
 
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _from_internals(
@@ -182,10 +184,10 @@ def _from_internals(
     cu_seqlens: torch.Tensor | None,
     error_grad: bool,
 ) -> Parts:
-    """Output, error and prediction (None: the difference to the values), [B, N, H, V], and the last state."""
+    """Output, error and prediction, [B, N, H, V], and the last state, [B, H, K, V]."""
     tensors = [x if x is None else x.contiguous() for x in (q, k, v, g, beta, state)]
     output, error, after = _ChunksWithError.apply(*tensors, cu_seqlens, error_grad)
-    return output, error, v - error if error_grad else None, after
+    return output, error, v - error, after
 
 
 def _from_shifted_query(
@@ -233,6 +235,8 @@ def _first_steps(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torc
 class _ChunksWithError(torch.autograd.Function):
     """fla's chunked forward and backward, put together again so that the error comes out and its gradient goes in.
 
+    Without ``error_grad`` what was written comes out instead of the error: a division is not worth a pass over memory.
+
     Follows ``ChunkGatedDeltaRuleFunction`` of fla-core 0.6.0 (MIT).
     """
 
@@ -265,7 +269,8 @@ class _ChunksWithError(torch.autograd.Function):
                 k=k, w=w, u=u, g=decay, initial_state=state, output_final_state=True, **common
             )
             output = chunk_fwd_o(q=q, k=k, v=written, h=before, g=decay, scale=1.0, **common)  # [B, N, H, V]
-            error = torch.div(written, beta[..., None], out=torch.empty_like(v))  # [B, N, H, V]
+            # without a gradient the division is left to whoever reads the error
+            error = torch.div(written, beta[..., None], out=torch.empty_like(v)) if error_grad else written
         kept = error if error_grad else None
         ctx.save_for_backward(q, k, v, decay, beta, solved, state, kept, cu_seqlens, indices)
         ctx.set_materialize_grads(False)

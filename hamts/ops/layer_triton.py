@@ -29,6 +29,8 @@ __all__ = ["compared", "layer_inputs", "mixed_branches", "turned_queries"]
 TAPS = 4
 MARKS = 3
 WARPS = 4
+# tiles of tokens that a program takes where it sums over them
+LOOP = 8
 
 
 # cosine and sine of the angles of the rotation by time, shared by all channels and heads, 2 x [B, N, pairs] float32
@@ -113,14 +115,14 @@ class _Inputs(torch.autograd.Function):
             for grad, shape in zip(grads, shapes, strict=True)
         )
         BK, BT = _tile(K)
-        tiles, all_tiles = triton.cdiv(N, BT), triton.cdiv(N + TAPS - 1, BT)
+        tiles, all_tiles = triton.cdiv(N, BT * LOOP), triton.cdiv(N + TAPS - 1, BT)
         dz, dmixed, dtail = torch.empty_like(mixed), torch.empty_like(mixed), torch.empty_like(tail)
-        dconv = conv.new_empty(B * C * tiles, width, TAPS, dtype=torch.float32)  # [T, 3 D, taps]
+        dconv = conv.new_empty(B * C * tiles, TAPS, width, dtype=torch.float32)  # [T, taps, 3 D]
         dgain = gain.new_empty(B * C * all_tiles, H, K, dtype=torch.float32)  # [T, H, K]
         flags = present.view(torch.uint8)
         sizes: dict[str, Any] = {"C": C, "H": H, "K": K, "BK": BK, "BT": BT, "num_warps": WARPS}
         kernels.written_grad_kernel[(B * C * tiles, H, 3)](
-            mixed, tail, flags, conv, dq, dk, dv, dz, dconv, N, **sizes
+            mixed, tail, flags, conv, dq, dk, dv, dz, dconv, N, LOOP=LOOP, **sizes
         )  # fmt: skip
         kernels.inputs_grad_kernel[(B * C * all_tiles, H, 3)](
             mixed, flags, conv, gain, cosine, sine, dz, dkeys, dvalues, dmixed, dtail, dgain, N, W,
@@ -128,7 +130,7 @@ class _Inputs(torch.autograd.Function):
         )  # fmt: skip
         key_kind, value_kind = ctx.kinds
         return (
-            dmixed, dtail, None, dconv.sum(0).to(conv.dtype), dgain.sum(0).to(gain.dtype), None, None,
+            dmixed, dtail, None, dconv.sum(0).mT.to(conv.dtype), dgain.sum(0).to(gain.dtype), None, None,
             dkeys[:, :W].to(key_kind), dvalues[:, :W].to(value_kind),
         )  # fmt: skip
 
@@ -222,13 +224,13 @@ class _Mix(torch.autograd.Function):
         recurrent, exact, marks, _, gates, opened, gain, exact_gain, from_marks = given
         B, C, N, H, K = recurrent.shape
         BK, BT = _tile(K)
-        tiles = B * C * triton.cdiv(N, BT)
+        tiles = B * C * triton.cdiv(N, BT * LOOP)
         drecurrent, dexact, dmarks, dopened = (torch.empty_like(x) for x in (recurrent, exact, marks, opened))
         dgates = torch.zeros_like(gates)  # decay and write gate have their own way
         parts = gain.new_empty(tiles, H, 4, K, dtype=torch.float32)  # [T, H, 4, K]
         mixing.mix_grad_kernel[(tiles, H)](
             *given, grad.contiguous(), drecurrent, dexact, dmarks, dgates, dopened, parts, N, C=C, H=H, K=K, BK=BK,
-            BT=BT, num_warps=WARPS,
+            BT=BT, LOOP=LOOP, num_warps=WARPS,
         )  # fmt: skip
         dgain, dexact_gain, dlevel, dscale = parts.sum(0).unbind(1)  # 4 x [H, K]
         return (
@@ -238,14 +240,22 @@ class _Mix(torch.autograd.Function):
 
 
 @torch.no_grad()
-def compared(error: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error, and cosine distance of prediction and value, float32: 2 x [..., K] -> 2 x [...]; no gradient."""
+def compared(
+    error: torch.Tensor, values: torch.Tensor, beta: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error, and cosine distance of prediction and value, float32: 2 x [..., K] -> 2 x [...]; no gradient.
+
+    Args:
+        beta: write gates, [...], where ``error`` is what was written, the gate's part of it; None: it is the error.
+    """
     K = values.shape[-1]
     error, values = error.contiguous(), values.contiguous()
     squared = torch.empty(values.shape[:-1], dtype=torch.float32, device=values.device)
     surprise = torch.empty_like(squared)
+    gates = squared if beta is None else beta.contiguous()
     BK, BT = _tile(K)
     mixing.compared_kernel[(triton.cdiv(squared.numel(), BT),)](
-        error, values, squared, surprise, squared.numel(), K=K, BK=BK, BT=BT, num_warps=WARPS
-    )
+        error, values, gates, squared, surprise, squared.numel(), WRITTEN=beta is not None, K=K, BK=BK, BT=BT,
+        num_warps=WARPS,
+    )  # fmt: skip
     return squared, surprise

@@ -165,42 +165,59 @@ def inputs_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def written_grad_kernel(
     mixed_ptr, tail_ptr, present_ptr, conv_ptr, dq_ptr, dk_ptr, dv_ptr, dz_ptr, dconv_ptr, n_tokens, C: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the sums over taps, [S, N, 3 D], and parts of that of the taps, [T, 3 D, TAPS]."""
-    tiles = tl.cdiv(n_tokens, BT)
+    """Gradient of the sums over taps, [S, N, 3 D], and parts of that of the taps, [T, TAPS, 3 D]."""
+    tiles = tl.cdiv(n_tokens, BT * LOOP)
     stream, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     item = stream // C
     head, part = tl.program_id(1), tl.program_id(2)
-    rows, units = tile * BT + tl.arange(0, BT), tl.arange(0, BK)
-    inside, good = rows < n_tokens, units < K
-    there = inside[:, None] & good[None, :]
+    units = tl.arange(0, BK)
+    good = units < K
     width = 3 * H * K
     columns = (part * H + head) * K + units
-    z = _convolved(mixed_ptr, tail_ptr, present_ptr, conv_ptr, stream, item, rows, columns, good, n_tokens, width)
-    open = tl.sigmoid(z)
-    place = ((stream * n_tokens + rows) * H + head)[:, None] * K + units[None, :]
-    if part == 2:
-        grad = tl.load(dv_ptr + place, mask=there, other=0.0).to(tl.float32)
-    else:
-        if part == 0:
-            grad = tl.load(dq_ptr + place, mask=there, other=0.0).to(tl.float32)
+    w0 = tl.load(conv_ptr + columns * TAPS, mask=good, other=0.0).to(tl.float32)[None, :]
+    w1 = tl.load(conv_ptr + columns * TAPS + 1, mask=good, other=0.0).to(tl.float32)[None, :]
+    w2 = tl.load(conv_ptr + columns * TAPS + 2, mask=good, other=0.0).to(tl.float32)[None, :]
+    w3 = tl.load(conv_ptr + columns * TAPS + 3, mask=good, other=0.0).to(tl.float32)[None, :]
+    # summed over rows once, at the end: a sum across threads for every tile would take longer than the tile
+    of0, of1 = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
+    of2, of3 = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
+    first = tile * BT * LOOP
+    for start in tl.range(first, tl.minimum(first + BT * LOOP, n_tokens), BT):
+        rows = start + tl.arange(0, BT)
+        there = (rows < n_tokens)[:, None] & good[None, :]
+        x0 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows - 3, columns, good, n_tokens, width)
+        x1 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows - 2, columns, good, n_tokens, width)
+        x2 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows - 1, columns, good, n_tokens, width)
+        x3 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows, columns, good, n_tokens, width)
+        z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        open = tl.sigmoid(z)
+        place = ((stream * n_tokens + rows) * H + head)[:, None] * K + units[None, :]
+        if part == 2:
+            grad = tl.load(dv_ptr + place, mask=there, other=0.0).to(tl.float32)
         else:
-            grad = tl.load(dk_ptr + place, mask=there, other=0.0).to(tl.float32)
-        y = z * open
-        size = tl.sqrt(tl.sum(y * y, 1))
-        long = size > UNIT_EPS
-        unit = y / tl.maximum(size, UNIT_EPS)[:, None]
-        along = tl.where(long, tl.sum(grad * unit, 1), 0.0)
-        grad = (grad - unit * along[:, None]) / tl.maximum(size, UNIT_EPS)[:, None]
-    dz = tl.where(there, grad * open * (1.0 + z * (1.0 - open)), 0.0)
-    tl.store(dz_ptr + (stream * n_tokens + rows)[:, None] * width + columns[None, :], dz, mask=there)
-    for tap in tl.static_range(TAPS):
-        x = _tap(
-            mixed_ptr, tail_ptr, present_ptr, stream, item, rows - (TAPS - 1) + tap, columns, good, n_tokens, width
-        )  # fmt: skip
-        target = dconv_ptr + (tl.program_id(0).to(tl.int64) * width + columns) * TAPS + tap
-        tl.store(target, tl.sum(dz * x, 0), mask=good)
+            if part == 0:
+                grad = tl.load(dq_ptr + place, mask=there, other=0.0).to(tl.float32)
+            else:
+                grad = tl.load(dk_ptr + place, mask=there, other=0.0).to(tl.float32)
+            y = z * open
+            size = tl.sqrt(tl.sum(y * y, 1))
+            shrink = 1.0 / tl.maximum(size, UNIT_EPS)
+            unit = y * shrink[:, None]
+            along = tl.where(size > UNIT_EPS, tl.sum(grad * unit, 1), 0.0)
+            grad = (grad - unit * along[:, None]) * shrink[:, None]
+        dz = tl.where(there, grad * open * (1.0 + z * (1.0 - open)), 0.0)
+        tl.store(dz_ptr + (stream * n_tokens + rows)[:, None] * width + columns[None, :], dz, mask=there)
+        of0 += dz * x0
+        of1 += dz * x1
+        of2 += dz * x2
+        of3 += dz * x3
+    target = dconv_ptr + (tl.program_id(0).to(tl.int64) * TAPS) * width + columns
+    tl.store(target, tl.sum(of0, 0), mask=good)
+    tl.store(target + width, tl.sum(of1, 0), mask=good)
+    tl.store(target + 2 * width, tl.sum(of2, 0), mask=good)
+    tl.store(target + 3 * width, tl.sum(of3, 0), mask=good)
 
 
 @triton.jit(do_not_specialize=VARYING)

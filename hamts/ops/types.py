@@ -29,19 +29,29 @@ class GatedDelta:
 
 
 class UnreadDelta(GatedDelta):
-    """A ``GatedDelta`` whose prediction is taken from values and error when it is first read, without a gradient."""
+    """A ``GatedDelta`` whose error and prediction are worked out when they are first read, without a gradient.
 
-    def __init__(self, output: torch.Tensor, error: torch.Tensor, state: torch.Tensor, values: torch.Tensor) -> None:
-        self.__dict__.update(output=output, error=error, state=state, values=values)
+    ``written`` is what went into the state, [B, N, H, V], the write gate ``beta`` [B, N, H] times the error.
+    """
+
+    def __init__(
+        self, output: torch.Tensor, state: torch.Tensor, values: torch.Tensor, written: torch.Tensor, beta: torch.Tensor
+    ) -> None:
+        self.__dict__.update(output=output, state=state, values=values, written=written, beta=beta)
 
     def __getattr__(self, name: str) -> Any:
-        if name != "prediction":
+        known = self.__dict__
+        if name == "error":
+            kind = known["values"].dtype
+            known[name] = torch.div(known["written"], known["beta"][..., None]).to(kind)  # [B, N, H, V]
+        elif name == "prediction":
+            known[name] = known["values"].detach() - self.error  # [B, N, H, V]
+        else:
             raise AttributeError(name)
-        self.__dict__[name] = (self.__dict__["values"].detach() - self.error).to(self.error.dtype)  # [B, N, H, V]
-        return self.__dict__[name]
+        return known[name]
 
     def over(self, items: int, channels: int) -> GatedDelta:
-        tensors = (self.output, self.error, self.state, self.__dict__["values"])
+        tensors = (self.__dict__[name] for name in ("output", "state", "values", "written", "beta"))
         return UnreadDelta(*(x.unflatten(0, (items, channels)) for x in tensors))
 
 
