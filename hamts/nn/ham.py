@@ -265,7 +265,7 @@ class HAMLayer(nn.Module):
         # what the chunk leaves in the window no query of the chunk finds in the scratchpad; for a gradient it is only
         # left out, as one of a slice would fill and add the whole once more
         L = local.position.shape[1] if local.keys.requires_grad else N
-        gone = map_tensors(local, lambda tensor: tensor[:, :L]) if L < local.position.shape[1] else local
+        gone = map_tensors(local, lambda tensor: tensor[:, :L]) if local.position.shape[1] > L else local
         routed = decision.routed[:, :L] & (torch.arange(L, device=queries.device) < N)[:, None]  # [B, L, C]
         fresh = as_entries(gone, routed, decision.rank[:, :L], policy.use_tags)  # [B, L C]
         each = 1
