@@ -61,7 +61,8 @@ class RowMove:
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Row numbers [B, M] of rows [B, J, ...] -> [B, M, ...]."""
-    if rows.is_cuda and rows.dim() > 3 and rows.is_contiguous() and rows.shape[-1] * rows.element_size() % WORD == 0:
+    narrow = rows.element_size() < WORD and rows.shape[-1] * rows.element_size() % WORD == 0
+    if rows.is_cuda and rows.dim() > 3 and rows.is_contiguous() and narrow:
         # whole words instead of numbers of two bytes
         return _take(rows.view(torch.int64), index).view(rows.dtype)
     index = index.reshape(*index.shape, *(1,) * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
