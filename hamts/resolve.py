@@ -22,6 +22,9 @@ from hamts.training import planned_kernels
 
 __all__ = ["FitOptions", "Plan", "describe", "machine_config", "make_plan", "rising_levels", "with_alias"]
 
+# of MachineConfig, since format 1.0, and what was done before they were there
+LATER_MACHINE_FIELDS = {"cuda_graphs": False}
+
 HORIZON_WITHOUT_SEASON = 12
 PATCH_WITHOUT_SEASON = 8
 FAR_SEASONS = 2
@@ -93,7 +96,12 @@ class Plan:
     machine: MachineConfig = MachineConfig()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        # what came later is said where it is not as it always was: streams know their model by a hash of this
+        for name, earlier in LATER_MACHINE_FIELDS.items():
+            if content["machine"][name] == earlier:
+                del content["machine"][name]
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Plan:

@@ -16,6 +16,7 @@ from hamts.errors import DataError
 from hamts.forecaster import fit
 from hamts.nn.tokens import map_tensors
 from hamts.ops.kernels import KernelError, Kernels
+from hamts.resolve import Plan
 from hamts.training_graphs import check_graphs, roomy, side_by_side
 from hamts.windows import StreamWindows, scale_history
 
@@ -113,3 +114,12 @@ def test_a_recorded_fit_is_the_plain_fit(precision: str) -> None:
     )
     assert recorded.steps == plain.steps == 12
     assert recorded.best_score == pytest.approx(plain.best_score, rel=0.02)
+
+
+def test_a_plan_says_that_steps_are_recorded_and_otherwise_is_what_it_always_was() -> None:
+    options = {"preset": "tiny", "h": 6, "max_steps": 1, "accelerator": "cpu", "progress": False, "verbose": False}
+    plan = fit(frame(), **options).plan
+    assert "cuda_graphs" not in plan.to_dict()["machine"]
+    recorded = replace(plan, machine=replace(plan.machine, cuda_graphs=True))
+    assert Plan.from_dict(recorded.to_dict()) == recorded
+    assert Plan.from_dict(plan.to_dict()) == plan
