@@ -14,7 +14,8 @@ from hamts.data.constants import constant
 from hamts.nn import scratchpad
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE, SHARES, ThresholdTable
 from hamts.nn.ham import HAMLayer
-from hamts.nn.rows import RowMove, rows_for
+from hamts.nn.head import outward
+from hamts.nn.rows import RowMove, _gathered, _of_words, rows_for
 from hamts.nn.tokens import Policy, map_tensors
 
 
@@ -50,6 +51,18 @@ def test_moved_rows_pass_a_check_of_their_gradient(generator: torch.Generator) -
     assert torch.autograd.gradcheck(lambda x: torch.where(mask, moved(x), 0.0), (rows,))
     batched = torch.func.vmap(lambda x: torch.where(mask, moved(x), 0.0))(torch.stack([rows, 2 * rows]))
     assert torch.equal(batched[1], 2 * batched[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool])
+def test_rows_read_as_words_are_the_rows(dtype: torch.dtype, generator: torch.Generator) -> None:
+    rows = (10 * torch.randn(2, 9, 3, 8, generator=generator)).to(dtype)
+    index = torch.randint(0, 9, (2, 5), generator=generator)
+    wanted = torch.stack([rows[b, index[b]] for b in range(2)])
+    assert torch.equal(_gathered(rows, index), wanted)
+    assert _of_words(rows) == (dtype != torch.float64)
+    if _of_words(rows):
+        assert torch.equal(_gathered(rows.view(torch.int64), index).view(dtype), wanted)
+    assert not _of_words(rows[..., :1]) and not _of_words(rows.transpose(2, 3)) and not _of_words(rows[:, :, 0, 0])
 
 
 @pytest.mark.parametrize("eviction", ["fifo", "lowest", "reservoir"])
@@ -159,3 +172,12 @@ def test_masses_are_told_where_the_policy_asks(generator: torch.Generator) -> No
     )
     assert told.trace.entries_mass is not None and silent.trace.entries_mass is None
     assert torch.equal(told.output, silent.output)
+
+
+def test_running_sums_with_levels_first_are_the_same(generator: torch.Generator) -> None:
+    gaps = torch.rand(2, 3, 5, 7, generator=generator, requires_grad=True)
+    plain, moved = (outward(gaps, levels_first=first) for first in (False, True))
+    assert torch.equal(plain, moved)
+    weight = torch.randn(plain.shape, generator=generator)
+    slopes = [torch.autograd.grad((x * weight).sum(), gaps)[0] for x in (plain, moved)]
+    assert torch.allclose(*slopes, rtol=1e-6, atol=1e-6)

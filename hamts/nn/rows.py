@@ -61,10 +61,19 @@ class RowMove:
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Row numbers [B, M] of rows [B, J, ...] -> [B, M, ...]."""
-    narrow = rows.element_size() < WORD and rows.shape[-1] * rows.element_size() % WORD == 0
-    if rows.is_cuda and rows.dim() > 3 and rows.is_contiguous() and narrow:
-        # whole words instead of numbers of two bytes
-        return _take(rows.view(torch.int64), index).view(rows.dtype)
+    if rows.is_cuda and _of_words(rows):
+        # four numbers of two bytes at once
+        return _gathered(rows.view(torch.int64), index).view(rows.dtype)
+    return _gathered(rows, index)
+
+
+def _of_words(rows: torch.Tensor) -> bool:
+    """Whether narrow numbers can be read as whole words."""
+    whole = rows.shape[-1] * rows.element_size() % WORD == 0
+    return rows.dim() > 2 and rows.element_size() < WORD and whole and rows.is_contiguous()
+
+
+def _gathered(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     index = index.reshape(*index.shape, *(1,) * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
     return rows.gather(1, index)
 
