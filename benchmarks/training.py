@@ -54,6 +54,8 @@ CONTEXT_PATCHES, CHANNELS, WINDOWS, PATCH_STEPS, HORIZON_STEPS = 512, 7, 32, 12,
 FITS = ("kernels-graphs", "kernels", "torch-bf16", "torch-fp32", "patchtst")
 REPEATS, FIT_STEPS, FIT_REPEATS, WARM_STEPS, FIT_SECONDS = 12, 12, 3, 5, 8.0
 
+LAYER_BOUNDS = {"layer-n8192-share25": 1.0, "layer-n16384-share25": 0.75, "layer-n65536-share25": 0.45}
+
 Timed = dict[str, float]
 
 
@@ -613,10 +615,14 @@ def table(results: Path) -> str:
         )
         memory = f"{cell['ratio_memory']:.2f}" if "ratio_memory" in cell else ""
         replayed = cell.get("recorded_both_ms")
-        if replayed:
-            memory += f" | {replayed['ham']:.2f} / {min(list(replayed.values())[1:]):.2f}"
+        memory += f" | {replayed['ham']:.2f} / {min(list(replayed.values())[1:]):.2f}" if replayed else " | "
         lines.append(f"| {name} | {rows} | {cell['floor_ms']['both']:.2f} | {cell['ratio']:.2f} | {memory} |")
-    lines += ["", "| fit | steps/s | patches/s | kernels / wall | launches | peak GiB |", "|---|---|---|---|---|---|"]
+    lines += ["", *ratios(found)]
+    lines += [
+        "",
+        "| fit | steps/s | patches/s | kernels / wall | events of a trace | peak GiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in cells():
         cell = found.get(name)
         if cell is None or "steps_per_s" not in cell:
@@ -627,6 +633,26 @@ def table(results: Path) -> str:
         )
     missing = [name for name in cells() if name not in found]
     return "\n".join([*lines, *([f"\nNot run: {', '.join(missing)}."] if missing else [])])
+
+
+def ratios(found: dict[str, Any]) -> list[str]:
+    """The layer against both rivals, recorded and launched."""
+    lines = [
+        "| layer | recorded, against norms fused | against plain norms | launched, fused | launched, plain | at most |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain, fused = "cudnn attention", "cudnn attention, norms fused"
+    for name in cells():
+        cell = found.get(name)
+        if cell is None or not cell.get("recorded_both_ms"):
+            continue
+        replayed, rows = cell["recorded_both_ms"], cell["rows"]
+        every = [replayed["ham"] / replayed[rival] for rival in (fused, plain)]
+        every += [rows["ham"]["both_ms"] / rows[rival]["both_ms"] for rival in (fused, plain)]
+        bound = LAYER_BOUNDS.get(name)
+        numbers = " | ".join(f"{ratio:.2f}" for ratio in every)
+        lines.append(f"| {name} | {numbers} | {'-' if bound is None else f'{bound:.2f}'} |")
+    return lines
 
 
 def main() -> None:
