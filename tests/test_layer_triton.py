@@ -16,6 +16,7 @@ from hamts.nn.heads import Turn
 from hamts.nn.scores import surprise
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.ops.kernels import Kernels
+from hamts.ops.types import UnreadDelta
 
 pytest.importorskip("triton", reason="needs triton: pip install 'hamts[gpu]'")
 pytestmark = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
@@ -131,6 +132,13 @@ def test_errors_and_surprise(generator: torch.Generator) -> None:
     squared, unlike = layer_triton.compared(error, values)
     assert torch.allclose(squared, error.square().sum(-1), rtol=1e-5)
     assert torch.allclose(unlike, surprise(values - error, values), atol=1e-5)
+    # what was written is the gate's part of the error
+    beta = 0.1 + torch.rand(5, 7, generator=generator).to(DEVICE)
+    again = layer_triton.compared(beta[..., None] * error, values, beta)
+    for mine, truth in zip(again, (squared, unlike), strict=True):
+        assert torch.allclose(mine, truth, rtol=1e-4, atol=1e-5)
+    delta = UnreadDelta(values, values, values, beta[..., None] * error, beta)
+    assert torch.allclose(delta.error, error, atol=1e-6) and torch.allclose(delta.prediction, values - error, atol=1e-6)
 
 
 def test_half_precision_comes_near_to_single(generator: torch.Generator) -> None:

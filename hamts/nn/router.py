@@ -121,6 +121,16 @@ class Router(nn.Module):
         kind = compute_dtype(error)
         return error.to(kind).square().sum(-1), surprise(prediction.to(kind), values.to(kind))
 
+    def _measured(self, recurrent: GatedDelta, values: torch.Tensor, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """``_compared``, or its kernel, which divides what was written by the gate where the error was not read yet."""
+        if not fused:
+            return self._compared(recurrent.error, recurrent.prediction, values)
+        from hamts.ops import layer_triton
+
+        if isinstance(recurrent, UnreadDelta):
+            return layer_triton.compared(recurrent.written, values, recurrent.beta)
+        return layer_triton.compared(recurrent.error, values)
+
     def _over_heads(self, score: torch.Tensor) -> torch.Tensor:
         """[B, C, N, H] -> [B, C, N]."""
         if self.reduction == "mean":
@@ -155,14 +165,7 @@ class Router(nn.Module):
         narrow = x if narrow is None else narrow
         # scores are compared with thresholds: under mixed precision too they have all digits
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if fused:
-                from hamts.ops import layer_triton
-
-                unread = isinstance(recurrent, UnreadDelta)
-                given = (recurrent.written, values, recurrent.beta) if unread else (recurrent.error, values)
-                squared, unlike = layer_triton.compared(*given)  # 2 x [B, C, N, H]
-            else:
-                squared, unlike = self._compared(recurrent.error, recurrent.prediction, values)  # 2 x [B, C, N, H]
+            squared, unlike = self._measured(recurrent, values, fused)  # 2 x [B, C, N, H]
             squared = squared.to(x.dtype)  # [B, C, N, H]
             running, after = causal_error_mean(squared, tokens.heard > 0, error_mean)  # [B, C, N, H], [B, C, H, 2]
             available = {

@@ -34,6 +34,10 @@ class UnreadDelta(GatedDelta):
     ``written`` is what went into the state, [B, N, H, V], the write gate ``beta`` [B, N, H] times the error.
     """
 
+    values: torch.Tensor
+    written: torch.Tensor
+    beta: torch.Tensor
+
     def __init__(
         self, output: torch.Tensor, state: torch.Tensor, values: torch.Tensor, written: torch.Tensor, beta: torch.Tensor
     ) -> None:
