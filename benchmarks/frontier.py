@@ -15,6 +15,7 @@ I items · X windows · T steps
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -30,9 +31,13 @@ import pandas as pd
 import torch
 
 import hamts
-from hamts.config import MIXERS, PRESETS, ModelConfig
+from benchmarks.side_by_side import Job, run_jobs
+from hamts.config import MIXERS, PRESETS, MachineConfig, ModelConfig
+from hamts.data.frame import to_panel
+from hamts.fitting import Trained, train_panel, validation_tail
 from hamts.frontier import Point, measure_points, windows_at
 from hamts.nn.ham import HAMLayer
+from hamts.resolve import FitOptions, make_plan
 
 RESULTS = Path(__file__).parent / "results" / "frontier"
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 1.0)
@@ -40,6 +45,12 @@ CORE_SHARES = (0.0, 0.02, 0.1, 1.0)
 CONTROL_SHARES = (0.02, 0.1)
 CONTROLS = ("shuffled", "random", "recency")
 RATES = (1e-3, 3e-3)
+TRIAL_SHARE = 0.1
+# presets, and two sizes of about so many weights
+SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESETS.items()} | {
+    "1M": {"width": 192, "layers": 2, "heads": 6},
+    "10M": {"width": 384, "layers": 4, "heads": 12},
+}
 SEEDS = (0, 1, 2)
 BLOCKS = 20
 DRAWS, MARGIN = 2000, 0.02
@@ -75,7 +86,7 @@ class Set:
 
 SETS = {
     "epf": Set(
-        "epf/NP", ("price",), 24, 12, 0.2, 24, 24,
+        "epf/NP", ("price",), 24, 12, 0.2, 96, 24,
         futr=("grid_load_forecast", "wind_power_forecast"), copies=4, core=True,
     ),
     "household": Set(
@@ -277,18 +288,27 @@ def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) 
     return int(share * tokens) * config.layers * entry_bytes(config)
 
 
-def fit(carrier: Carrier, spec: Set, model: Model, *, rate: float, seed: int, budget: int, **size: Any) -> Any:
-    """Fit on everything before the test rows."""
+def fit(
+    carrier: Carrier, spec: Set, model: Model, *, rate: float, seed: int, budget: int, size: str = "small",
+    max_steps: int | None = None, accelerator: str = "auto",
+) -> Trained:  # fmt: skip
+    """Fit on everything before the test rows; nothing is read afterwards."""
     seen = carrier.frame.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
-    return hamts.fit(
-        seen, spec.h, **carrier.roles, **model.options, patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2,
-        seed=seed, learning_rate=rate, budget_bytes=budget, verbose=False, progress=False, **size,
+    panel = to_panel(seen, **carrier.roles)
+    options = FitOptions(
+        h=spec.h, budget_bytes=budget, preset=size if size in PRESETS else "small", **model.options,
+        patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2, max_steps=max_steps, learning_rate=rate,
+        seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
     )  # fmt: skip
+    plan = make_plan(panel, options)
+    plan = replace(plan, model=replace(plan.model, **SIZES[size]))
+    tail = validation_tail(panel.lengths, h=plan.h, patch_steps=spec.patch_steps, val_size=plan.val_size)
+    return train_panel(panel, plan, tail=tail, verbose=False, progress=False)
 
 
-def judged(model: Any, carrier: Carrier, spec: Set) -> tuple[Any, Any, dict[str, np.ndarray]]:
+def judged(trained: Trained, carrier: Carrier, spec: Set) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """Panel, test windows, and which of them each part holds, [X] bool: all that are regular, and those at events."""
-    panel = model._panel_of(carrier.frame, None, None)
+    panel = to_panel(carrier.frame, schema=trained.panel.schema)
     regular = np.arange(carrier.rows - carrier.test_rows, carrier.rows - spec.h + 1, spec.stride)
     asked: list[dict[str, np.ndarray]] = []
     for item in panel.item_ids:
@@ -318,43 +338,33 @@ def blocks_of(point: Point, windows: np.ndarray) -> dict[str, list[float]]:
 
 
 def measure(
-    cell: Cell, row: Model, *, rate: float, carrier: Carrier, spec: Set, budget: int, **size: Any
+    cell: Cell, row: Model, *, rate: float, carrier: Carrier, spec: Set, budget: int, size: str, **how: Any
 ) -> dict[str, Any]:
     """Fit one model and score it under every budget."""
     seed, share = cell.seed, cell.share
     began = time.perf_counter()
-    model = fit(carrier, spec, row, rate=rate, seed=seed, budget=budget, **size)
+    gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
+    trained = fit(carrier, spec, row, rate=rate, seed=seed, budget=budget, size=size, **how)
     fit_s = time.perf_counter() - began
-    panel, windows, parts = judged(model, carrier, spec)
-    points: list[Point] = []
-    for part_shares, memories in ((row.shares, ("model",)), (row.control_shares, row.controls)):
-        if memories:
-            points += measure_points(
-                model._fitted,
-                panel,
-                windows,
-                shares=part_shares,
-                memories=memories,
-                seed=seed,
-                timed=memories == ("model",),
-            )
+    panel, windows, parts = judged(trained, carrier, spec)
+    points = measure_points(
+        trained, panel, windows, shares=row.shares, memories=("model", *row.controls),
+        control_shares=row.control_shares, seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
+    )  # fmt: skip
     return {
-        "set": cell.set, "model": cell.model, "seed": seed, "rate": rate, "equal_to_share": share,
+        "set": cell.set, "model": cell.model, "size": size, "seed": seed, "rate": rate, "equal_to_share": share,
         "budget_bytes": budget,
-        "fit_s": round(fit_s, 1), "steps": model.report.steps, "validation": finite(model.report.best_score),
-        "weights": sum(p.numel() for p in model._fitted.network.parameters()), "patch_steps": spec.patch_steps,
+        "fit_s": round(fit_s, 1), "steps": trained.report.steps, "validation": finite(trained.report.best_score),
+        "best_step": trained.report.best_step,
+        "weights": sum(p.numel() for p in trained.network.parameters()), "patch_steps": spec.patch_steps,
         "tokens_of_an_item": carrier.rows // spec.patch_steps * len(panel.schema.channels),
         "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
         "versions": {"hamts": hamts.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "s": round(time.perf_counter() - began, 1),
         "points": [point_of(point, parts, share, rival="mixer" in row.options) for point in points],
     }  # fmt: skip
-
-
-def shape_of(size: dict[str, Any]) -> ModelConfig:
-    """The shape of a preset, as far as bytes of an entry depend on it."""
-    return ModelConfig(**PRESETS[size.get("preset", "small")].model)
 
 
 def point_of(point: Point, parts: dict[str, np.ndarray], share: float | None, *, rival: bool) -> dict[str, Any]:
@@ -396,50 +406,123 @@ def grid(*, core: bool) -> list[Cell]:
     return inner if core else inner + [cell for cell in cells if cell not in inner]
 
 
-def best_rate(cell: Cell, row: Model, folder: Path, carrier: Carrier, spec: Set, *, budget: int, **size: Any) -> float:
-    """The learning rate that validated best at seed 0; the same trials for every model, written down."""
-    path = folder / f"{cell.name.rpartition('--')[0]}--rates.json"
-    trials = json.loads(path.read_text())["validation"] if path.exists() else {}
-    for rate in RATES:
-        if f"{rate:g}" not in trials:
-            model = fit(carrier, spec, row, rate=rate, seed=0, budget=budget, **size)
-            trials[f"{rate:g}"] = finite(model.report.best_score)
-            write(path, {"set": cell.set, "model": cell.model, "equal_to_share": cell.share, "validation": trials})
-    return float(min(trials, key=lambda rate: math.inf if trials[rate] is None else trials[rate]))
+def trial_of(cell: Cell) -> Cell:
+    """The fit whose learning rate a cell takes: of seed 0, and of rivals that have a size the one at a tenth."""
+    return replace(cell, seed=0, share=None if cell.share is None else TRIAL_SHARE)
+
+
+def trial_path(folder: Path, cell: Cell, rate: float) -> Path:
+    return folder / f"{cell.name.rpartition('--')[0]}--lr{rate:g}.json"
+
+
+def best_rate(cell: Cell, folder: Path) -> float:
+    """The learning rate that validated best; the same trials for every model, written down."""
+    trials = {rate: json.loads(trial_path(folder, trial_of(cell), rate).read_text())["validation"] for rate in RATES}
+    return min(trials, key=lambda rate: math.inf if trials[rate] is None else trials[rate])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One trial of a learning rate, or one cell; all that a process must be told."""
+
+    cell: Cell
+    folder: Path
+    how: dict[str, Any]
+    rate: float | None = None  # of a trial
+    load_set: Callable[[str], Carrier] | None = None  # None: ``load``
+    specs: dict[str, Set] = field(default_factory=lambda: SETS)
+    models: dict[str, Model] = field(default_factory=lambda: MODELS)
+
+    @property
+    def path(self) -> Path:
+        return (
+            self.folder / f"{self.cell.name}.json"
+            if self.rate is None
+            else trial_path(self.folder, self.cell, self.rate)
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def loaded(name: str) -> Carrier:
+    """A process needs a set many times."""
+    return load(name)
+
+
+def perform(task: Task) -> str:
+    """Do one task and write what came of it; what there is to say about it."""
+    warnings.simplefilter("ignore")
+    cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]
+    carrier = (task.load_set or loaded)(cell.set)
+    how = dict(task.how)
+    trial_steps = how.pop("trial_steps", None)
+    budget = budget_of(cell, task.folder, carrier, spec, ModelConfig(**SIZES[how["size"]]))
+    if task.rate is not None:
+        how["max_steps"] = trial_steps or how.get("max_steps")
+        began = time.perf_counter()
+        trained = fit(carrier, spec, row, rate=task.rate, seed=0, budget=budget, **how)
+        said = {
+            "set": cell.set, "model": cell.model, "equal_to_share": cell.share, "rate": task.rate, "size": how["size"],
+            "steps": trained.report.steps, "validation": finite(trained.report.best_score),
+            "s": round(time.perf_counter() - began, 1),
+        }  # fmt: skip
+        write(task.path, said)
+        return f"{said['s']} s, validation {said['validation']} at rate {task.rate:g}"
+    result = measure(cell, row, rate=best_rate(cell, task.folder), carrier=carrier, spec=spec, budget=budget, **how)
+    write(task.path, result)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    scores = [f"{p['memory']} {p['share']}: {p['parts']['all']['WQL']:.4f}" for p in result["points"]]
+    return f"{result['s']} s, of them {result['fit_s']} s of fit, peak {result['peak_gib']} GiB; " + ", ".join(scores)
+
+
+def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> list[Job]:
+    """What is missing, with what it waits for; what others wait for comes first."""
+    jobs: dict[str, Job] = {}
+
+    def needed(one: Task, needs: list[str]) -> str:
+        if one.path.name not in jobs and (again or not one.path.exists()):
+            jobs[one.path.name] = Job(one.path.name, one, tuple(needs))
+        return one.path.name
+
+    def add(cell: Cell) -> str:
+        own = task(cell=cell)
+        if own.path.name in jobs or (own.path.exists() and not again):
+            return own.path.name
+        # a rival gets the bytes that the reference took
+        reference = [add(replace(cell, model=REFERENCE, share=None))] if cell.share is not None else []
+        trial = trial_of(cell)
+        first = [add(replace(trial, model=REFERENCE, share=None))] if cell.share is not None else []
+        trials = [needed(task(cell=trial, rate=rate), first) for rate in RATES]
+        return needed(own, trials + reference)
+
+    for cell in sorted(cells, key=lambda cell: cell.model != REFERENCE):
+        add(cell)
+    order = {name: place for place, name in enumerate(jobs)}
+    waited_for = {need for job in jobs.values() for need in job.needs}
+    return sorted(jobs.values(), key=lambda job: (job.name not in waited_for, order[job.name]))
 
 
 def run(
-    cells: list[Cell],
-    folder: Path,
-    *,
-    again: bool,
-    most_s: float,
-    load_set: Callable[[str], Carrier] = load,
-    specs: dict[str, Set] | None = None,
-    models: dict[str, Model] | None = None,
-    **size: Any,
-) -> None:
-    """Measure what is missing, until the time is up."""
-    specs, carriers, began = specs or SETS, {}, time.monotonic()
-    for cell in cells:
-        path = folder / f"{cell.name}.json"
-        if path.exists() and not again:
-            continue
+    cells: list[Cell], folder: Path, *, again: bool, workers: int = 1, most_s: float = math.inf,
+    end_s: float = math.inf, **told: Any,
+) -> None:  # fmt: skip
+    """Measure what is missing, until the time is up: here, or side by side in processes of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = jobs_of(cells, functools.partial(Task, folder=folder, **told), again=again)
+    print(f"{len(jobs)} jobs", flush=True)
+    if workers > 1:
+        run_jobs(jobs, perform, workers=workers, begin_within_s=most_s, end_within_s=end_s)
+        return
+    began, waiting = time.monotonic(), list(jobs)
+    while waiting:
         if time.monotonic() - began > most_s:
             print("the time is up; the same call goes on from here")
             return
-        if cell.set not in carriers:
-            carriers[cell.set] = load_set(cell.set)
-        given: dict[str, Any] = {"carrier": carriers[cell.set], "spec": specs[cell.set], **size}
-        row = (models or MODELS)[cell.model]
-        given["budget"] = budget_of(cell, folder, given["carrier"], given["spec"], shape_of(size))
-        result = measure(cell, row, rate=best_rate(cell, row, folder, **given), **given)
-        write(path, result)
-        whole = result["points"][0]["parts"]["all"]
-        print(
-            f"{cell.name}: {result['s']} s, WQL {whole['WQL']:.4f} at share {result['points'][0]['share']:g}",
-            flush=True,
-        )
+        names = {job.name for job in waiting}
+        job = next(job for job in waiting if not set(job.needs) & names)
+        waiting.remove(job)
+        print(f"{job.name}: {perform(job.payload)}", flush=True)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -630,14 +713,14 @@ def draw(folder: Path, path: Path) -> None:
 
 def smoke(folder: Path) -> None:
     """A router and a rival on a small wave, hardly trained: that everything runs."""
-    cells = [Cell("smoke", "surprise", 0), Cell("smoke", "window", 0, 0.1)]
+    cells = [Cell("smoke", REFERENCE, 0), Cell("smoke", "window", 0, 0.1)]
     few = {
-        "surprise": replace(MODELS["surprise"], shares=(0.0, 0.1), control_shares=(0.1,)),
+        REFERENCE: replace(MODELS[REFERENCE], shares=(0.0, 0.1), control_shares=(0.1,)),
         "window": MODELS["window"],
     }
     run(
         cells, folder, again=True, most_s=math.inf, load_set=lambda _: smoke_carrier(), specs={"smoke": SMOKE},
-        models=few, preset="tiny", max_steps=2, accelerator="cpu",
+        models=few, how={"size": "tiny", "max_steps": 2, "accelerator": "cpu"},
     )  # fmt: skip
 
 
@@ -648,8 +731,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--folder", type=Path, default=RESULTS)
-    parser.add_argument("--preset", default="small", help="tiny, small (about 1M weights) or base")
+    parser.add_argument("--size", default="1M", choices=list(SIZES))
     parser.add_argument("--max-steps", type=int, help="optimiser steps; default as the fit chooses")
+    parser.add_argument("--trial-steps", type=int, help="of a trial of a learning rate; default as many")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--end-time", type=float, default=math.inf, help="seconds after which what runs is ended")
     parser.add_argument("--max-time", type=float, default=math.inf, help="seconds after which no cell is begun")
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--smoke", action="store_true", help="a minute of a CPU, to see that it runs")
@@ -670,8 +756,9 @@ def main() -> None:
             if cell.set in options.sets and cell.model in options.models and cell.seed in options.seeds
         ]
         run(
-            cells, options.folder, again=options.again, most_s=options.max_time, preset=options.preset,
-            max_steps=options.max_steps,
+            cells, options.folder, again=options.again, workers=options.workers, most_s=options.max_time,
+            end_s=options.end_time,
+            how={"size": options.size, "max_steps": options.max_steps, "trial_steps": options.trial_steps},
         )  # fmt: skip
     print(table(options.folder))
     if options.plot:

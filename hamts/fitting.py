@@ -25,12 +25,14 @@ from hamts.training import FitReport, fit_network
 
 __all__ = [
     "Fitted",
+    "Trained",
     "ValidationTail",
     "fill_static",
     "fit_panel",
     "new_network",
     "panel_spec",
     "refuse_extremes",
+    "train_panel",
     "validation_tail",
 ]
 
@@ -40,6 +42,16 @@ VALIDATION_CUTOFFS = 48
 FEWEST_TRAINING_HORIZONS, FEWEST_TRAINING_PATCHES = 2, 4
 TEMPLATES, FEWEST_TEMPLATES = 128, 32
 LARGEST_VALUE = 1e100
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network after training, before it has read what it will remember."""
+
+    network: HAMNetwork
+    panel: Panel
+    plan: Plan
+    report: FitReport
 
 
 @dataclass(frozen=True)
@@ -238,6 +250,37 @@ def fill_static(panel: Panel, network: HAMNetwork) -> Panel:
     return replace(panel, static_values=filled)
 
 
+def train_panel(
+    panel: Panel,
+    plan: Plan,
+    *,
+    tail: ValidationTail,
+    run_dir: str | None = None,
+    progress: bool | None = None,
+    verbose: bool = True,
+) -> Trained:
+    """Train, and read nothing afterwards: all that an evaluation under many budgets needs."""
+    plan = within_cost(panel, plan, tail.ends)
+    network = new_network(panel, plan, tail.ends)
+    panel = fill_static(panel, network)
+    store = build_store(panel, patch_steps=plan.model.patch_steps, extra_steps=plan.h, time_unit=plan.time_unit)
+    report = fit_network(
+        network,
+        store,
+        ends=tail.ends,
+        cutoffs=tail.cutoffs,
+        horizon=plan.h,
+        config=plan.train,
+        share=plan.memory.budget_share,
+        machine=plan.machine,
+        run_dir=run_dir,
+        progress=progress,
+        verbose=verbose,
+    )
+    network.eval()
+    return Trained(network, panel, plan, report)
+
+
 def fit_panel(
     panel: Panel,
     plan: Plan,
@@ -248,25 +291,8 @@ def fit_panel(
     verbose: bool = True,
 ) -> Fitted:
     """Train, then read every item to its end and rank the residuals of its last windows."""
-    h = plan.h
-    plan = within_cost(panel, plan, tail.ends)
-    network = new_network(panel, plan, tail.ends)
-    panel = fill_static(panel, network)
-    store = build_store(panel, patch_steps=plan.model.patch_steps, extra_steps=h, time_unit=plan.time_unit)
-    report = fit_network(
-        network,
-        store,
-        ends=tail.ends,
-        cutoffs=tail.cutoffs,
-        horizon=h,
-        config=plan.train,
-        share=plan.memory.budget_share,
-        machine=plan.machine,
-        run_dir=run_dir,
-        progress=progress,
-        verbose=verbose,
-    )
-    network.eval()
+    trained = train_panel(panel, plan, tail=tail, run_dir=run_dir, progress=progress, verbose=verbose)
+    network, panel, plan, h = trained.network, trained.panel, trained.plan, plan.h
     share = plan.memory.budget_share
     policy = network.policy(torch.tensor([share]))
     cutoffs = template_cutoffs(panel.lengths, tail, h)
@@ -274,7 +300,7 @@ def fit_panel(
         network, panel, policy, share=share, time_unit=plan.time_unit, cutoffs=cutoffs, steps=h
     )
     templates = residual_ranks(panel, cutoffs, rollout.quantiles, plan.model.quantiles)
-    return Fitted(network, panel.schema, plan, report, remembered, templates, panel.notes)
+    return Fitted(network, panel.schema, plan, trained.report, remembered, templates, panel.notes)
 
 
 def template_cutoffs(lengths: np.ndarray, tail: ValidationTail, h: int) -> list[np.ndarray]:

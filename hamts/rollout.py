@@ -8,7 +8,7 @@ X cutoffs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,8 +66,9 @@ def roll(
     ends: np.ndarray | None = None,
     memory: StreamMemory | None = None,
     reveal_events: bool = False,
-    keep_traces: bool = False,
+    keep_traces: bool | Callable[[ChunkTrace], ChunkTrace] = False,
     chunk_patches: int = CHUNK_PATCHES,
+    held_bytes: int = 0,
 ) -> Rollout:
     """Read every item to its end and forecast at its cutoffs.
 
@@ -79,6 +80,8 @@ def roll(
         ends: observed steps of each item to stop reading at, [I]; None: all. No cutoff may lie beyond.
         memory: memory of all items before ``starts``; None: empty.
         reveal_events: whether event columns beyond the cutoff are known.
+        keep_traces: whether decisions are kept; or what is kept of them.
+        held_bytes: copies of memories that may wait, so that forecasts of several moments are made side by side.
 
     Returns:
         Forecasts in the order of items, then cutoffs.
@@ -106,6 +109,7 @@ def roll(
         reveal_events=reveal_events,
         keep_traces=keep_traces,
         chunk_patches=chunk_patches,
+        held_bytes=held_bytes,
     )
     parts: list[tuple[np.ndarray, StreamMemory]] = []
     for group in _groups(stop - begin, mixed=memory is None):
@@ -134,7 +138,8 @@ def _check_cutoffs(
 
 
 def _per_layer(network: HAMNetwork, policies: Policy | Sequence[Policy]) -> list[Policy]:
-    return [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
+    many = [policies] * network.config.layers if isinstance(policies, Policy) else list(policies)
+    return [map_tensors(policy, lambda tensor: tensor.to(network.unit.device)) for policy in many]
 
 
 def _groups(patches: np.ndarray, *, mixed: bool) -> Iterator[np.ndarray]:
@@ -160,6 +165,29 @@ class _Stop:
 
 
 @dataclass(frozen=True)
+class _Held:
+    """Forecasts that wait to be made together, each with a copy of the memory as it was at its boundary."""
+
+    stops: tuple[_Stop, ...] = ()
+    memories: list[StreamMemory] = field(default_factory=list)
+    bytes: int = 0
+
+    def joined(self, stops: list[_Stop], memory: StreamMemory) -> _Held:
+        """These, and some that share a boundary."""
+        rows = torch.tensor([stop.row for stop in stops], device=memory.scale.sums.device)
+        copy = memory.select(rows)
+        size = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.numel() * tensor.element_size()
+            return tensor
+
+        map_tensors(copy, count)
+        return _Held((*self.stops, *stops), [*self.memories, copy], self.bytes + size)
+
+
+@dataclass(frozen=True)
 class _Reader:
     """What is the same for all groups of one ``roll``."""
 
@@ -171,8 +199,9 @@ class _Reader:
     places: np.ndarray  # [I + 1] where each item's forecasts begin in the answer
     result: Rollout
     reveal_events: bool
-    keep_traces: bool
+    keep_traces: bool | Callable[[ChunkTrace], ChunkTrace]
     chunk_patches: int
+    held_bytes: int
 
     def read(self, group: np.ndarray, begin: np.ndarray, ends: np.ndarray, memory: StreamMemory) -> StreamMemory:
         """Read items side by side, aligned at their ends, and forecast on the way; the memory at the ends."""
@@ -180,6 +209,7 @@ class _Reader:
         shift = ends - longest  # [B] patch of each item's grid at aligned index 0
         stops = self._stops(group, shift)
         policies = [_policy_rows(p, group) for p in self.policies]
+        held = _Held()
         at = 0
         for boundary in sorted({*stops, longest}):
             while at < boundary:
@@ -188,7 +218,13 @@ class _Reader:
                 at += size
             waiting = stops.get(boundary, [])
             for low in range(0, len(waiting), HORIZONS_SIDE_BY_SIDE):
-                self._forecast(group, waiting[low : low + HORIZONS_SIDE_BY_SIDE], memory, policies)
+                part = waiting[low : low + HORIZONS_SIDE_BY_SIDE]
+                if len(held.stops) + len(part) > HORIZONS_SIDE_BY_SIDE:
+                    held = self._forecast(group, held, policies)
+                held = held.joined(part, memory)
+                if held.bytes >= self.held_bytes:
+                    held = self._forecast(group, held, policies)
+        self._forecast(group, held, policies)
         return memory
 
     def _stops(self, group: np.ndarray, shift: np.ndarray) -> dict[int, list[_Stop]]:
@@ -219,26 +255,30 @@ class _Reader:
             self.result.kept += 0 if trace.revised is None else int(trace.revised.sum())
             self.result.heard += int((reading.heard > 0).sum())
         if self.keep_traces:
-            self.result.traces.append(ChunkTrace(items, start, reading.traces, reading.heard))
+            trace = ChunkTrace(items, start, reading.traces, reading.heard)
+            self.result.traces.append(trace if self.keep_traces is True else self.keep_traces(trace))
         return reading.memory
 
-    def _forecast(self, group: np.ndarray, stops: list[_Stop], memory: StreamMemory, policies: list[Policy]) -> None:
-        """Forecast some cutoffs that share a boundary, on copies of the memory."""
-        rows = np.array([stop.row for stop in stops])  # [B]
-        cutoffs = torch.tensor([stop.cutoff for stop in stops])  # [B]
-        places = [stop.place for stop in stops]
+    def _forecast(self, group: np.ndarray, held: _Held, policies: list[Policy]) -> _Held:
+        """Forecast what waits, on its copies of the memory; nothing waits afterwards."""
+        if not held.stops:
+            return held
+        rows = np.array([stop.row for stop in held.stops])  # [B]
+        cutoffs = torch.tensor([stop.cutoff for stop in held.stops])  # [B]
+        places = [stop.place for stop in held.stops]
         quantiles, scale = forecast_from(
             self.network,
             self.store,
             torch.from_numpy(group[rows]),
             cutoffs,
-            memory.select(torch.from_numpy(rows).to(self.network.unit.device)),
+            held.memories[0] if len(held.memories) == 1 else stack_memories(held.memories),
             self.steps,
             [_policy_rows(p, rows) for p in policies],
             reveal_events=self.reveal_events,
         )
         self.result.quantiles[places] = quantiles.cpu().numpy()
         self.result.scale[places] = scale.cpu().numpy()
+        return _Held()
 
 
 @torch.no_grad()
@@ -303,8 +343,9 @@ def _policy_rows(policy: Policy, rows: np.ndarray) -> Policy:
 
 def join_memories(parts: list[tuple[np.ndarray, StreamMemory]]) -> StreamMemory:
     """Memories of groups of items as one, in the order of items; shorter scratchpads are padded."""
+    joined = stack_memories([memory for _, memory in parts])
     order = torch.from_numpy(np.argsort(np.concatenate([group for group, _ in parts])))
-    return stack_memories([memory for _, memory in parts]).select(order)
+    return joined.select(order.to(joined.scale.sums.device))
 
 
 def stack_memories(memories: list[StreamMemory]) -> StreamMemory:

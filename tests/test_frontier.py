@@ -97,7 +97,7 @@ def test_windows_may_be_at_other_moments_of_each_item() -> None:
     assert windows.cuts.tolist() == [50, 100]
     assert windows.left_out == 1
     np.testing.assert_array_equal(windows.actual[1, 0], panel.item(0)[100:106, 0])
-    point = measure_points(fitted, panel, windows, shares=(0.3,), timed=False)[0]
+    point = measure_points(fitted, panel, windows, shares=(0.3,), timed=())[0]
     assert np.isnan(point.ms_per_step)
     assert point.losses.rows.tolist() == [0, 1]
     with pytest.raises(DataError, match="No window of 6 steps fits"):
@@ -227,7 +227,7 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
 
     smoke(tmp_path)
     cells = read_cells(tmp_path)
-    assert sorted(cell["model"] for cell in cells) == ["surprise", "window"]
+    assert sorted(cell["model"] for cell in cells) == ["learned", "window"]
     router, rival = sorted(cells, key=lambda cell: cell["model"])
     kept = [point for point in router["points"] if point["memory"] == "model"]
     assert [point["share"] for point in kept] == sorted(point["share"] for point in kept)
