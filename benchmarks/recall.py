@@ -1,8 +1,8 @@
 """Token recall: a positive control of the layer on what its paper claims, with this layer code inside a token model.
 
 Run ``python -m benchmarks.recall`` from the clone; on a GPU a model takes minutes, on a CPU use ``--smoke``. One JSON
-per model, learning rate and seed goes to ``benchmarks/results/recall``; a cell that exists is not measured again
-without ``--again``. ``--table`` prints what is there. ``benchmarks/README.md`` says what supports or refutes a claim.
+per model, learning rate and seed goes to ``benchmarks/results/recall``; a cell that exists is not measured again.
+``--table`` prints what is there. ``benchmarks/README.md`` says what supports or refutes a claim.
 
 Tasks, half of each batch: *recall*, a pair of key and value for every 16 tokens among filler, each key asked once in
 the last quarter; *needle*, one marked pair, asked at the end. Models learn both up a ladder of lengths.
@@ -16,8 +16,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
 from hamts.nn.backbone import Block
@@ -79,7 +78,12 @@ class Rung:
 LADDERS: dict[str, tuple[Rung, ...]] = {
     "registered": (Rung(64, 256, 800), Rung(256, 96, 400), Rung(1024, 32, 250), Rung(4096, 12, 120)),
     "dense": (Rung(64, 128, 350, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
+    "long": (Rung(64, 128, 800, 4), Rung(256, 48, 400, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
 }
+# ladders that keep their learning rate until the last third
+LATE = ("dense", "long")
+# the rate of a model is the one whose seed 0 answers best at this length, which is not the one of the claims
+CHOSEN_AT = 1024
 SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
 
 
@@ -234,6 +238,7 @@ def train(
     device: str,
     late: bool,
     after: Callable[[int, list[dict[str, Any]]], None],
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -261,7 +266,8 @@ def train(
             if step == rung.steps - 1 or done % 100 == 0:
                 point = {"step": done, "length": rung.length, "loss": round(float(loss.detach()), 4)}
                 curve.append(point | {"s": round(time.perf_counter() - began, 1)})
-                print(json.dumps(curve[-1]), flush=True)
+                if not quiet:
+                    print(json.dumps(curve[-1]), flush=True)
         after(rung.length, curve)
     return curve
 
@@ -345,7 +351,9 @@ def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, devic
     }
 
 
-def run_one(name: str, *, rate: float, seed: int, ladder_name: str, folder: Path) -> dict[str, Any]:
+def run_one(
+    name: str, *, rate: float, seed: int, ladder_name: str, folder: Path, quiet: bool = False
+) -> dict[str, Any]:
     """Train and measure one model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     smoke = ladder_name == "smoke"
@@ -374,7 +382,7 @@ def run_one(name: str, *, rate: float, seed: int, ladder_name: str, folder: Path
         write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
         model.train()
 
-    curve = train(model, ladder, rate=rate, seed=seed, device=device, late=ladder_name == "dense", after=note)
+    curve = train(model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, quiet=quiet)
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}
     write(path, cell)
@@ -394,24 +402,60 @@ def cell_path(folder: Path, name: str, rate: float, seed: int, ladder: str) -> P
     return folder / f"{ladder}--{name}--lr{rate:g}--seed{seed}.json"
 
 
-def run_side_by_side(jobs: list[tuple[str, float, int, str]], *, folder: Path, most: int, limit_s: float) -> None:
-    """Each job in a process of its own on the one GPU; those that are not done in time are ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting, running, began = list(jobs), [], time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < most:
-            name, rate, seed, ladder = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.recall", "--one", name, "--rates", str(rate)]
-            command += ["--seeds", str(seed), "--folder", str(folder), "--ladder", ladder]
-            log = cell_path(folder, name, rate, seed, ladder).with_suffix(".log").open("w")
-            running.append((name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
-        time.sleep(0.5)
-        running = [(name, process) for name, process in running if process.poll() is None]
-        if time.monotonic() - began > limit_s:
-            for name, process in running:
-                print(f"{name} was not done after {limit_s:g} s and is ended")
-                process.kill()
-            return
+@dataclass(frozen=True)
+class Run:
+    """A model to train; without a rate, at the one that was best at seed 0."""
+
+    model: str
+    seed: int
+    ladder: str
+    folder: Path
+    rates: tuple[float, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [cell_path(self.folder, self.model, rate, self.seed, self.ladder) for rate in self.rates]
+
+    @property
+    def name(self) -> str:
+        return f"{self.ladder}--{self.model}--seed{self.seed}--" + "-".join(f"{rate:g}" for rate in self.rates)
+
+
+def best_rate(run: Run) -> float:
+    """Of the rates tried at seed 0 the one with the most right answers at ``CHOSEN_AT`` tokens."""
+
+    def accuracy(path: Path) -> float:
+        rows = json.loads(path.read_text())["rows"]
+        usage = 1.0 if MODELS[run.model].get("mixer", "ham") != "ham" else SHARE
+        wanted = (CHOSEN_AT, "recall", "model", usage, "uniform")
+        names = ("length", "task", "memory", "usage", "allocation")
+        return next(row["accuracy"] for row in rows if tuple(row[name] for name in names) == wanted)
+
+    return max(run.rates, key=lambda rate: accuracy(cell_path(run.folder, run.model, rate, 0, run.ladder)))
+
+
+def perform(run: Run) -> str:
+    """Train and measure one model in a process of its own."""
+    rate = run.rates[0] if len(run.rates) == 1 else best_rate(run)
+    cell = run_one(run.model, rate=rate, seed=run.seed, ladder_name=run.ladder, folder=run.folder, quiet=True)
+    at = [row for row in cell["rows"] if row["task"] == "recall" and row["allocation"] == "uniform"]
+    said = ", ".join(f"{r['memory']} {r['usage']:g} at {r['length']}: {r['accuracy']:.3f}" for r in at[-7:])
+    return f"rate {rate:g}, {cell['s']} s: {said}"
+
+
+def jobs_of(models: list[str], seeds: list[int], rates: tuple[float, ...], ladder: str, folder: Path) -> list[Job]:
+    """All rates at seed 0, the best of them at the other seeds; those that are not there yet, the slowest first."""
+    jobs = []
+    for seed in seeds:
+        for model in sorted(models, key=lambda name: MODELS[name].get("mixer", "ham") != "ham"):
+            tried = [Run(model, seed, ladder, folder, (rate,)) for rate in rates]
+            needs = tuple(replace(run, seed=0).name for run in tried)
+            if seed == 0 or len(rates) == 1:
+                jobs += [Job(run.name, run) for run in tried if not run.paths[0].exists()]
+            elif not any(run.paths[0].exists() for run in tried):
+                best = Run(model, seed, ladder, folder, rates)
+                jobs.append(Job(best.name, best, needs))
+    return jobs
 
 
 def table(folder: Path) -> str:
@@ -437,7 +481,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3], help="of several, the best at seed 0")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--side-by-side", type=int, default=8, help="processes on the one GPU")
@@ -445,18 +489,16 @@ def main() -> None:
     parser.add_argument("--one", choices=list(MODELS), help="train this model here")
     parser.add_argument("--ladder", choices=list(LADDERS), default="registered")
     parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
-    parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     ladder = "smoke" if options.smoke else options.ladder
-    jobs = [(name, rate, seed, ladder) for seed in options.seeds for rate in options.rates for name in options.models]
     if options.one or options.smoke:
         names = [options.one] if options.one else options.models
         for name in names:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
     elif not options.table:
-        missing = [job for job in jobs if options.again or not cell_path(options.folder, *job).exists()]
-        run_side_by_side(missing, folder=options.folder, most=options.side_by_side, limit_s=options.limit)
+        jobs = jobs_of(options.models, options.seeds, tuple(options.rates), ladder, options.folder)
+        run_jobs(jobs, perform, workers=options.side_by_side, begin_within_s=options.limit, end_within_s=options.limit)
     if not options.one:
         print(table(options.folder))
 

@@ -58,57 +58,86 @@ def run_jobs(
         workers: processes.
         begin_within_s, end_within_s: seconds after which nothing is begun, and what still runs is ended.
     """
-    waiting, failed, began = list(jobs), [], time.monotonic()
-    unfinished = {job.name for job in waiting}
-    context = multiprocessing.get_context("spawn")
-    pool: list[_Worker] = []
+    run = _Run(list(jobs), work, workers)
+    while True:
+        run.drop_hopeless()
+        if run.passed < begin_within_s:
+            run.hand_out()
+        if not run.busy() or run.passed > end_within_s:
+            break
+        run.collect()
+    run.end()
+    return run.failed
 
-    def start() -> _Worker:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+
+class _Run:
+    """Who does what, what waits, and what came of the rest."""
+
+    def __init__(self, jobs: list[Job], work: Callable[[Any], str], workers: int) -> None:
+        self.waiting, self.work, self.workers = jobs, work, workers
+        self.unfinished = {job.name for job in jobs}
+        self.failed: list[str] = []
+        self.pool: list[_Worker] = []
+        self.context = multiprocessing.get_context("spawn")
+        self.began = time.monotonic()
+
+    @property
+    def passed(self) -> float:
+        return time.monotonic() - self.began
+
+    def busy(self) -> list[_Worker]:
+        return [worker for worker in self.pool if worker.job is not None]
+
+    def drop_hopeless(self) -> None:
+        """Jobs that need one which failed."""
+        while hopeless := [job for job in self.waiting if set(job.needs) & set(self.failed)]:
+            for job in hopeless:
+                self.waiting.remove(job)
+                self.failed.append(job.name)
+                print(f"{job.name} is not done: it needs {', '.join(job.needs)}", flush=True)
+
+    def hand_out(self) -> None:
+        """Give jobs whose needs are met to idle processes, in their order."""
+        for job in [job for job in self.waiting if not set(job.needs) & self.unfinished]:
+            free = next((worker for worker in self.pool if worker.job is None), None)
+            if free is None and len(self.pool) < self.workers:
+                self.pool.append(free := self._start())
+            if free is None:
+                return
+            self.waiting.remove(job)
+            free.job = job
+            free.connection.send(job.payload)
+
+    def _start(self) -> _Worker:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs, self.work), daemon=True)
         process.start()
+        # else its end would not be noticed here
         theirs.close()
         return _Worker(process, ours)
 
-    def settle(worker: _Worker, done: bool, said: str) -> None:
-        assert worker.job is not None
-        name, worker.job = worker.job.name, None
-        if done:
-            unfinished.discard(name)
-        else:
-            failed.append(name)
-        print(f"[{time.monotonic() - began:6.1f} s] {name}: {said}", flush=True)
-
-    while True:
-        passed = time.monotonic() - began
-        for job in [job for job in waiting if set(job.needs) & set(failed)]:
-            waiting.remove(job)
-            failed.append(job.name)
-            print(f"{job.name} is not done: it needs {', '.join(job.needs)}", flush=True)
-        ready = [job for job in waiting if not set(job.needs) & unfinished] if passed < begin_within_s else []
-        for job in ready:
-            free = next((worker for worker in pool if worker.job is None), None)
-            if free is None and len(pool) < workers:
-                pool.append(free := start())
-            if free is None:
-                break
-            waiting.remove(job)
-            free.job = job
-            free.connection.send(job.payload)
-        busy = [worker for worker in pool if worker.job is not None]
-        if not busy or passed > end_within_s:
-            break
+    def collect(self) -> None:
+        """Wait for a moment, and note what is done."""
+        busy = self.busy()
         for connection in wait([worker.connection for worker in busy], timeout=1.0):
             worker = next(worker for worker in busy if worker.connection is connection)
             try:
-                settle(worker, *worker.connection.recv())
+                done, said = worker.connection.recv()
             except (EOFError, ConnectionResetError):
-                settle(worker, False, "its process died")
-                pool.remove(worker)
-    for worker in pool:
-        if worker.job is not None:
-            print(f"{worker.job.name} was not done in time and is ended", flush=True)
-        worker.process.kill()
-    if waiting:
-        print(f"{len(waiting)} jobs were not begun; the same call goes on from here", flush=True)
-    return failed
+                done, said = False, "its process died"
+                self.pool.remove(worker)
+            assert worker.job is not None
+            name, worker.job = worker.job.name, None
+            if done:
+                self.unfinished.discard(name)
+            else:
+                self.failed.append(name)
+            print(f"[{self.passed:6.1f} s] {name}: {said}", flush=True)
+
+    def end(self) -> None:
+        for worker in self.pool:
+            if worker.job is not None:
+                print(f"{worker.job.name} was not done in time and is ended", flush=True)
+            worker.process.kill()
+        if self.waiting:
+            print(f"{len(self.waiting)} jobs were not begun; the same call goes on from here", flush=True)

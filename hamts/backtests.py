@@ -24,11 +24,11 @@ from hamts.evaluation import (
     Windows,
     backtest,
     choose_windows,
-    layer_usage,
     point_levels,
     policies_for,
     score_rows,
     seasonal_naive_forecasts,
+    spent_by,
 )
 from hamts.fitting import Fitted, fit_panel, validation_tail
 from hamts.forecast import Asked, Forecast, quantile_at, quantile_mean, targets_first
@@ -89,15 +89,12 @@ def _with_memory(
 ) -> Backtest:
     """Forecasts of the fitted network under one of ``MEMORIES``."""
     network, unit = fitted.network, fitted.plan.time_unit
-    usage = None
+    spent = None
     if memory == "random":
-        usage = _usage(fitted, panel, _with_memory(fitted, panel, windows, share, "model", seed=seed, traces=True))
-    policies = policies_for(network, memory, share, usage=usage, seed=seed)
+        model = _with_memory(fitted, panel, windows, share, "model", seed=seed, traces=True)
+        spent = spent_by(network, model.rollout, panel.n_items)
+    policies = policies_for(network, memory, share, spent=spent, seed=seed)
     return backtest(network, panel, windows, policies, time_unit=unit, keep_traces=traces)
-
-
-def _usage(fitted: Fitted, panel: Panel, model: Backtest) -> np.ndarray:
-    return layer_usage(fitted.network, model.rollout, panel.n_items)
 
 
 def _refitted(fitted: Fitted, panel: Panel, windows: Windows, share: float, memory: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from hamts.data.clock import as_numbers, effective_clock, locate
 from hamts.data.panel import Panel
 from hamts.data.patches import PatchStore, build_store
 from hamts.errors import DataError
-from hamts.evaluation import Windows, backtest, layer_usage, policies_for, tagless
+from hamts.evaluation import Spent, Windows, backtest, policies_for, spent_by, tagless
 from hamts.nn.controls import Control
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
@@ -42,15 +42,15 @@ class Choices:
     rank: torch.Tensor  # [L, I, T, C] float64
     able: torch.Tensor  # [I, T, C] bool: may be kept by a score
 
-    def policies(self, network: HAMNetwork, share: float, keys: torch.Tensor) -> list[Policy]:
-        """One policy per layer that keeps these tokens and no others."""
+    def policies(
+        self, network: HAMNetwork, share: float, keys: torch.Tensor, held: list[torch.Tensor] | None = None
+    ) -> list[Policy]:
+        """One policy per layer that keeps these tokens and no others, in so many entries at most, L x [I]."""
         base = network.policy(torch.full((len(keys),), share))
+        rooms = [None] * len(self.keep) if held is None else held
         return [
-            tagless(
-                base,
-                Control("given", keys, layer=layer, position=self.position, keep=keep, rank=rank),
-            )
-            for layer, (keep, rank) in enumerate(zip(self.keep, self.rank, strict=True))
+            tagless(base, Control("given", keys, layer=layer, position=self.position, keep=keep, rank=rank), held=room)
+            for layer, (keep, rank, room) in enumerate(zip(self.keep, self.rank, rooms, strict=True))
         ]
 
 
@@ -79,21 +79,22 @@ def control_policies(
 
     Raises DataError E-OPTION: something that a control needs is missing.
     """
-    usage, keys = layer_usage(network, model, panel.n_items), item_keys(panel)
+    spent, keys = spent_by(network, model, panel.n_items), item_keys(panel)
     if memory == "random":
-        return policies_for(network, memory, share, usage=usage, seed=seed, keys=keys)
+        return policies_for(network, memory, share, spent=spent, seed=seed, keys=keys)
     if memory == "stride":
-        shares = [torch.from_numpy(rate).float() for rate in usage]  # L x [I]
+        shares = [torch.from_numpy(rate).float() for rate in spent.usage]  # L x [I]
         return [
-            tagless(network.policy(rate), Control("stride", keys, layer=number, phase=phase))
-            for number, rate in enumerate(shares)
+            tagless(network.policy(rate), Control("stride", keys, layer=number, phase=phase), held=held)
+            for number, (rate, held) in enumerate(zip(shares, spent.held, strict=True))
         ]
     if memory == "recency":
-        return _recency(network, model, share, keys)
+        return _recency(network, spent, share, keys)
     store = build_store(panel, patch_steps=network.config.patch_steps, extra_steps=0, time_unit=time_unit)
     if memory == "shuffled":
         choices = shuffled_choices(_choices(network, model, store), keys, seed)
-    elif memory == "oracle":
+        return choices.policies(network, share, keys, spent.held)
+    if memory == "oracle":
         choices = oracle_choices(_choices(network, model, store), panel, store, oracle)
     else:
         choices = _grafted(network, panel, windows, graft, share, store, time_unit)
@@ -105,14 +106,13 @@ def item_keys(panel: Panel) -> torch.Tensor:
     return torch.tensor([zlib.crc32(repr(one).encode()) for one in panel.item_ids.tolist()], dtype=torch.int64)
 
 
-def _recency(network: HAMNetwork, model: Rollout, share: float, keys: torch.Tensor) -> list[Policy]:
+def _recency(network: HAMNetwork, spent: Spent, share: float, keys: torch.Tensor) -> list[Policy]:
     """Everything is kept, in as many entries as the model holds at the end of each item."""
-    assert model.memory is not None
     policies = []
-    for number, layer in enumerate(model.memory.layers):
-        policy = tagless(network.policy(torch.full((len(keys),), share)), Control("recency", keys, layer=number))
-        held = layer.scratchpad.alive.sum(1)  # [I]
-        policies.append(replace(policy, cap_each=held, eviction="fifo"))
+    for number, held in enumerate(spent.held):
+        base = network.policy(torch.full((len(keys),), share))
+        policy = tagless(base, Control("recency", keys, layer=number), held=held)
+        policies.append(replace(policy, eviction="fifo"))
     return policies
 
 

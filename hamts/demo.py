@@ -26,10 +26,10 @@ from hamts.evaluation import (
     Windows,
     backtest,
     choose_windows,
-    layer_usage,
     point_levels,
     policies_for,
     seasonal_naive_forecasts,
+    spent_by,
 )
 from hamts.files import write_frame, written_whole
 from hamts.forecast import quantile_at, quantile_mean
@@ -181,8 +181,8 @@ def _all_memories(model: HAMForecaster, panel: Panel, windows: Windows, seed: in
     network, plan = model._fitted.network, model._fitted.plan
     results: dict[str, Backtest] = {}
     for name in ("model", "none", "random", "full"):
-        usage = layer_usage(network, results["model"].rollout, panel.n_items) if name == "random" else None
-        policies = policies_for(network, name, model._share(None), usage=usage, seed=seed)
+        spent = spent_by(network, results["model"].rollout, panel.n_items) if name == "random" else None
+        policies = policies_for(network, name, model._share(None), spent=spent, seed=seed)
         results[name] = backtest(
             network, panel, windows, policies, time_unit=plan.time_unit, keep_traces=name == "model"
         )

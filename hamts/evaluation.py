@@ -27,6 +27,7 @@ __all__ = [
     "CONTROLS",
     "MEMORIES",
     "Backtest",
+    "Spent",
     "Windows",
     "backtest",
     "choose_windows",
@@ -36,6 +37,7 @@ __all__ = [
     "score_rows",
     "seasonal_errors",
     "seasonal_naive_forecasts",
+    "spent_by",
 ]
 
 MEMORIES = ("model", "none", "full", "random")
@@ -60,7 +62,7 @@ def policies_for(
     memory: str,
     share: float,
     *,
-    usage: np.ndarray | None = None,
+    spent: Spent | None = None,
     seed: int = 0,
     keys: torch.Tensor | None = None,
 ) -> list[Policy]:
@@ -68,9 +70,9 @@ def policies_for(
 
     Args:
         memory: ``model``; ``none``: nothing is kept, tags neither; ``full``: everything observed, without a cap;
-            ``random``: as many random steps in each layer as the model keeps there, tags or not.
+            ``random``: as many random steps in each layer as the model keeps there, tags or not, in no more entries.
         share: budget share of the model.
-        usage: of ``layer_usage``, [L, I]; for ``random`` only.
+        spent: what the model kept and held; for ``random`` only.
         seed, keys: what chance is counted from, one key per item, [I] int64; for ``random`` only.
     """
     layers = network.config.layers
@@ -82,22 +84,44 @@ def policies_for(
         return [network.policy(torch.ones(1), capped=False)] * layers
     if memory != "random":
         raise DataError("E-OPTION", f"memory must be one of {list(MEMORIES)}. Got {memory!r}.", fix="memory='model'")
-    if usage is None:
-        raise ValueError("Random routing needs usage, what the model keeps in each layer. Got None.")
+    if spent is None:
+        raise ValueError("Random routing needs spent, what the model keeps in each layer. Got None.")
     return [
         tagless(
             network.policy(torch.from_numpy(rate).float()),
             Control("random", torch.arange(len(rate)) if keys is None else keys, seed=seed, layer=number),
+            held=held,
         )
-        for number, rate in enumerate(usage)
+        for number, (rate, held) in enumerate(zip(spent.usage, spent.held, strict=True))
     ]
 
 
-def tagless(policy: Policy, control: Control) -> Policy:
-    """A policy under which a control alone says what is kept, with the room that tags had."""
+def tagless(policy: Policy, control: Control, *, held: torch.Tensor | None = None) -> Policy:
+    """A policy under which a control alone says what is kept, with the room that tags had.
+
+    Args:
+        held: most entries of each item, [I]: what the model held. Its two lists may fill one and not the other, and a
+            control that could fill both would hold more than it.
+    """
     kept = None if policy.cap_kept is None or policy.cap_must is None else policy.cap_kept + policy.cap_must
     must = None if kept is None else 0
-    return replace(policy, control=control, use_tags=False, cap_kept=kept, cap_must=must)
+    return replace(policy, control=control, use_tags=False, cap_kept=kept, cap_must=must, cap_each=held)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a pass kept, and held at the end."""
+
+    usage: np.ndarray  # [L, I] of ``layer_usage``
+    held: list[torch.Tensor]  # L x [I] entries
+
+
+def spent_by(network: HAMNetwork, rollout: Rollout, items: int) -> Spent:
+    """What controls may keep and hold; of a pass with traces."""
+    if rollout.memory is None:
+        raise ValueError("What a pass held is read off its memory. Got memory=None.")
+    held = [layer.scratchpad.alive.sum(1) for layer in rollout.memory.layers]
+    return Spent(layer_usage(network, rollout, items), held)
 
 
 def layer_usage(network: HAMNetwork, rollout: Rollout, items: int) -> np.ndarray:

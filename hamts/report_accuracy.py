@@ -18,11 +18,11 @@ from hamts.evaluation import (
     Windows,
     backtest,
     choose_windows,
-    layer_usage,
     point_levels,
     policies_for,
     score_rows,
     seasonal_naive_forecasts,
+    spent_by,
 )
 from hamts.forecast import quantile_at, quantile_mean
 from hamts.forecaster import HAMForecaster
@@ -106,8 +106,8 @@ def measure_accuracy(
     network, unit = model._fitted.network, model._fitted.plan.time_unit
     results: dict[str, Backtest] = {}
     for memory in ("model", "none", "random", "full"):
-        usage = layer_usage(network, results["model"].rollout, panel.n_items) if memory == "random" else None
-        policies = policies_for(network, memory, share, usage=usage, seed=seed)
+        spent = spent_by(network, results["model"].rollout, panel.n_items) if memory == "random" else None
+        policies = policies_for(network, memory, share, spent=spent, seed=seed)
         results[memory] = backtest(network, panel, windows, policies, time_unit=unit, keep_traces=memory == "model")
     levels = model.config.quantiles
     forecasts = {name: _levels_and_mean(result.quantiles, levels) for name, result in results.items()}

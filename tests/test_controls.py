@@ -23,7 +23,7 @@ from hamts.evaluation import backtest, choose_windows, layer_usage
 from hamts.nn.controls import Control, counted_uniform
 from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
-from hamts.remembered import read_panel
+from hamts.remembered import memory_parts, read_panel
 
 LENGTHS = (260, 200, 150)
 
@@ -245,6 +245,25 @@ def test_every_control_has_its_row(fitted: hamts.HAMForecaster) -> None:
     bytes_of = scores.groupby("method")["bytes"].first()
     assert bytes_of["recency_memory"] == pytest.approx(bytes_of["HAM"], rel=0.02)
     assert fitted.plan.model.allocation == "normalised"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("router", ["surprise", "surprise+tags"])
+def test_no_control_holds_more_than_the_model(share: float, router: str) -> None:
+    network, panel = make_network(make_config(router=router)), make_panel(LENGTHS, seed=7)
+    network.memory_config = replace(network.memory_config, budget_bytes=60 * network.entry_bytes())
+    windows = choose_windows(panel, 7, n_windows=3, step_size=None, cutoffs=None)
+    served = [network.policy(torch.tensor([share], dtype=torch.float64))] * 2
+    model = backtest(network, panel, windows, served, time_unit=1.0, keep_traces=True)
+    held = memory_parts(model.memory)["scratchpad"]
+    setting = {"network": network, "panel": panel, "windows": windows, "model": model.rollout}
+    for memory in ("random", "shuffled", "stride", "recency"):
+        policies = policies_of(setting, memory, share=share)
+        own = memory_parts(backtest(network, panel, windows, policies, time_unit=1.0).memory)["scratchpad"]
+        assert (own <= held).all(), memory
+        # where the room is short, it is used
+        if share >= 0.5:
+            np.testing.assert_allclose(own, held, rtol=0.1, err_msg=memory)
 
 
 def test_groups_and_fields_of_routing_are_told_where_they_are_wrong(fitted: hamts.HAMForecaster) -> None:

@@ -20,7 +20,7 @@ from hamts.data.frequency import make_frequency
 from hamts.data.panel import Panel
 from hamts.data.patches import build_store, irregular_unit
 from hamts.errors import DataError, DataWarning
-from hamts.evaluation import policies_for, seasonal_errors
+from hamts.evaluation import Spent, policies_for, seasonal_errors
 from hamts.fitting import channel_units, panel_spec, probability_levels, validation_tail
 from hamts.metrics import seasonal_scale
 from hamts.reader import HAMNetwork
@@ -274,7 +274,7 @@ def test_a_memory_of_no_steps_and_of_all_steps_are_what_they_say(sine: hamts.HAM
     assert (float(none.share), none.use_tags) == (0.0, False)
     assert (float(full.share), full.cap_kept, full.cap_must) == (1.0, None, None)
     usage = np.array([[0.2, 0.4]])
-    random = policies_for(network, "random", 0.1, usage=usage, seed=1)[0]
+    random = policies_for(network, "random", 0.1, spent=Spent(usage, [torch.tensor([3, 4])]), seed=1)[0]
     np.testing.assert_allclose(random.share.numpy(), usage[0], rtol=1e-6)
     assert random.control is not None and random.control.kind == "random"
     with pytest.raises(DataError, match=r"memory must be one of .*Got 'some'"):

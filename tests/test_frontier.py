@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from model_frames import quick, sine_frame
 
 import hamts
 from hamts.cli import main
+from hamts.config import ModelConfig
 from hamts.errors import DataError
 from hamts.frontier import Losses, interval, measure_points, pareto, windows_at
 from hamts.plot_frontier import save_frontier
@@ -144,7 +146,7 @@ def test_the_command_writes_table_and_picture(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_echo_is_the_shape_that_was_stored_at_its_age() -> None:
-    from benchmarks.frontier import AGES, SETS, with_echoes
+    from benchmarks.frontier_sets import AGES, SETS, with_echoes
 
     spec = replace(SETS["epf"], target=("y",), futr=(), copies=2)
     T = 24 * 1200
@@ -184,7 +186,8 @@ def _nothing_else(own: pd.DataFrame, row: int) -> bool:
 
 
 def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
-    from benchmarks.frontier import MODELS, SETS, grid
+    from benchmarks.frontier_grid import MODELS, grid
+    from benchmarks.frontier_sets import SETS
 
     core, whole = grid(core=True), grid(core=False)
     assert core == whole[: len(core)]
@@ -198,7 +201,7 @@ def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
 
 
 def test_verdicts_are_those_of_the_registration() -> None:
-    from benchmarks.frontier import verdict
+    from benchmarks.frontier_claims import verdict
 
     assert verdict(-0.1, -0.2, -0.01, seeds=3) == "better"
     # clear, but too small to matter; and large, but not clear
@@ -210,9 +213,11 @@ def test_verdicts_are_those_of_the_registration() -> None:
 
 
 def test_rivals_get_the_bytes_that_the_reference_took(tmp_path: Path) -> None:
-    from benchmarks.frontier import REFERENCE, SMOKE, Cell, budget_of, equal_bytes, shape_of, smoke_carrier
+    from benchmarks.frontier import SIZES, budget_of, equal_bytes
+    from benchmarks.frontier_grid import REFERENCE, Cell
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
 
-    carrier, shape = smoke_carrier(), shape_of({"preset": "tiny"})
+    carrier, shape = smoke_carrier(), ModelConfig(**SIZES["tiny"])
     cell = Cell("smoke", "window", 0, 0.1)
     assert budget_of(cell, tmp_path, carrier, SMOKE, shape) == equal_bytes(carrier, SMOKE, 0.1, shape)
     took = {"points": [{"memory": "model", "share": 0.1, "scratchpad_bytes": 1234.0}]}
@@ -223,7 +228,10 @@ def test_rivals_get_the_bytes_that_the_reference_took(tmp_path: Path) -> None:
 def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks.frontier import Cell, draw, read_cells, run, smoke, smoke_carrier, table
+    from benchmarks.frontier import run, smoke
+    from benchmarks.frontier_claims import draw, read_cells, table
+    from benchmarks.frontier_grid import Cell
+    from benchmarks.frontier_sets import smoke_carrier
 
     smoke(tmp_path)
     cells = read_cells(tmp_path)
@@ -239,8 +247,119 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
     draw(tmp_path, tmp_path / "front.svg")
     assert (tmp_path / "front.svg").stat().st_size > 1000
     before = (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns
-    run([Cell("smoke", "window", 0, 0.1)], tmp_path, again=False, most_s=60.0, load_set=lambda _: smoke_carrier())
+    run(
+        [Cell("smoke", "window", 0, 0.1)],
+        tmp_path,
+        again=False,
+        most_s=60.0,
+        load_set=lambda _: smoke_carrier(),
+        how={},
+    )
     # a rate was tried as often for one as for the other
-    trials = [json.loads(path.read_text())["validation"] for path in tmp_path.glob("*--rates.json")]
-    assert len(trials) == 2 and trials[0].keys() == trials[1].keys()
+    trials = [json.loads(path.read_text()) for path in tmp_path.glob("*--lr*.json")]
+    assert sorted((trial["model"], trial["rate"]) for trial in trials) == [
+        (name, rate) for name in ("learned", "window") for rate in (1e-3, 3e-3)
+    ]
     assert (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns == before
+
+
+# --- several budgets at once
+
+
+def test_budgets_read_side_by_side_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hamts import frontier
+
+    tagged = sine_frame(items=2, steps=200).assign(event=lambda rows: (np.arange(len(rows)) % 37 == 0).astype(float))
+    fitted = quick(tagged, 6, router="surprise+tags", event_cols=["event"], patch_steps=3, max_steps=2)
+    panel = fitted._panel_of(tagged, None, None)
+    windows = windows_at(panel, 6, [np.array([60, 100, 150]), np.array([90, 100])])
+    asked = {"shares": (0.0, 0.1, 0.3, 1.0), "memories": ("model", "random", "shuffled", "recency"), "timed": ()}
+    alone = measure_points(fitted._fitted, panel, windows, **asked)
+    groups = frontier._groups
+    monkeypatch.setattr(frontier, "_groups", lambda shares, side_by_side: groups(shares, side_by_side=True))
+    together = measure_points(fitted._fitted, panel, windows, **asked)
+    assert len(alone) == len(together) == 13
+    for one, two in zip(alone, together, strict=True):
+        assert (one.memory, one.budget_share, one.usage_share) == (two.memory, two.budget_share, two.usage_share)
+        assert one.bytes == two.bytes
+        assert one.scratchpad_attention == pytest.approx(two.scratchpad_attention, abs=1e-6)
+        np.testing.assert_allclose(one.losses.quantile, two.losses.quantile, rtol=1e-4)
+
+
+def test_controls_may_be_measured_at_fewer_budgets() -> None:
+    panel = model()._panel_of(frame(), None, None)
+    windows = windows_at(panel, 6, [np.array([100]), np.array([100])])
+    points = measure_points(
+        model()._fitted, panel, windows, shares=SHARES, memories=("model", "random"), control_shares=(0.3,),
+        timed=("model",),
+    )  # fmt: skip
+    assert [(point.memory, point.budget_share) for point in points] == [
+        ("model", 0.0), ("model", 0.3), ("random", 0.3), ("model", 1.0)
+    ]  # fmt: skip
+    assert [np.isfinite(point.ms_per_step) for point in points] == [True, True, False, True]
+
+
+def test_forecasts_that_wait_for_one_another_are_those_made_at_once() -> None:
+    from hamts.data.patches import build_store
+    from hamts.evaluation import policies_for
+    from hamts.rollout import roll
+
+    fitted = model()._fitted
+    panel = model()._panel_of(frame(), None, None)
+    store = build_store(panel, patch_steps=3, extra_steps=0, time_unit=1.0)
+    cutoffs = [np.array([50, 51, 90, 140, 200]), np.array([70, 90, 91])]
+    results = [
+        roll(
+            fitted.network, store, cutoffs=cutoffs, steps=6, policies=policies_for(fitted.network, "model", 0.3),
+            held_bytes=held,
+        )
+        for held in (0, 40_000, 2**30)
+    ]  # fmt: skip
+    for result in results[1:]:
+        np.testing.assert_allclose(result.quantiles, results[0].quantiles, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result.scale, results[0].scale, rtol=1e-12)
+
+
+# --- jobs side by side
+
+
+def double(payload: int) -> str:
+    """What a process does with its payload; 13 is bad luck, 14 kills the process."""
+    if payload == 13:
+        raise ValueError("bad luck")
+    if payload == 14:
+        os._exit(1)
+    return str(2 * payload)
+
+
+def test_a_job_that_fails_costs_those_that_need_it_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.side_by_side import Job, run_jobs
+
+    jobs = [
+        Job("last", 3, ("first", "gone")), Job("never", 4, ("bad",)), Job("bad", 13), Job("dead", 14), Job("first", 1)
+    ]  # fmt: skip
+    failed = run_jobs(jobs, double, workers=2, begin_within_s=60.0, end_within_s=60.0)
+    said = capsys.readouterr().out
+    assert sorted(failed) == ["bad", "dead", "never"]
+    assert "bad luck" in said and "dead: its process died" in said
+    assert said.index("first: 2") < said.index("last: 6")
+    assert run_jobs([Job("late", 1)], double, workers=1, begin_within_s=-1.0, end_within_s=60.0) == []
+    assert "1 jobs were not begun" in capsys.readouterr().out
+
+
+def test_rivals_wait_for_the_reference_and_cells_for_their_trials(tmp_path: Path) -> None:
+    from benchmarks.frontier import Task, jobs_of
+    from benchmarks.frontier_grid import Cell
+
+    cells = [Cell("epf", "window", 1, 0.02), Cell("epf", "tags", 0), Cell("epf", "learned", 1)]
+    task = functools.partial(Task, folder=tmp_path, how={"size": "tiny"})
+    jobs = {job.name: job.needs for job in jobs_of(cells, task, again=False)}
+    own = {"epf--window@10--lr0.001.json", "epf--window@10--lr0.003.json"}
+    assert set(jobs["epf--window@2--seed1.json"]) == own | {"epf--learned--seed1.json"}
+    # seed 0 of the reference was not asked for, but the trials of the rival need its bytes
+    assert {jobs[name] for name in own} == {("epf--learned--seed0.json",)}
+    order = list(jobs)
+    assert order.index("epf--learned--lr0.001.json") < order.index("epf--tags--seed0.json")
+    (tmp_path / "epf--tags--seed0.json").write_text("{}")
+    left = jobs_of(cells, task, again=False)
+    assert not any("tags" in job.name for job in left)

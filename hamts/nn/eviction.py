@@ -49,8 +49,9 @@ def end_times(entries: Entries, visible_from: torch.Tensor, policy: Policy) -> t
         visible_from: first query of this chunk that sees the entry, [B, M] int64, rising; the entries' order is that of
             time.
     """
-    if policy.eviction == "fifo" and policy.tags is None and policy.cap_each is None:
-        return lifetimes(entries, visible_from, cap_kept=policy.cap_kept, cap_must=policy.cap_must)
+    if policy.eviction == "fifo" and policy.tags is None:
+        room = policy.cap_kept if policy.cap_each is None else _caps(entries, policy)[0]
+        return lifetimes(entries, visible_from, cap_kept=room, cap_must=policy.cap_must)
     until = torch.full_like(visible_from, NEVER)  # [B, M]
     if policy.cap_kept is None and policy.cap_must is None and policy.cap_each is None:
         return until

