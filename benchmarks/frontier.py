@@ -50,6 +50,8 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
+# of every fit here: a step that starts fewer kernels, over more streams; few checks
+TRAINING = {"batch_windows": 64, "origins": 1, "checks": 6, "patience": 6}
 BLOCKS = 20
 NO_CAP = 1 << 40
 
@@ -95,7 +97,7 @@ def fit(
         seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
     )  # fmt: skip
     plan = make_plan(panel, options)
-    plan = replace(plan, model=replace(plan.model, **SIZES[size]))
+    plan = replace(plan, model=replace(plan.model, **SIZES[size]), train=replace(plan.train, **TRAINING))
     tail = validation_tail(panel.lengths, h=plan.h, patch_steps=spec.patch_steps, val_size=plan.val_size)
     return train_panel(panel, plan, tail=tail, verbose=False, progress=False)
 

@@ -30,7 +30,7 @@ from hamts.nn.tokens import Policy
 from hamts.reader import HAMNetwork
 from hamts.rollout import Rollout
 
-__all__ = ["Choices", "control_policies", "item_keys", "oracle_choices", "regrafted", "shuffled_choices"]
+__all__ = ["Choices", "control_policies", "item_keys", "listed", "oracle_choices", "regrafted", "shuffled_choices"]
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,7 @@ def _choices(network: HAMNetwork, rollout: Rollout, store: PatchStore) -> Choice
     keep = torch.zeros(layers, items, T, channels, dtype=torch.bool)
     rank = torch.zeros(layers, items, T, channels, dtype=torch.float64)
     able = torch.zeros(items, T, channels, dtype=torch.bool)
-    position = torch.full((items, T), torch.inf, dtype=torch.float64)
-    for item in range(items):
-        first, count = int(store.first_row[item]), int(store.row_count[item])
-        position[item, :count] = store.position[first : first + count]
+    position = positions(store)
     for chunk in rollout.traces:
         N = chunk.heard.shape[2]
         place = chunk.first_patch[:, None] + torch.arange(N) - store.first_patch[chunk.items][:, None]  # [B, N]
@@ -215,6 +212,26 @@ def _places(panel: Panel, frame: Any) -> tuple[np.ndarray, np.ndarray, np.ndarra
     inside = (item >= 0) & (step >= 0)
     inside &= step < panel.lengths[np.maximum(item, 0)]
     return item[inside], np.asarray(step)[inside], channel[inside]
+
+
+def listed(policy: Policy, store: PatchStore) -> Policy:
+    """A control that decides by a rule as one that goes by a list of what the rule decides."""
+    control = policy.control
+    if control is None or control.kind == "given":
+        return policy
+    position = positions(store)  # [I, T]
+    share = policy.share.cpu().expand(store.n_items)  # [I]
+    keep, rank = control.decide(position, len(store.roles), share)  # 2 x [I, T, C]
+    return replace(policy, control=replace(control, kind="given", position=position, keep=keep, rank=rank))
+
+
+def positions(store: PatchStore) -> torch.Tensor:
+    """Times of every patch of every item, [I, T] float64, +inf for padding."""
+    position = torch.full((store.n_items, int(store.row_count.max())), torch.inf, dtype=torch.float64)
+    for item in range(store.n_items):
+        first, count = int(store.first_row[item]), int(store.row_count[item])
+        position[item, :count] = store.position[first : first + count]
+    return position
 
 
 # --- grafting

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,16 +20,16 @@ from hamts.controls import control_policies
 from hamts.data.cutoffs import first_observed, times_of
 from hamts.data.library import plain_frame
 from hamts.data.panel import Panel
-from hamts.data.patches import PatchStore, build_store
+from hamts.data.patches import build_store
 from hamts.errors import DataError
 from hamts.evaluation import Backtest, Windows, choose_windows, policies_for, seasonal_errors
 from hamts.fitting import Fitted, Trained
 from hamts.forecast import quantile_at, quantile_mean
+from hamts.frontier_read import Histories
 from hamts.metrics import DECILES, row_losses
 from hamts.nn.tokens import Policy, map_tensors
-from hamts.reader import HAMNetwork
 from hamts.remembered import memory_parts
-from hamts.rollout import ChunkTrace, Rollout, forecast_from, roll
+from hamts.rollout import forecast_from
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
@@ -51,10 +51,8 @@ SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 FRONTIER_MEMORIES = ("model", "random", "shuffled", "stride", "recency")
 TIMED_STEPS, WARM_STEPS = 24, 4
 DRAWS = 1000
-# budgets up to this are read side by side on a GPU, whose copies of memories may take this much while they wait
-SMALL_SHARE, HELD_BYTES = 0.3, 2**28
-# of a trace: what only the worth of single entries needs
-EMPTIED = ("entries_bias", "entries_judged", "entries_position", "entries_channel")
+# budgets up to this are read side by side on a GPU
+SMALL_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -150,33 +148,33 @@ def measure_points(
         shares = [fitted.plan.memory.budget_share]
     network = fitted.network.to(device)
     side_by_side = torch.device(device).type == "cuda"
-    reader = _Histories(network, panel, windows, fitted.plan.time_unit)
+    reader = Histories(network, panel, windows, fitted.plan.time_unit)
     points: dict[tuple[float, str], Point] = {}
     try:
         for group in _groups(shares, side_by_side=side_by_side):
             served = [policies_for(network, "model", share) for share in group]
             reads = reader.read(served)
-            for memory in memories:
-                if memory == "model":
-                    asked, chosen, results = list(group), served, reads
-                else:
-                    # where nothing is kept it does not matter who chooses
-                    asked = [s for s in group if s > 0 and (control_shares is None or s in control_shares)]
-                    chosen = [
-                        control_policies(
-                            network, panel, windows, memory, share=share, model=read.rollout, seed=seed,
-                            time_unit=fitted.plan.time_unit,
-                        )
-                        for share, read in zip(group, reads, strict=True)
-                        if share in asked
-                    ]  # fmt: skip
-                    results = reader.read(chosen)
-                for share, policies, result in zip(asked, chosen, results, strict=True):
-                    points[share, memory] = _point(fitted, panel, windows, memory, share, policies, result)
-                    if memory in timed:
-                        network.cpu()
-                        points[share, memory] = _timed(points[share, memory], fitted, panel, windows, policies, result)
-                        network.to(device)
+            found = {(share, "model"): one for share, one in zip(group, zip(served, reads, strict=True), strict=True)}
+            # where nothing is kept it does not matter who chooses
+            controlled = [s for s in group if s > 0 and (control_shares is None or s in control_shares)]
+            controls = {
+                (share, memory): control_policies(
+                    network, panel, windows, memory, share=share, model=found[share, "model"][1].rollout, seed=seed,
+                    time_unit=fitted.plan.time_unit,
+                )
+                for memory in memories
+                for share in controlled
+                if memory != "model"
+            }  # fmt: skip
+            found |= reader.read_controls(controls, side_by_side=side_by_side)
+            for (share, memory), (policies, result) in found.items():
+                if memory not in memories:
+                    continue
+                points[share, memory] = _point(fitted, panel, windows, memory, share, result)
+                if memory in timed:
+                    network.cpu()
+                    points[share, memory] = _timed(points[share, memory], fitted, panel, windows, policies, result)
+                    network.to(device)
     finally:
         network.cpu()
     return [points[share, memory] for share in shares for memory in memories if (share, memory) in points]
@@ -190,106 +188,12 @@ def _groups(shares: Sequence[float], *, side_by_side: bool) -> list[list[float]]
     return [small, *([share] for share in shares if share > SMALL_SHARE)]
 
 
-@dataclass(frozen=True)
-class _Histories:
-    """Reads the items of a panel up to their last windows, under any number of policies at once."""
-
-    network: HAMNetwork
-    panel: Panel
-    windows: Windows
-    time_unit: float
-
-    def read(self, served: Sequence[Sequence[Policy]]) -> list[Backtest]:
-        """One result for each list of policies (one a layer); items are repeated, once for each list."""
-        if not served:
-            return []
-        items, X, times = self.panel.n_items, len(self.windows.items), len(served)
-        P = self.network.config.patch_steps
-        store = build_store(self.panel, patch_steps=P, extra_steps=0, time_unit=self.time_unit)
-        result = roll(
-            self.network,
-            repeated(store, times),
-            cutoffs=list(self.windows.steps) * times,
-            steps=self.windows.actual.shape[2],
-            policies=[beside(layer, items) for layer in zip(*served, strict=True)],
-            ends=np.tile([cuts[-1] if len(cuts) else 0 for cuts in self.windows.steps], times),
-            keep_traces=thin,
-            held_bytes=HELD_BYTES if self.network.unit.device.type == "cuda" else 0,
-        )
-        assert result.memory is not None
-        result.quantiles[~np.tile(self.windows.known, (times, 1))] = np.nan
-        backtests = []
-        for k in range(times):
-            own = torch.arange(k * items, (k + 1) * items, device=self.network.unit.device)
-            memory = map_tensors(result.memory.select(own), lambda tensor: tensor.cpu())
-            traces = [part for trace in result.traces if (part := _rows_of(trace, k * items, items)) is not None]
-            quantiles, scale = (x[k * X : (k + 1) * X] for x in (result.quantiles, result.scale))
-            rollout = Rollout(quantiles, scale, memory, traces, *counted(traces))
-            backtests.append(Backtest(quantiles, memory, rollout))
-        return backtests
-
-
-def repeated(store: PatchStore, times: int) -> PatchStore:
-    """The same rows with every item so many times, in the order of all items, then all again."""
-    names = ("first_row", "row_count", "first_patch", "lead", "lengths", "static_values", "static_codes")
-    each = {name: getattr(store, name) for name in names}  # [I, ...]
-    return replace(store, **{name: x.repeat(times, *(1,) * (x.dim() - 1)) for name, x in each.items()})
-
-
-def beside(policies: Sequence[Policy], items: int) -> Policy:
-    """Policies of one layer that differ in their tensors alone as one, for all items under each of them in turn."""
-    whole = [map_tensors(policy, lambda x: x.expand(items, *x.shape[1:]) if len(x) == 1 else x) for policy in policies]
-    return _together(whole)
-
-
-def _together(parts: list[Any]) -> Any:
-    """Trees of tensors that agree in all else, as one whose tensors follow one another."""
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    # rules of tags are the network's own: one object, not tensors of items
-    if is_dataclass(parts[0]) and any(part is not parts[0] for part in parts):
-        names = parts[0].__dataclass_fields__
-        return replace(parts[0], **{name: _together([getattr(part, name) for part in parts]) for name in names})
-    return parts[0]
-
-
-def thin(chunk: ChunkTrace) -> ChunkTrace:
-    """What a frontier needs of a trace, on the processor: decisions, ranks, and attention summed over entries."""
-    layers = []
-    for layer in chunk.layers:
-        spent = (layer.entries_mass.double() * layer.entries_sights).sum(1, keepdim=True)  # [B, 1]
-        none = {name: getattr(layer, name)[:, :0] for name in EMPTIED}
-        layers.append(replace(layer, **none, entries_mass=spent, entries_sights=torch.ones_like(spent).long()))
-    return map_tensors(replace(chunk, layers=layers), lambda tensor: tensor.cpu())
-
-
-def _rows_of(chunk: ChunkTrace, first: int, items: int) -> ChunkTrace | None:
-    """The part of a trace that is of some items, counted from the first of them."""
-    rows = torch.nonzero((chunk.items >= first) & (chunk.items < first + items)).squeeze(1)  # [b]
-    if not len(rows):
-        return None
-    own = map_tensors(chunk, lambda tensor: tensor[rows] if tensor.dim() else tensor)
-    return replace(own, items=own.items - first)
-
-
-def counted(traces: Sequence[ChunkTrace]) -> tuple[int, int]:
-    """Tokens that were written, and that could be heard, over layers."""
-    kept = heard = 0
-    for chunk in traces:
-        for layer in chunk.layers:
-            kept += int((layer.routed & (chunk.heard > 0)).sum())
-            kept += 0 if layer.revised is None else int(layer.revised.sum())
-            heard += int((chunk.heard > 0).sum())
-    return kept, heard
-
-
 def _point(
     fitted: Fitted | Trained,
     panel: Panel,
     windows: Windows,
     memory: str,
     share: float,
-    policies: Sequence[Policy],
     result: Backtest,
 ) -> Point:
     parts = memory_parts(result.memory)

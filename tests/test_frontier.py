@@ -275,8 +275,11 @@ def test_budgets_read_side_by_side_give_what_each_gives_alone(monkeypatch: pytes
     windows = windows_at(panel, 6, [np.array([60, 100, 150]), np.array([90, 100])])
     asked = {"shares": (0.0, 0.1, 0.3, 1.0), "memories": ("model", "random", "shuffled", "recency"), "timed": ()}
     alone = measure_points(fitted._fitted, panel, windows, **asked)
-    groups = frontier._groups
+    groups, controls = frontier._groups, frontier.Histories.read_controls
     monkeypatch.setattr(frontier, "_groups", lambda shares, side_by_side: groups(shares, side_by_side=True))
+    monkeypatch.setattr(
+        frontier.Histories, "read_controls", lambda self, asked, side_by_side: controls(self, asked, side_by_side=True)
+    )
     together = measure_points(fitted._fitted, panel, windows, **asked)
     assert len(alone) == len(together) == 13
     for one, two in zip(alone, together, strict=True):
