@@ -78,7 +78,8 @@ class _Run:
         self.unfinished = {job.name for job in jobs}
         self.failed: list[str] = []
         self.pool: list[_Worker] = []
-        self.context = multiprocessing.get_context("spawn")
+        # modules are read once, by a process that touches no GPU, of which the others are copies
+        self.context = multiprocessing.get_context("forkserver")
         self.began = time.monotonic()
 
     @property
