@@ -44,7 +44,8 @@ from hamts.resolve import FitOptions, make_plan
 
 RESULTS = Path(__file__).parent / "results" / "frontier"
 RATES = (1e-3, 3e-3)
-TRIAL_SHARE = 0.1
+# learning rates are tried on one set, rivals that have a size at a tenth
+TRIAL_SET, TRIAL_SHARE = "epf", 0.1
 # presets, and two sizes of about so many weights
 SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESETS.items()} | {
     "1M": {"width": 192, "layers": 2, "heads": 6},
@@ -190,8 +191,9 @@ def finite(value: float) -> float | None:
 
 
 def trial_of(cell: Cell) -> Cell:
-    """The fit whose learning rate a cell takes: of seed 0, and of rivals that have a size the one at a tenth."""
-    return replace(cell, seed=0, share=None if cell.share is None else TRIAL_SHARE)
+    """The fit whose learning rate a cell takes."""
+    where = TRIAL_SET if cell.set in SETS else cell.set
+    return replace(cell, set=where, seed=0, share=None if cell.share is None else TRIAL_SHARE)
 
 
 def trial_path(folder: Path, cell: Cell, rate: float) -> Path:

@@ -78,11 +78,11 @@ class Rung:
 LADDERS: dict[str, tuple[Rung, ...]] = {
     "registered": (Rung(64, 256, 800), Rung(256, 96, 400), Rung(1024, 32, 250), Rung(4096, 12, 120)),
     "dense": (Rung(64, 128, 350, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
-    "long": (Rung(64, 128, 800, 4), Rung(256, 48, 400, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
+    "long": (Rung(64, 128, 700, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 80), Rung(4096, 8, 40)),
 }
 # ladders that keep their learning rate until the last third
 LATE = ("dense", "long")
-# the rate of a model is the one whose seed 0 answers best at this length, which is not the one of the claims
+# the rate of a model is the one that answers best at this length, which is not the one of the claims
 CHOSEN_AT = 1024
 SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
 
@@ -404,58 +404,29 @@ def cell_path(folder: Path, name: str, rate: float, seed: int, ladder: str) -> P
 
 @dataclass(frozen=True)
 class Run:
-    """A model to train; without a rate, at the one that was best at seed 0."""
+    """A model to train and measure."""
 
     model: str
+    rate: float
     seed: int
     ladder: str
     folder: Path
-    rates: tuple[float, ...]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [cell_path(self.folder, self.model, rate, self.seed, self.ladder) for rate in self.rates]
-
-    @property
-    def name(self) -> str:
-        return f"{self.ladder}--{self.model}--seed{self.seed}--" + "-".join(f"{rate:g}" for rate in self.rates)
-
-
-def best_rate(run: Run) -> float:
-    """Of the rates tried at seed 0 the one with the most right answers at ``CHOSEN_AT`` tokens."""
-
-    def accuracy(path: Path) -> float:
-        rows = json.loads(path.read_text())["rows"]
-        usage = 1.0 if MODELS[run.model].get("mixer", "ham") != "ham" else SHARE
-        wanted = (CHOSEN_AT, "recall", "model", usage, "uniform")
-        names = ("length", "task", "memory", "usage", "allocation")
-        return next(row["accuracy"] for row in rows if tuple(row[name] for name in names) == wanted)
-
-    return max(run.rates, key=lambda rate: accuracy(cell_path(run.folder, run.model, rate, 0, run.ladder)))
 
 
 def perform(run: Run) -> str:
-    """Train and measure one model in a process of its own."""
-    rate = run.rates[0] if len(run.rates) == 1 else best_rate(run)
-    cell = run_one(run.model, rate=rate, seed=run.seed, ladder_name=run.ladder, folder=run.folder, quiet=True)
+    """One run, in a process of its own."""
+    cell = run_one(run.model, rate=run.rate, seed=run.seed, ladder_name=run.ladder, folder=run.folder, quiet=True)
     at = [row for row in cell["rows"] if row["task"] == "recall" and row["allocation"] == "uniform"]
     said = ", ".join(f"{r['memory']} {r['usage']:g} at {r['length']}: {r['accuracy']:.3f}" for r in at[-7:])
-    return f"rate {rate:g}, {cell['s']} s: {said}"
+    return f"{cell['s']} s: {said}"
 
 
-def jobs_of(models: list[str], seeds: list[int], rates: tuple[float, ...], ladder: str, folder: Path) -> list[Job]:
-    """All rates at seed 0, the best of them at the other seeds; those that are not there yet, the slowest first."""
-    jobs = []
-    for seed in seeds:
-        for model in sorted(models, key=lambda name: MODELS[name].get("mixer", "ham") != "ham"):
-            tried = [Run(model, seed, ladder, folder, (rate,)) for rate in rates]
-            needs = tuple(replace(run, seed=0).name for run in tried)
-            if seed == 0 or len(rates) == 1:
-                jobs += [Job(run.name, run) for run in tried if not run.paths[0].exists()]
-            elif not any(run.paths[0].exists() for run in tried):
-                best = Run(model, seed, ladder, folder, rates)
-                jobs.append(Job(best.name, best, needs))
-    return jobs
+def jobs_of(models: list[str], seeds: list[int], rates: list[float], ladder: str, folder: Path) -> list[Job]:
+    """Those that are not there yet: rate by rate, the slowest first."""
+    slow = sorted(models, key=lambda name: MODELS[name].get("mixer", "ham") != "ham")
+    runs = [Run(model, rate, seed, ladder, folder) for rate in rates for model in slow for seed in seeds]
+    paths = {run: cell_path(folder, run.model, run.rate, run.seed, ladder) for run in runs}
+    return [Job(path.stem, run) for run, path in paths.items() if not path.exists()]
 
 
 def table(folder: Path) -> str:
@@ -478,10 +449,48 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def accuracy(cell: dict[str, Any], length: int, usage: float, memory: str = "model") -> float:
+    """Share of queries of multi-query recall answered right; a rival has no usage."""
+    own = usage if MODELS[cell["model"]].get("mixer", "ham") == "ham" else 1.0
+    names = ("length", "task", "memory", "usage", "allocation")
+    wanted = (length, "recall", memory, own, "uniform")
+    return next((row["accuracy"] for row in cell["rows"] if tuple(row[name] for name in names) == wanted), math.nan)
+
+
+def summary(folder: Path) -> str:
+    """One row per ladder and model, over seeds, at the rate that answers best at ``CHOSEN_AT`` tokens."""
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    lines = [f"| ladder | model | lr (others at {CHOSEN_AT:,}) | seeds | usage | 64 | 256 | 1,024 | 4,096: each seed |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for ladder, name in sorted({(cell["ladder_name"], cell["model"]) for cell in cells}):
+        rates: dict[float, list[dict[str, Any]]] = {}
+        for cell in cells:
+            if (cell["ladder_name"], cell["model"]) == (ladder, name):
+                rates.setdefault(cell["rate"], []).append(cell)
+        scores = {rate: _mean([accuracy(cell, CHOSEN_AT, SHARE) for cell in own]) for rate, own in rates.items()}
+        best = max(scores, key=lambda rate: (scores[rate], rate))
+        others = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in scores.items() if rate != best)
+        ham = MODELS[name].get("mixer", "ham") == "ham"
+        settings = [(usage, "model") for usage in USAGES] + [(SHARE, "random")] if ham else [(1.0, "model")]
+        for usage, memory in settings:
+            own = [[accuracy(cell, length, usage, memory) for cell in rates[best]] for length in (64, 256, 1024, 4096)]
+            shown = " | ".join(f"{_mean(values):.3f}" for values in own[:3])
+            each = " ".join(f"{value:.3f}" for value in own[3])
+            label = f"{usage:g}{' at random' if memory == 'random' else ''}" if ham else "-"
+            lines.append(
+                f"| {ladder} | {name} | {best:g} ({others}) | {len(rates[best])} | {label} | {shown} | {each} |"
+            )
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3], help="of several, the best at seed 0")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--side-by-side", type=int, default=8, help="processes on the one GPU")
@@ -489,18 +498,19 @@ def main() -> None:
     parser.add_argument("--one", choices=list(MODELS), help="train this model here")
     parser.add_argument("--ladder", choices=list(LADDERS), default="registered")
     parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--table", action="store_true", help="only print all that was measured")
+    parser.add_argument("--summary", action="store_true", help="only print what it comes to")
     options = parser.parse_args()
     ladder = "smoke" if options.smoke else options.ladder
     if options.one or options.smoke:
         names = [options.one] if options.one else options.models
         for name in names:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
-    elif not options.table:
-        jobs = jobs_of(options.models, options.seeds, tuple(options.rates), ladder, options.folder)
+    elif not (options.table or options.summary):
+        jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder)
         run_jobs(jobs, perform, workers=options.side_by_side, begin_within_s=options.limit, end_within_s=options.limit)
     if not options.one:
-        print(table(options.folder))
+        print(table(options.folder) if options.table else summary(options.folder))
 
 
 if __name__ == "__main__":
