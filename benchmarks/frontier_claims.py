@@ -29,6 +29,7 @@ __all__ = [
 DRAWS, MARGIN = 2000, 0.02
 # memories are of the same size up to this share
 SAME_SIZE = 0.1
+ROUTERS = [label for label, model in MODELS.items() if model.controls]
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
@@ -123,18 +124,61 @@ def verdict(difference: float, low: float, high: float, *, seeds: int, bytes_rat
 
 def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
     """Every comparison that the registered claims need, on the core sets."""
-    routers = [label for label, model in MODELS.items() if model.controls]
     rows = []
     for name in (name for name, spec in SETS.items() if spec.core):
         for share in CONTROL_SHARES:
             for part in ("events", "all"):
-                pairs = [((r, "model"), (r, control)) for r in routers for control in ("shuffled", "random")]
+                pairs = [((r, "model"), (r, control)) for r in ROUTERS for control in ("shuffled", "random")]
                 pairs += [
-                    ((r, "model"), (rival, "model")) for r in routers for rival in ("recurrent_wide", "neighbours")
+                    ((r, "model"), (rival, "model")) for r in ROUTERS for rival in ("recurrent_wide", "neighbours")
                 ]
                 pairs += [(("learned", "model"), ("learned-token", "model"))]
                 rows += [difference(cells, name, one, two, share, part) for one, two in pairs]
     return pd.DataFrame([row for row in rows if row is not None])
+
+
+def answers(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
+    """Each registered claim with its verdict, and the comparisons that it rests on."""
+    cores = [name for name, spec in SETS.items() if spec.core]
+    lines = lines_of(cells)
+    asked: dict[str, list[tuple[float, str, tuple[str, str]]]] = {"a": [], "b": [], "c": []}
+    best: dict[tuple[str, float], str] = {}
+    for name in cores:
+        for share in CONTROL_SHARES:
+            own = lines[(lines["set"] == name) & (lines["share"] == share) & (lines["part"] == part)]
+            own = own[(own["memory"] == "model") & own["model"].isin(ROUTERS)].sort_values("WQL")
+            best[name, share] = str(own["model"].iloc[0]) if len(own) else REFERENCE
+            asked["a"] += [(share, name, (best[name, share], control)) for control in ("shuffled", "random")]
+            asked["b"] += [(share, name, (best[name, share], rival)) for rival in ("recurrent_wide", "neighbours")]
+            asked["c"].append((share, name, ("learned", "learned-token")))
+    rows = []
+    for claim, comparisons in asked.items():
+        said: dict[tuple[float, str], list[str]] = {}
+        texts = []
+        for share, name, (one, other) in comparisons:
+            two = (one, other) if claim == "a" else (other, "model")
+            found = difference(cells, name, (one, "model"), two, share, part)
+            word = "not run" if found is None else found["verdict"]
+            said.setdefault((share, name), []).append(word)
+            apart = "" if found is None else f" {100 * found['difference']:+.1f} %"
+            texts.append(f"{name} {share:g}: {one} against {other}{apart}, {word}")
+        rows.append({"claim": claim, "part": part, "verdict": judged(claim, said, cores), "seen": "; ".join(texts)})
+    return pd.DataFrame(rows)
+
+
+def judged(claim: str, said: dict[tuple[float, str], list[str]], sets: list[str]) -> str:
+    """The verdict of a claim from those of its comparisons, by budget and set, as registered."""
+    words = [word for those in said.values() for word in those]
+    if any("nothing is called" in word or word == "not run" for word in words):
+        return "not called"
+    wins = {share: all(word == "better" for name in sets for word in said[share, name]) for share, _ in said}
+    # one budget at which it holds is enough for (b), and one rival that is as good for refuting it
+    if any(wins.values()) if claim == "b" else all(wins.values()):
+        return "supported"
+    worse = any if claim == "b" else all
+    if all(worse(word == "no better" for word in those) for those in said.values()):
+        return "refuted"
+    return "undecided"
 
 
 def equal_time(lines: pd.DataFrame, reference: str = REFERENCE, share: float = 0.1) -> pd.DataFrame:
@@ -156,7 +200,9 @@ def table(folder: Path) -> str:
         lines = lines_of(cells)
         texts += ["## Error against bytes", markdown(lines), "## At equal milliseconds", markdown(equal_time(lines))]
         if len(found := claims(cells)):
-            texts += ["## Claims (negative: the first is better)", markdown(found)]
+            texts += ["## Comparisons (negative: the first is better)", markdown(found)]
+            whole = pd.concat([answers(cells), answers(cells, "all")])
+            texts += ["## Claims", markdown(whole)]
     missing = [cell.name for cell in grid(core=False) if not (folder / f"{cell.name}.json").exists()]
     core = {cell.name for cell in grid(core=True)}
     texts.append(

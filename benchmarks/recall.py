@@ -84,6 +84,8 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
 LATE = ("dense", "long")
 # the rate of a model is the one that answers best at this length, which is not the one of the claims
 CHOSEN_AT = 1024
+# a value asked for is lost if fewer of its queries are right, known if more are
+LOST, KNOWN = 0.2, 0.8
 SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
 
 
@@ -327,8 +329,9 @@ def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: st
 
 
 def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, device: str) -> dict[str, Any]:
-    """Accuracy over some batches; kept share of each layer; attention that goes to the scratchpad."""
+    """Accuracy over some batches, and over values; kept share of each layer; attention that goes to the scratchpad."""
     right_count = asked_count = 0
+    by_value = torch.zeros(2, VALUES)  # right, asked
     kept = torch.zeros(len(model.blocks))
     mass = torch.zeros(len(model.blocks))
     for number, (ids, right) in enumerate(parts):
@@ -338,14 +341,20 @@ def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, devic
         share = torch.full((len(ids),), usage, device=device)
         logits, traces = model(ids, policies_of(model, share, control=control))
         asked = right >= 0
-        right_count += int((logits[asked].argmax(-1) + KEYS == right[asked]).sum())
+        correct = (logits[asked].argmax(-1) + KEYS == right[asked]).float().cpu()  # [n]
+        right_count += int(correct.sum())
         asked_count += int(asked.sum())
+        value = (right[asked] - KEYS).cpu()  # [n]
+        by_value += torch.stack([torch.bincount(value, x, VALUES) for x in (correct, torch.ones_like(correct))])
         kept += torch.tensor([float(t.routed.float().mean()) for t in traces]) / len(parts)
         reads = model.config.heads * ids.numel()
         mass += torch.tensor([float((t.entries_mass * t.entries_sights).sum()) / reads for t in traces]) / len(parts)
+    each = (by_value[0] / by_value[1].clamp_min(1))[by_value[1] > 0]  # [values asked]
     return {
         "accuracy": round(right_count / asked_count, 4),
         "queries": asked_count,
+        "values_lost": round(float((each < LOST).float().mean()), 4),
+        "values_known": round(float((each > KNOWN).float().mean()), 4),
         "kept_by_layer": [round(float(x), 4) for x in kept],
         "scratchpad_attention_by_layer": [round(float(x), 4) for x in mass],
     }

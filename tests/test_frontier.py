@@ -212,6 +212,25 @@ def test_verdicts_are_those_of_the_registration() -> None:
     assert "other bytes" in verdict(-0.1, -0.2, -0.05, seeds=3, bytes_ratio=1.3)
 
 
+def test_a_claim_is_supported_refuted_or_open_as_registered() -> None:
+    from benchmarks.frontier_claims import judged
+
+    def said(*words: tuple[str, str], at: float = 0.02) -> dict[tuple[float, str], list[str]]:
+        return {(at, name): list(both) for name, both in zip(("one", "two"), words, strict=True)}
+
+    sets = ["one", "two"]
+    good, bad, half = ("better", "better"), ("no better", "no better"), ("better", "no better")
+    both = {**said(good, good), **said(bad, bad, at=0.1)}
+    assert judged("a", both, sets) == "undecided" and judged("b", both, sets) == "supported"
+    assert judged("a", said(good, good), sets) == "supported"
+    assert judged("a", said(half, half), sets) == "undecided" and judged("b", said(half, half), sets) == "refuted"
+    assert judged("a", said(bad, bad), sets) == "refuted"
+    assert judged("a", said(good, bad), sets) == "undecided"
+    assert judged("c", said(good, ("not run", "better")), sets) == "not called"
+    few = said(good, ("2 of 3 seeds: nothing is called", "better"))
+    assert judged("a", few, sets) == "not called"
+
+
 def test_rivals_get_the_bytes_that_the_reference_took(tmp_path: Path) -> None:
     from benchmarks.frontier import SIZES, budget_of, equal_bytes
     from benchmarks.frontier_grid import REFERENCE, Cell
