@@ -18,8 +18,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +26,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.recall_model import KEYS, MODELS, SHARED, TASKS, TOKENS_PER_PAIR, VALUES, TokenModel, policies_of
+from benchmarks.recall_table import SHARE, USAGES, summary, table
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
-from hamts.nn.backbone import Block
 from hamts.nn.controls import Control
-from hamts.nn.ham import HAMLayer
-from hamts.nn.mixers import layer_makers
-from hamts.nn.tokens import Policy, Tokens
-from hamts.ops.attend import attend
-from hamts.ops.kernels import Kernels
 from hamts.training_auxiliary import score_loss
 
 RESULTS = Path(__file__).parent / "results" / "recall"
-KEYS, VALUES, FILLER = 512, 128, 64
-MARKER = KEYS + VALUES + FILLER
-TOKENS_PER_PAIR = 16
-SHARE = 0.5
-USAGES = (0.0, 0.1, 0.25, 0.5, 1.0)
 AUXILIARY_WEIGHT, EXPLORE = 0.02, 0.1
-ROOMY_BYTES = 1 << 40
-
-MODELS: dict[str, dict[str, Any]] = {
-    "recurrent": {"mixer": "recurrent"},
-    "attention": {"mixer": "attention"},
-    "gdn_gsa": {"mixer": "gdn_gsa"},
-    "learned": {"router": "learned"},
-    "learned-token": {"router": "learned", "learned_features": "token"},
-    "surprise": {"router": "surprise", "head_reduction": "min"},
-    "error": {"router": "error", "head_reduction": "min"},
-    "learned-shared": {"router": "learned"},
-    "learned-token-shared": {"router": "learned", "learned_features": "token"},
-    "surprise-shared": {"router": "surprise", "head_reduction": "min"},
-}
-# variants whose scratchpad holds the keys and values that the state is written with, after the short convolution
-SHARED = "-shared"
+# a value asked for is lost if fewer of its queries are right, known if more are
+LOST, KNOWN = 0.2, 0.8
 
 
 @dataclass(frozen=True)
@@ -82,150 +58,7 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
 }
 # ladders that keep their learning rate until the last third
 LATE = ("dense", "long")
-# the rate of a model is the one that answers best at this length, which is not the one of the claims
-CHOSEN_AT = 1024
-# a value asked for is lost if fewer of its queries are right, known if more are
-LOST, KNOWN = 0.2, 0.8
 SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
-
-
-@dataclass(frozen=True)
-class WideBlocks(Kernels):
-    """The read with all queries in one block: launches, not memory, are what costs time at these sizes on a GPU."""
-
-    @property
-    def attend(self) -> Callable[..., Any]:
-        return partial(attend, block=1 << 20)
-
-
-# --- data
-
-
-def draw_recall(
-    length: int, count: int, generator: torch.Generator, tokens_per_pair: int = TOKENS_PER_PAIR
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences and what is right at each place, -1 where nothing is asked: 2 x [B, L]."""
-    device = generator.device
-    pairs = length // tokens_per_pair
-    ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (count, length), generator=generator, device=device)
-
-    def chosen(most: int) -> torch.Tensor:
-        return torch.rand(count, most, generator=generator, device=device).argsort(1)[:, :pairs]  # [B, n]
-
-    keys = chosen(KEYS)  # [B, n]
-    values = KEYS + torch.randint(VALUES, (count, pairs), generator=generator, device=device)  # [B, n]
-    stored, asked_from = 3 * length // 4, 3 * length // 4
-    place = 2 * chosen(stored // 2)  # [B, n]
-    ids.scatter_(1, place, keys)
-    ids.scatter_(1, place + 1, values)
-    query = asked_from + chosen(length - asked_from)  # [B, n]
-    ids.scatter_(1, query, keys)
-    right = torch.full_like(ids, -1).scatter_(1, query, values)
-    return ids, right
-
-
-def draw_needle(
-    length: int, count: int, generator: torch.Generator, tokens_per_pair: int = TOKENS_PER_PAIR
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One marked pair, and its key again at the end: 2 x [B, L]."""
-    device = generator.device
-    ids = torch.randint(KEYS + VALUES, KEYS + VALUES + FILLER, (count, length), generator=generator, device=device)
-    place = torch.randint(3 * length // 4 - 3, (count, 1), generator=generator, device=device)  # [B, 1]
-    key = torch.randint(KEYS, (count, 1), generator=generator, device=device)  # [B, 1]
-    value = KEYS + torch.randint(VALUES, (count, 1), generator=generator, device=device)  # [B, 1]
-    ids.scatter_(1, place, MARKER).scatter_(1, place + 1, key).scatter_(1, place + 2, value)
-    ids[:, -2], ids[:, -1] = MARKER, key[:, 0]
-    right = torch.full_like(ids, -1)
-    right[:, -1] = value[:, 0]
-    return ids, right
-
-
-TASKS = {"recall": draw_recall, "needle": draw_needle}
-
-
-# --- model
-
-
-class SharedKeys(HAMLayer):
-    """HAM whose scratchpad holds what its state is written with: keys and values after the short convolution.
-
-    The equations of the paper use one key and one value for both; ``HAMLayer`` keeps them from before the convolution.
-    """
-
-    def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        queries, keys, values = super()._convolved(padded)
-        self.written = keys, values  # 2 x [B C, N, H, K]
-        return queries, keys, values
-
-    def _local(self, raw_keys: torch.Tensor, raw_values: torch.Tensor, *rest: Any) -> Any:
-        keys, values = (x.reshape(raw_keys.shape) for x in self.written)
-        return super()._local(keys, values, *rest)
-
-
-class TokenModel(nn.Module):
-    """Embedding, blocks of a memory layer and a gated MLP, and a head over the vocabulary."""
-
-    def __init__(self, config: ModelConfig, *, shared: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(MARKER + 1, config.width)
-        makers = layer_makers(config, channels=1, budget_bytes=ROOMY_BYTES)
-        if shared:
-            makers = [lambda: SharedKeys(config)] * config.layers
-        self.blocks = nn.ModuleList(Block(config, make) for make in makers)
-        self.norm = nn.RMSNorm(config.width)
-        self.head = nn.Linear(config.width, VALUES)
-        nn.init.normal_(self.embedding.weight, std=0.5)
-        for block in self.blocks:
-            block.memory.kernels = WideBlocks("torch", "all queries in one block")
-
-    def layers(self) -> list[Any]:
-        return [block.memory for block in self.blocks]
-
-    def forward(self, ids: torch.Tensor, policies: list[Policy]) -> tuple[torch.Tensor, list[Any]]:
-        """Logits of the values, [B, L, values], and a trace per layer."""
-        x = self.embedding(ids)[:, None]  # [B, 1, L, D]
-        tokens, traces = as_tokens(ids, x), []
-        for block, policy in zip(self.blocks, policies, strict=True):
-            memory = block.memory.empty_memory(len(ids), 1, x)
-            x, _, trace = block(x, tokens, memory, policy, stepwise=False, advance=True)
-            traces.append(trace)
-        return self.head(self.norm(x[:, 0])), traces
-
-
-def as_tokens(ids: torch.Tensor, like: torch.Tensor) -> Tokens:
-    """Every token of one channel, observed, at whole positions."""
-    B, L = ids.shape
-    ones = like.new_ones(B, 1, L)
-    nothing, yes = like.new_zeros(B, 1, L, 0), torch.ones(B, 1, L, dtype=torch.bool, device=ids.device)
-    return Tokens(
-        values=like.new_zeros(B, 1, L, 1),
-        observed=yes[..., None],
-        tags=~yes[..., None],
-        event_offset=like.new_zeros(B, 1, L, 1),
-        ahead_values=nothing,
-        ahead_observed=nothing.bool(),
-        calendar=like.new_zeros(B, L, 0),
-        level=nothing,
-        marks=torch.stack([torch.zeros_like(ones), torch.zeros_like(ones), ones], -1),
-        heard=ones,
-        present=yes[:, 0],
-        routable=yes,
-        must_keep=~yes,
-        position=torch.arange(L, dtype=torch.float64, device=ids.device).expand(B, L),
-        elapsed=ones[:, 0],
-        static_values=like.new_zeros(B, 0),
-        static_codes=torch.zeros(B, 0, dtype=torch.int64, device=ids.device),
-    )
-
-
-def policies_of(model: TokenModel, share: torch.Tensor, **changes: Any) -> list[Policy]:
-    """The same for every layer; chance counts the layers apart."""
-    readable = torch.ones(len(share), 1, 1, dtype=torch.bool, device=share.device)
-    policy = Policy(share=share, readable=readable, use_tags=False, **changes)
-    if policy.control is None:
-        return [policy] * len(model.blocks)
-    return [replace(policy, control=replace(policy.control, layer=n)) for n in range(len(model.blocks))]
 
 
 # --- training
@@ -436,64 +269,6 @@ def jobs_of(models: list[str], seeds: list[int], rates: list[float], ladder: str
     runs = [Run(model, rate, seed, ladder, folder) for rate in rates for model in slow for seed in seeds]
     paths = {run: cell_path(folder, run.model, run.rate, run.seed, ladder) for run in runs}
     return [Job(path.stem, run) for run, path in paths.items() if not path.exists()]
-
-
-def table(folder: Path) -> str:
-    """Accuracy by model, memory and length, as Markdown."""
-    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    lines = ["| ladder | model | lr | seed | task | memory | usage | length: accuracy | kept by layer | attention |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    for cell in cells:
-        seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for row in cell["rows"]:
-            seen.setdefault((row["task"], row["memory"], row["usage"], row["allocation"]), []).append(row)
-        for (task, memory, usage, allocation), rows in seen.items():
-            said = ", ".join(f"{row['length']}: {row['accuracy']:.3f}" for row in rows)
-            last = rows[-1]
-            label = memory if allocation == "uniform" else f"{memory}, one threshold"
-            kept = " ".join(f"{x:.2f}" for x in last["kept_by_layer"])
-            mass = " ".join(f"{x:.2f}" for x in last["scratchpad_attention_by_layer"])
-            which = f"{cell['ladder_name']} | {cell['model']} | {cell['rate']:g} | {cell['seed']}"
-            lines.append(f"| {which} | {task} | {label} | {usage:g} | {said} | {kept} | {mass} |")
-    return "\n".join(lines)
-
-
-def accuracy(cell: dict[str, Any], length: int, usage: float, memory: str = "model") -> float:
-    """Share of queries of multi-query recall answered right; a rival has no usage."""
-    own = usage if MODELS[cell["model"]].get("mixer", "ham") == "ham" else 1.0
-    names = ("length", "task", "memory", "usage", "allocation")
-    wanted = (length, "recall", memory, own, "uniform")
-    return next((row["accuracy"] for row in cell["rows"] if tuple(row[name] for name in names) == wanted), math.nan)
-
-
-def summary(folder: Path) -> str:
-    """One row per ladder and model, over seeds, at the rate that answers best at ``CHOSEN_AT`` tokens."""
-    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    lines = [f"| ladder | model | lr (others at {CHOSEN_AT:,}) | seeds | usage | 64 | 256 | 1,024 | 4,096: each seed |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for ladder, name in sorted({(cell["ladder_name"], cell["model"]) for cell in cells}):
-        rates: dict[float, list[dict[str, Any]]] = {}
-        for cell in cells:
-            if (cell["ladder_name"], cell["model"]) == (ladder, name):
-                rates.setdefault(cell["rate"], []).append(cell)
-        scores = {rate: _mean([accuracy(cell, CHOSEN_AT, SHARE) for cell in own]) for rate, own in rates.items()}
-        best = max(scores, key=lambda rate: (scores[rate], rate))
-        others = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in scores.items() if rate != best)
-        ham = MODELS[name].get("mixer", "ham") == "ham"
-        settings = [(usage, "model") for usage in USAGES] + [(SHARE, "random")] if ham else [(1.0, "model")]
-        for usage, memory in settings:
-            own = [[accuracy(cell, length, usage, memory) for cell in rates[best]] for length in (64, 256, 1024, 4096)]
-            shown = " | ".join(f"{_mean(values):.3f}" for values in own[:3])
-            each = " ".join(f"{value:.3f}" for value in own[3])
-            label = f"{usage:g}{' at random' if memory == 'random' else ''}" if ham else "-"
-            lines.append(
-                f"| {ladder} | {name} | {best:g} ({others}) | {len(rates[best])} | {label} | {shown} | {each} |"
-            )
-    return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Jobs side by side as processes, each on one thread: those that others wait for first; one that fails costs no other.
+"""Jobs side by side as processes, each on one thread; one that fails is tried again, and costs no other.
 
 A GPU that mostly waits for kernels to be started is shared well by a dozen processes.
 """
@@ -14,6 +14,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 __all__ = ["Job", "run_jobs"]
+
+# of what a failing job says
+LAST_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ def _serve(connection: Connection, work: Callable[[Any], str]) -> None:
         try:
             connection.send((True, work(payload)))
         except Exception:
-            connection.send((False, traceback.format_exc()))
+            lines = traceback.format_exc().splitlines()
+            connection.send((False, "\n".join([*lines[-LAST_LINES:-1], lines[-1][:300]])))
 
 
 def run_jobs(
     jobs: Iterable[Job], work: Callable[[Any], str], *, workers: int, begin_within_s: float, end_within_s: float
 ) -> list[str]:
-    """Do all that can be done; the names of jobs that failed.
+    """Do all that can be done, and what fails a second time; the names of jobs that failed twice.
 
     Args:
         work: a function of a module, given each payload in a process of its own; what it returns is printed.
@@ -78,8 +82,9 @@ class _Run:
         self.unfinished = {job.name for job in jobs}
         self.failed: list[str] = []
         self.pool: list[_Worker] = []
-        # modules are read once, by a process that touches no GPU, of which the others are copies
-        self.context = multiprocessing.get_context("forkserver")
+        # copies of this process, which has read the modules; it must not have touched a GPU
+        self.context = multiprocessing.get_context("fork")
+        self.tried: set[str] = set()
         self.began = time.monotonic()
 
     @property
@@ -128,11 +133,16 @@ class _Run:
                 done, said = False, "its process died"
                 self.pool.remove(worker)
             assert worker.job is not None
-            name, worker.job = worker.job.name, None
+            job, worker.job = worker.job, None
+            name = job.name
             if done:
                 self.unfinished.discard(name)
-            else:
+            elif name in self.tried:
                 self.failed.append(name)
+            else:
+                # once more, when others have gone: a device may have been full
+                self.tried.add(name)
+                self.waiting.append(job)
             print(f"[{self.passed:6.1f} s] {name}: {said}", flush=True)
 
     def end(self) -> None:

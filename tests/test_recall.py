@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.recall import (
+from benchmarks.recall import rate_left, run_one
+from benchmarks.recall_model import (
     FILLER,
     KEYS,
     MARKER,
@@ -21,10 +22,8 @@ from benchmarks.recall import (
     draw_needle,
     draw_recall,
     policies_of,
-    rate_left,
-    run_one,
-    table,
 )
+from benchmarks.recall_table import summary, table
 from hamts.config import ModelConfig
 
 
@@ -88,4 +87,5 @@ def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
     nothing = [row for row in cell["rows"] if row["usage"] == 0.0]
     assert all(row["scratchpad_attention_by_layer"] == [0.0, 0.0] for row in nothing)
     assert "surprise" in table(tmp_path)
+    assert "| smoke | surprise | 0.001 () | 1 | 0.5 at random |" in summary(tmp_path)
     assert not list(tmp_path.glob("*.rung"))
