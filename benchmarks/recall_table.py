@@ -13,7 +13,7 @@ __all__ = ["SHARE", "USAGES", "accuracy", "summary", "table"]
 
 SHARE = 0.5
 USAGES = (0.0, 0.1, 0.25, 0.5, 1.0)
-# the rate of a model is the one of most seeds, of those the one that answers best at this length, not that of the claims
+# the rate of a model is the one of most seeds, then the one that answers best at this length, not that of the claims
 CHOSEN_AT = 1024
 
 
