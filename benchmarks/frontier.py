@@ -52,7 +52,7 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
 # of every fit here: a step that starts fewer kernels, over more streams; few checks
-TRAINING = {"batch_windows": 64, "origins": 1, "checks": 6, "patience": 6}
+TRAINING = {"batch_windows": 64, "origins": 1, "prefix_patches": 256, "checks": 4, "patience": 4}
 BLOCKS = 20
 NO_CAP = 1 << 40
 
@@ -191,9 +191,10 @@ def finite(value: float) -> float | None:
 
 
 def trial_of(cell: Cell) -> Cell:
-    """The fit whose learning rate a cell takes."""
+    """The fit whose learning rate a cell takes: on one set, of a rival at one size, of all routers that of one."""
     where = TRIAL_SET if cell.set in SETS else cell.set
-    return replace(cell, set=where, seed=0, share=None if cell.share is None else TRIAL_SHARE)
+    model = cell.model if "mixer" in MODELS[cell.model].options else REFERENCE
+    return replace(cell, set=where, model=model, seed=0, share=None if cell.share is None else TRIAL_SHARE)
 
 
 def trial_path(folder: Path, cell: Cell, rate: float) -> Path:
@@ -239,10 +240,12 @@ def perform(task: Task) -> str:
     cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]
     carrier = (task.load_set or loaded)(cell.set)
     how = dict(task.how)
-    trial_steps = how.pop("trial_steps", None)
-    budget = budget_of(cell, task.folder, carrier, spec, ModelConfig(**SIZES[how["size"]]))
+    trial_steps, rate = how.pop("trial_steps", None), how.pop("rate", None)
+    shape = ModelConfig(**SIZES[how["size"]])
     if task.rate is not None:
         how["max_steps"] = trial_steps or how.get("max_steps")
+        # not the bytes of a reference that is there or not: trials need not wait
+        budget = NO_CAP if cell.share is None else equal_bytes(carrier, spec, cell.share, shape)
         began = time.perf_counter()
         trained = fit(carrier, spec, row, rate=task.rate, seed=0, budget=budget, **how)
         said = {
@@ -252,7 +255,10 @@ def perform(task: Task) -> str:
         }  # fmt: skip
         write(task.path, said)
         return f"{said['s']} s, validation {said['validation']} at rate {task.rate:g}"
-    result = measure(cell, row, rate=best_rate(cell, task.folder), carrier=carrier, spec=spec, budget=budget, **how)
+    result = measure(
+        cell, row, rate=rate or best_rate(cell, task.folder), carrier=carrier, spec=spec,
+        budget=budget_of(cell, task.folder, carrier, spec, shape), **how,
+    )  # fmt: skip
     write(task.path, result)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -276,9 +282,7 @@ def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> lis
             return own.path.name
         # a rival gets the bytes that the reference took
         reference = [add(replace(cell, model=REFERENCE, share=None))] if cell.share is not None else []
-        trial = trial_of(cell)
-        first = [add(replace(trial, model=REFERENCE, share=None))] if cell.share is not None else []
-        trials = [needed(task(cell=trial, rate=rate), first) for rate in RATES]
+        trials = [] if own.how.get("rate") else [needed(task(cell=trial_of(cell), rate=rate), []) for rate in RATES]
         return needed(own, trials + reference)
 
     for cell in sorted(cells, key=lambda cell: cell.model != REFERENCE):
@@ -356,6 +360,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--size", default="1M", choices=list(SIZES))
     parser.add_argument("--max-steps", type=int, help="optimiser steps; default as the fit chooses")
+    parser.add_argument("--rate", type=float, help="learning rate; default the better one of trials")
     parser.add_argument("--trial-steps", type=int, help="of a trial of a learning rate; default as many")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side, of one thread each")
     parser.add_argument("--end-time", type=float, default=math.inf, help="seconds after which what runs is ended")
@@ -381,7 +386,7 @@ def main() -> None:
         run(
             cells, options.folder, again=options.again, workers=options.workers, most_s=options.max_time,
             end_s=options.end_time,
-            how={"size": options.size, "max_steps": options.max_steps, "trial_steps": options.trial_steps},
+            how={name: getattr(options, name) for name in ("size", "max_steps", "trial_steps", "rate")},
         )  # fmt: skip
     print(table(options.folder))
     if options.plot:

@@ -16,6 +16,11 @@ CONTROLS = ("shuffled", "random", "recency")
 SEEDS = (0, 1, 2)
 # whose bytes at a share the rivals get
 REFERENCE = "learned"
+# the core in the order of what its claims rest on
+FIRST = (
+    REFERENCE, "surprise", "recurrent_wide", "neighbours", "learned-token", "tags", "innovation", "mix", "gdn_gsa",
+    "window", "pooled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,14 @@ class Cell:
 
 
 def grid(*, core: bool) -> list[Cell]:
-    """The mandatory core first, then the rest; seed by seed, so that what is there is comparable."""
+    """The mandatory core first, then the rest; what claims need most comes first, with all of its seeds and sets."""
     cells = [
         Cell(name, label, seed, share)
-        for seed in SEEDS
-        for name in SETS
         for label, model in MODELS.items()
         for share in (CONTROL_SHARES if model.sized else (None,))
+        for seed in SEEDS
+        for name in SETS
     ]
     inner = [cell for cell in cells if SETS[cell.set].core and MODELS[cell.model].core]
+    inner.sort(key=lambda cell: (cell.share == CONTROL_SHARES[0], FIRST.index(cell.model)))
     return inner if core else inner + [cell for cell in cells if cell not in inner]

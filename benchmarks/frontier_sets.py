@@ -46,11 +46,11 @@ class Set:
 
 SETS = {
     "epf": Set(
-        "epf/NP", ("price",), 24, 12, 0.2, 96, 24,
+        "epf/NP", ("price",), 24, 12, 0.2, 192, 24,
         futr=("grid_load_forecast", "wind_power_forecast"), copies=4, core=True,
     ),
     "household": Set(
-        "household_power", ("Global_active_power",), 96, 24, 0.2, 96, 96,
+        "household_power", ("Global_active_power",), 96, 24, 0.2, 192, 96,
         past=("Sub_metering_1", "Sub_metering_2", "Sub_metering_3"), copies=2, core=True,
     ),
     "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),

@@ -49,7 +49,7 @@ __all__ = [
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 # what may decide at each budget; all but the first are controls on the same weights
 FRONTIER_MEMORIES = ("model", "random", "shuffled", "stride", "recency")
-TIMED_STEPS, WARM_STEPS = 24, 4
+TIMED_STEPS, WARM_STEPS = 12, 3
 DRAWS = 1000
 # budgets up to this are read side by side on a GPU
 SMALL_SHARE = 0.3

@@ -56,11 +56,12 @@ class Histories:
         )
         assert result.memory is not None
         result.quantiles[~np.tile(self.windows.known, (times, 1))] = np.nan
+        read = map_tensors(result.traces, lambda tensor: tensor.cpu())
         backtests = []
         for k in range(times):
             own = torch.arange(k * items, (k + 1) * items, device=self.network.unit.device)
             memory = map_tensors(result.memory.select(own), lambda tensor: tensor.cpu())
-            traces = [part for trace in result.traces if (part := rows_of(trace, k * items, items)) is not None]
+            traces = [part for trace in read if (part := rows_of(trace, k * items, items)) is not None]
             quantiles, scale = (x[k * X : (k + 1) * X] for x in (result.quantiles, result.scale))
             rollout = Rollout(quantiles, scale, memory, traces, *counted(traces))
             backtests.append(Backtest(quantiles, memory, rollout))
@@ -107,13 +108,14 @@ def _together(parts: list[Any]) -> Any:
 
 
 def thin(chunk: ChunkTrace) -> ChunkTrace:
-    """What a frontier needs of a trace, on the processor: decisions, ranks, and attention summed over entries."""
+    """What a frontier needs of a trace: decisions, ranks, and attention summed over entries."""
     layers = []
     for layer in chunk.layers:
         spent = (layer.entries_mass.double() * layer.entries_sights).sum(1, keepdim=True)  # [B, 1]
-        none = {name: getattr(layer, name)[:, :0] for name in EMPTIED}
+        # a slice of no length would keep the whole alive
+        none = {name: getattr(layer, name).new_zeros(len(spent), 0) for name in EMPTIED}
         layers.append(replace(layer, **none, entries_mass=spent, entries_sights=torch.ones_like(spent).long()))
-    return map_tensors(replace(chunk, layers=layers), lambda tensor: tensor.cpu())
+    return replace(chunk, layers=layers)
 
 
 def rows_of(chunk: ChunkTrace, first: int, items: int) -> ChunkTrace | None:

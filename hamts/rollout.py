@@ -117,6 +117,7 @@ def roll(
         before = network.empty_memory(len(group)) if memory is None else memory.select(items)
         parts.append((group, reader.read(group, begin[group], stop[group], before)))
     result.memory = join_memories(parts)
+    result.kept, result.heard = (int(torch.stack(x).sum()) if x else 0 for x in (reader.kept, reader.heard))
     return result
 
 
@@ -202,6 +203,9 @@ class _Reader:
     keep_traces: bool | Callable[[ChunkTrace], ChunkTrace]
     chunk_patches: int
     held_bytes: int
+    # numbers stay where they are until all is read: asking for one waits for the device
+    kept: list[torch.Tensor] = field(default_factory=list)
+    heard: list[torch.Tensor] = field(default_factory=list)
 
     def read(self, group: np.ndarray, begin: np.ndarray, ends: np.ndarray, memory: StreamMemory) -> StreamMemory:
         """Read items side by side, aligned at their ends, and forecast on the way; the memory at the ends."""
@@ -251,9 +255,10 @@ class _Reader:
         chunk = _hide_before(self.store.window(items, start, size), start, torch.from_numpy(begin))
         reading = self.network(chunk, memory, policies, decode=False)
         for trace in reading.traces:
-            self.result.kept += int((trace.routed & (reading.heard > 0)).sum())
-            self.result.kept += 0 if trace.revised is None else int(trace.revised.sum())
-            self.result.heard += int((reading.heard > 0).sum())
+            self.kept.append((trace.routed & (reading.heard > 0)).sum())
+            if trace.revised is not None:
+                self.kept.append(trace.revised.sum())
+            self.heard.append((reading.heard > 0).sum())
         if self.keep_traces:
             trace = ChunkTrace(items, start, reading.traces, reading.heard)
             self.result.traces.append(trace if self.keep_traces is True else self.keep_traces(trace))

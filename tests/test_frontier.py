@@ -378,8 +378,8 @@ def test_rivals_wait_for_the_reference_and_cells_for_their_trials(tmp_path: Path
     jobs = {job.name: job.needs for job in jobs_of(cells, task, again=False)}
     own = {"epf--window@10--lr0.001.json", "epf--window@10--lr0.003.json"}
     assert set(jobs["epf--window@2--seed1.json"]) == own | {"epf--learned--seed1.json"}
-    # seed 0 of the reference was not asked for, but the trials of the rival need its bytes
-    assert {jobs[name] for name in own} == {("epf--learned--seed0.json",)}
+    # all routers go by the trials of one
+    assert set(jobs["epf--tags--seed0.json"]) == {"epf--learned--lr0.001.json", "epf--learned--lr0.003.json"}
     order = list(jobs)
     assert order.index("epf--learned--lr0.001.json") < order.index("epf--tags--seed0.json")
     (tmp_path / "epf--tags--seed0.json").write_text("{}")
