@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import math
 import platform
@@ -143,6 +144,7 @@ def measure(
     gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
     trained = fit(carrier, spec, row, rate=rate, seed=seed, budget=budget, size=size, **how)
     fit_s = time.perf_counter() - began
+    give_back(peak=False)
     panel, windows, parts = judged(trained, carrier, spec)
     points = measure_points(
         trained, panel, windows, shares=row.shares, memories=("model", *row.controls),
@@ -234,9 +236,19 @@ def loaded(name: str) -> Carrier:
     return load(name)
 
 
+def give_back(*, peak: bool = True) -> None:
+    """Memory of a GPU that others need; and the count of it starts anew."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        if peak:
+            torch.cuda.reset_peak_memory_stats()
+
+
 def perform(task: Task) -> str:
     """Do one task and write what came of it; what there is to say about it."""
     warnings.simplefilter("ignore")
+    give_back()
     cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]
     carrier = (task.load_set or loaded)(cell.set)
     how = dict(task.how)
@@ -260,9 +272,6 @@ def perform(task: Task) -> str:
         budget=budget_of(cell, task.folder, carrier, spec, shape), **how,
     )  # fmt: skip
     write(task.path, result)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     scores = [f"{p['memory']} {p['share']}: {p['parts']['all']['WQL']:.4f}" for p in result["points"]]
     return f"{result['s']} s, of them {result['fit_s']} s of fit, peak {result['peak_gib']} GiB; " + ", ".join(scores)
 

@@ -21,6 +21,7 @@ FIRST = (
     REFERENCE, "surprise", "recurrent_wide", "neighbours", "learned-token", "tags", "innovation", "mix", "gdn_gsa",
     "window", "pooled",
 )  # fmt: skip
+CLAIMED = 5
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class Cell:
         return f"{self.set}--{self.model}{size}--seed{self.seed}"
 
 
+def _place(cell: Cell) -> tuple[Any, ...]:
+    """What the claims rest on with all seeds, then the others seed by seed; rivals of the smaller size last."""
+    place = FIRST.index(cell.model)
+    small = cell.share == CONTROL_SHARES[0]
+    return (small, place >= CLAIMED, cell.seed if place >= CLAIMED else 0, place)
+
+
 def grid(*, core: bool) -> list[Cell]:
     """The mandatory core first, then the rest; what claims need most comes first, with all of its seeds and sets."""
     cells = [
@@ -87,5 +95,5 @@ def grid(*, core: bool) -> list[Cell]:
         for name in SETS
     ]
     inner = [cell for cell in cells if SETS[cell.set].core and MODELS[cell.model].core]
-    inner.sort(key=lambda cell: (cell.share == CONTROL_SHARES[0], FIRST.index(cell.model)))
+    inner.sort(key=_place)
     return inner if core else inner + [cell for cell in cells if cell not in inner]

@@ -5,6 +5,7 @@ A GPU that mostly waits for kernels to be started is shared well by a dozen proc
 
 from __future__ import annotations
 
+import collections
 import multiprocessing
 import time
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 
 __all__ = ["Job", "run_jobs"]
 
+MOST_TRIES = 3
 # of what a failing job says
 LAST_LINES = 8
 
@@ -55,7 +57,7 @@ def _serve(connection: Connection, work: Callable[[Any], str]) -> None:
 def run_jobs(
     jobs: Iterable[Job], work: Callable[[Any], str], *, workers: int, begin_within_s: float, end_within_s: float
 ) -> list[str]:
-    """Do all that can be done, and what fails a second time; the names of jobs that failed twice.
+    """Do all that can be done; the names of jobs that failed, each time they were tried.
 
     Args:
         work: a function of a module, given each payload in a process of its own; what it returns is printed.
@@ -84,7 +86,7 @@ class _Run:
         self.pool: list[_Worker] = []
         # copies of this process, which has read the modules; it must not have touched a GPU
         self.context = multiprocessing.get_context("fork")
-        self.tried: set[str] = set()
+        self.tries: collections.Counter[str] = collections.Counter()
         self.began = time.monotonic()
 
     @property
@@ -137,12 +139,12 @@ class _Run:
             name = job.name
             if done:
                 self.unfinished.discard(name)
-            elif name in self.tried:
+            elif self.tries[name] + 1 >= MOST_TRIES:
                 self.failed.append(name)
             else:
-                # once more, when others have gone: a device may have been full
-                self.tried.add(name)
-                self.waiting.append(job)
+                # a device may have been full for a moment; others may wait for it
+                self.tries[name] += 1
+                self.waiting.insert(0, job)
             print(f"[{self.passed:6.1f} s] {name}: {said}", flush=True)
 
     def end(self) -> None:
