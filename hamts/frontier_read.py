@@ -100,11 +100,13 @@ def _together(parts: list[Any]) -> Any:
     """Trees of tensors that agree in all else, as one whose tensors follow one another."""
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
-    # rules of tags are the network's own: one object, not tensors of items
-    if is_dataclass(parts[0]) and any(part is not parts[0] for part in parts):
-        names = parts[0].__dataclass_fields__
-        return replace(parts[0], **{name: _together([getattr(part, name) for part in parts]) for name in names})
-    return parts[0]
+    first = parts[0]
+    if is_dataclass(first) and not isinstance(first, type):
+        names = first.__dataclass_fields__
+        return type(first)(**{name: _together([getattr(part, name) for part in parts]) for name in names})
+    if any(part != first for part in parts):
+        raise ValueError(f"Policies read side by side must differ in their tensors alone. Got {first!r} and others.")
+    return first
 
 
 def thin(chunk: ChunkTrace) -> ChunkTrace:
