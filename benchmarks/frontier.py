@@ -54,6 +54,8 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
 }
 # of every fit here: a step that starts fewer kernels, over more streams; few checks
 TRAINING = {"batch_windows": 64, "origins": 1, "prefix_patches": 256, "checks": 4, "patience": 4}
+# of a GPU's memory; the rest is the processes' own
+USED_GPU = 0.93
 BLOCKS = 20
 NO_CAP = 1 << 40
 
@@ -217,6 +219,7 @@ class Task:
     folder: Path
     how: dict[str, Any]
     rate: float | None = None  # of a trial
+    gpu_share: float = 1.0  # of its memory, where several processes use it: what waits in caches is others' room
     load_set: Callable[[str], Carrier] | None = None  # None: ``load``
     specs: dict[str, Set] = field(default_factory=lambda: SETS)
     models: dict[str, Model] = field(default_factory=lambda: MODELS)
@@ -239,7 +242,7 @@ def loaded(name: str) -> Carrier:
 def give_back(*, peak: bool = True) -> None:
     """Memory of a GPU that others need; and the count of it starts anew."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         if peak:
             torch.cuda.reset_peak_memory_stats()
@@ -249,6 +252,8 @@ def perform(task: Task) -> str:
     """Do one task and write what came of it; what there is to say about it."""
     warnings.simplefilter("ignore")
     give_back()
+    if torch.cuda.is_available() and task.gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(task.gpu_share)
     cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]
     carrier = (task.load_set or loaded)(cell.set)
     how = dict(task.how)
@@ -307,7 +312,8 @@ def run(
 ) -> None:  # fmt: skip
     """Measure what is missing, until the time is up: here, or side by side in processes of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = jobs_of(cells, functools.partial(Task, folder=folder, **told), again=again)
+    share = USED_GPU / workers if workers > 1 else 1.0
+    jobs = jobs_of(cells, functools.partial(Task, folder=folder, gpu_share=share, **told), again=again)
     print(f"{len(jobs)} jobs", flush=True)
     if workers > 1:
         run_jobs(jobs, perform, workers=workers, begin_within_s=most_s, end_within_s=end_s)

@@ -29,6 +29,7 @@ __all__ = [
 DRAWS, MARGIN = 2000, 0.02
 # memories are of the same size up to this share
 SAME_SIZE = 0.1
+SHOWN, TENTH = (0.0, 0.02, 0.1, 1.0), 0.1
 ROUTERS = [label for label, model in MODELS.items() if model.controls]
 
 
@@ -193,11 +194,34 @@ def equal_time(lines: pd.DataFrame, reference: str = REFERENCE, share: float = 0
     return pd.concat(rows) if rows else lines.head(0)
 
 
+def short(lines: pd.DataFrame) -> pd.DataFrame:
+    """Error inside events and over all rows, a row for each set, model and memory, a column for each budget."""
+    rows = []
+    for (name, model, memory), own in lines.groupby(["set", "model", "memory"], sort=False):
+        row: dict[str, Any] = {"set": name, "model": model if memory == "model" else f"{model}, {memory}"}
+        row["seeds"] = int(own["seeds"].max())
+        for part in ("events", "all"):
+            scores = own[own["part"] == part]
+            # rivals that have no size are one point
+            shown = {share: f"{100 * share:g} %" for share in SHOWN}
+            for share, label in shown.items():
+                here = scores[scores["share"] == share]
+                row[f"{part} {label}"] = float(here["WQL"].iloc[0]) if len(here) else ""
+            whole = scores[scores["share"].isna()]
+            row[f"{part} whole"] = float(whole["WQL"].iloc[0]) if len(whole) else ""
+        at = own[(own["part"] == "all") & ((own["share"] == TENTH) | own["share"].isna())]
+        for column in ("usage_share", "bytes", "scratchpad_attention", "ms_per_step"):
+            row[column] = float(at[column].iloc[0]) if len(at) else ""
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def table(folder: Path) -> str:
     """All that was measured, the claims, and what was not run."""
     cells, texts = read_cells(folder), []
     if cells:
         lines = lines_of(cells)
+        texts += [f"## In short (costs at {100 * TENTH:g} %)", markdown(short(lines))]
         texts += ["## Error against bytes", markdown(lines), "## At equal milliseconds", markdown(equal_time(lines))]
         if len(found := claims(cells)):
             texts += ["## Comparisons (negative: the first is better)", markdown(found)]
