@@ -82,9 +82,12 @@ def budget_of(cell: Cell, folder: Path, carrier: Carrier, spec: Set, config: Mod
 
 
 def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) -> int:
-    """Bytes of the scratchpads of an item of which such a share of tokens was kept, in all layers."""
-    columns = [name for names in carrier.roles.values() if isinstance(names, list) for name in names]
-    tokens = carrier.rows // spec.patch_steps * len(columns)
+    """Bytes of the scratchpads of an item of which such a share of tokens was kept, in all layers.
+
+    Of tokens that a score may keep: those of event columns are not among them.
+    """
+    kept = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
+    tokens = carrier.rows // spec.patch_steps * sum(map(len, kept))
     return int(share * tokens) * config.layers * entry_bytes(config)
 
 
