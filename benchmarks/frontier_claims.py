@@ -242,19 +242,30 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def draw(folder: Path, path: Path) -> None:
-    """One panel for each set and part: error against bytes, a line for each router, a point for each rival."""
+    """One panel for each set and part: error against bytes; a line for each router, dashes for each rival."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
-
-    from hamts.plot import plot_frontier
 
     lines = lines_of(read_cells(folder))
     lines = lines[(lines["memory"] == "model") & lines["part"].isin(["all", "events"])]
-    sets = list(lines["set"].unique())
-    figure = Figure(figsize=(11, 4 * len(sets)), layout="constrained")
-    for row, name in zip(figure.subplots(len(sets), 2, squeeze=False), sets, strict=True):
+    sets, models = list(lines["set"].unique()), [name for name in MODELS if name in set(lines["model"])]
+    figure = Figure(figsize=(10, 3.6 * len(sets) + 0.7), layout="constrained")
+    panels = figure.subplots(len(sets), 2, squeeze=False)
+    for row, name in zip(panels, sets, strict=True):
         for axes, part in zip(row, ("all", "events"), strict=True):
-            own = lines[(lines["set"] == name) & (lines["part"] == part)]
-            if len(own):
-                plot_frontier(own, x="bytes", y="WQL", group="model", low="low", high="high", axes=axes)
+            for model in models:
+                own = lines[(lines["set"] == name) & (lines["part"] == part) & (lines["model"] == model)]
+                own, place, router = own.sort_values("bytes"), list(MODELS).index(model), model in ROUTERS
+                axes.plot(
+                    own["bytes"], own["WQL"], "o-" if router else "D:", color=colormaps["tab20"](place % 20), ms=4,
+                    lw=1.3, label=model,
+                )  # fmt: skip
+            axes.set_xscale("log")
             axes.set_title(f"{name}, {part}", fontsize="medium")
-    figure.savefig(path, dpi=150)
+            axes.set_xlabel("bytes of one item's memory")
+            axes.set_ylabel("WQL")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize="small")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
