@@ -341,7 +341,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def describe(sets: list[str]) -> str:
-    """Length of every set, and how many events its test rows hold."""
+    """Length of every set, how many events its test rows hold, and how much of what is asked there was added."""
     rows = []
     for name in sets:
         spec, carrier = SETS[name], load(name)
@@ -352,8 +352,21 @@ def describe(sets: list[str]) -> str:
         counts = inside["age"].value_counts(sort=False).to_dict()
         rows.append(
             {"set": name, "core": spec.core, "patches": patches, "tokens": patches * len(columns), "events": counts}
+            | {"added": added_share(carrier, load(name, flat=True), spec, inside)}
         )
     return markdown(pd.DataFrame(rows))
+
+
+def added_share(carrier: Carrier, flat: Carrier, spec: Set, events: pd.DataFrame) -> float:
+    """Size of the shapes over size of the target, inside event windows: what remembering them could give at most."""
+    shapes = size = 0.0
+    for item, own in events.groupby("unique_id"):
+        one, two = (x.frame.loc[x.frame["unique_id"] == item, spec.target[0]].to_numpy(float) for x in (carrier, flat))
+        for asked in own["asked"]:
+            rows = slice(asked + 1, asked + 1 + spec.h)
+            shapes += float(np.nansum(np.abs(one[rows] - two[rows])))
+            size += float(np.nansum(np.abs(one[rows])))
+    return shapes / max(size, 1e-12)
 
 
 def smoke(folder: Path) -> None:

@@ -78,9 +78,9 @@ class Carrier:
     events: pd.DataFrame = field(default_factory=pd.DataFrame)  # unique_id, asked (row), age
 
 
-def load(name: str) -> Carrier:
-    """A set with its events; from HAMTS_DATA, installed packages or the cache."""
-    spec = SETS[name]
+def load(name: str, *, flat: bool = False) -> Carrier:
+    """A set with its events; from HAMTS_DATA, installed packages or the cache. ``flat``: shapes are of size 0."""
+    spec = replace(SETS[name], amplitude=0.0) if flat and SETS[name].amplitude is not None else SETS[name]
     data = hamts.load_dataset(spec.dataset)
     columns = [*spec.target, *spec.futr, *spec.past, *spec.actions]
     frame = data.df[["unique_id", "ds", *columns]]
