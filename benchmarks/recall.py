@@ -1,8 +1,8 @@
 """Token recall: a positive control of the layer on what its paper claims, with this layer code inside a token model.
 
 Run ``python -m benchmarks.recall`` from the clone; on a GPU a model takes minutes, on a CPU use ``--smoke``. One JSON
-per model, learning rate and seed goes to ``benchmarks/results/recall``; a cell that exists is not measured again.
-``--table`` prints what is there. ``benchmarks/README.md`` says what supports or refutes a claim.
+per model, learning rate and seed goes to ``benchmarks/results/recall``; a cell that exists is not measured again
+without ``--again``. ``--table`` prints what is there. ``benchmarks/README.md`` says what supports or refutes a claim.
 
 Tasks, half of each batch: *recall*, a pair of key and value for every 16 tokens among filler, each key asked once in
 the last quarter; *needle*, one marked pair, asked at the end. Models learn both up a ladder of lengths.
@@ -263,12 +263,14 @@ def perform(run: Run) -> str:
     return f"{cell['s']} s: {said}"
 
 
-def jobs_of(models: list[str], seeds: list[int], rates: list[float], ladder: str, folder: Path) -> list[Job]:
+def jobs_of(
+    models: list[str], seeds: list[int], rates: list[float], ladder: str, folder: Path, *, again: bool = False
+) -> list[Job]:
     """Those that are not there yet: rate by rate, the slowest first."""
     slow = sorted(models, key=lambda name: MODELS[name].get("mixer", "ham") != "ham")
     runs = [Run(model, rate, seed, ladder, folder) for rate in rates for model in slow for seed in seeds]
     paths = {run: cell_path(folder, run.model, run.rate, run.seed, ladder) for run in runs}
-    return [Job(path.stem, run) for run, path in paths.items() if not path.exists()]
+    return [Job(path.stem, run) for run, path in paths.items() if again or not path.exists()]
 
 
 def main() -> None:
@@ -282,6 +284,7 @@ def main() -> None:
     parser.add_argument("--one", choices=list(MODELS), help="train this model here")
     parser.add_argument("--ladder", choices=list(LADDERS), default="registered")
     parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
+    parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--table", action="store_true", help="only print all that was measured")
     parser.add_argument("--summary", action="store_true", help="only print what it comes to")
     options = parser.parse_args()
@@ -291,7 +294,7 @@ def main() -> None:
         for name in names:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
     elif not (options.table or options.summary):
-        jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder)
+        jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder, again=options.again)
         run_jobs(jobs, perform, workers=options.side_by_side, begin_within_s=options.limit, end_within_s=options.limit)
     if not options.one:
         print(table(options.folder) if options.table else summary(options.folder))
