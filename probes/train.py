@@ -187,7 +187,9 @@ def forward(
     given = shuffled_rows(net, batch, rows) if given is None and net.config.control == "shuffled" else given
     policies = net.policies(batch, rows, explore=explore, given=given)
     context = net.read(batch, slice(0, T), net.empty_memory(len(batch)), policies)
-    asked = net.read(batch, slice(T, batch.x.shape[1]), context.memory, policies, advance=False)
+    # the memory after the queries is not used; only a reading that advances lets a control decide about the rows that
+    # are still in the window when the first query comes
+    asked = net.read(batch, slice(T, batch.x.shape[1]), context.memory, policies)
     index = (batch.q_index - T)[..., None].expand(-1, -1, asked.hidden.shape[-1])  # [B, Q, D]
     return net.answer(asked.hidden.gather(1, index)), context, asked
 
@@ -236,12 +238,17 @@ def training_loss(
         index = (batch.q_index - batch.context_rows)[..., None].expand(-1, -1, asked.hidden.shape[-1])
         loss = loss + TARGET_WEIGHT * F.mse_loss(net.auxiliary(asked.hidden.gather(1, index)), batch.aux)
     for layer, before, after in zip(net.layers, context.traces, asked.traces, strict=True):
-        if follow and net.config.model == "ham" and net.config.control is None:
+        if follow and has_thresholds(net):
             layer.thresholds.follow(before.scores[:, 0].flatten(0, 1))
         if getattr(before, "inner_loss", None) is not None:
             loss = loss + INNER_WEIGHT * before.inner_loss
         loss = loss + ROUTER_WEIGHT * router_loss(after)
     return loss
+
+
+def has_thresholds(net: ProbeNet) -> bool:
+    """Whether scores of the network's own decide; ``shuffled`` keeps as many rows as the learned router would."""
+    return net.config.model == "ham" and net.config.control in (None, "shuffled")
 
 
 def router_loss(trace: Any) -> torch.Tensor:
@@ -258,7 +265,7 @@ def router_loss(trace: Any) -> torch.Tensor:
 @torch.no_grad()
 def calibrate(net: ProbeNet, batch: ProbeBatch, rows: int) -> None:
     """Set thresholds from the scores of the finished network."""
-    if net.config.model != "ham" or net.config.control is not None:
+    if not has_thresholds(net):
         return
     context = forward(net, batch, rows)[1]
     for layer, trace in zip(net.layers, context.traces, strict=True):

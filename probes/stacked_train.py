@@ -1,0 +1,340 @@
+"""Training of stacked networks: the loss, the optimiser and the schedule of ``train.py``, all networks in one step.
+
+A step waits for nothing on the device, so that on a GPU it is captured once and replayed.
+
+S networks · B sequences · T context rows · L layers · A shares of a threshold table · P parameters
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE
+from hamts.nn.scores import kept_probability
+from probes.contract import VALIDATION_SEED, generator
+from probes.registry import Probe
+from probes.scores import query_error
+from probes.stacked import Decisions, Rows, StackedNet, StackedReading, table_weights
+from probes.train import (
+    BATCH_SEQUENCES,
+    BUDGET_FRACTIONS,
+    CHECKS,
+    INNER_WEIGHT,
+    NEXT_ROW_WEIGHT,
+    ROUTER_WEIGHT,
+    TARGET_WEIGHT,
+    WARM_SHARE,
+    Check,
+    Fitted,
+    Stream,
+    TrainPlan,
+    make_net,
+)
+
+__all__ = ["StackedStep", "StackedTrainer", "stacked_loss", "train_stacked"]
+
+WEIGHT_DECAY, SECOND_MOMENT, EPSILON, LARGEST_NORM = 0.01, 0.999, 1e-8, 1.0
+
+
+def stacked_read(
+    stack: StackedNet, rows: Rows, decisions: Decisions, *, training: bool = False, with_scores: bool = False
+) -> StackedReading:
+    """Read; ``shuffled`` first asks the learned router what it would keep of the sequence before."""
+    if stack.config.control == "shuffled" and decisions.given is None:
+        with torch.no_grad():
+            plain = replace(stack.config, router="learned")
+            own, stack.config = stack.config, plain
+            try:
+                first = stack.read(rows, replace(decisions, explore=None, warm=None, drop=None))
+            finally:
+                stack.config = own
+            given = [layer.routed.roll(1, 1) for layer in first.layers if layer.routed is not None]
+        decisions = replace(decisions, given=given, explore=None)
+    return stack.read(rows, decisions, training=training, with_scores=with_scores)
+
+
+def stacked_loss(stack: StackedNet, rows: Rows, decisions: Decisions) -> tuple[torch.Tensor, StackedReading]:
+    """``train.training_loss`` of every network, [S]."""
+    reading = stacked_read(stack, rows, decisions, training=True)
+    answer, auxiliary = stack.answers(reading, rows)
+    mask, y = rows.y_mask, rows.y
+    count = mask.sum((1, 2, 3)).clamp_min(1)  # [S]
+    scale = (y.square() * mask).sum((1, 2, 3)) / count  # [S]
+    loss = ((answer - y).square() * mask).sum((1, 2, 3)) / count / scale.clamp_min(1e-6)
+    C, T = stack.channels, stack.T
+    ahead, there = rows.inputs[:, :, 1:T, :C], rows.inputs[:, :, 1:T, C : 2 * C]  # 2 x [S, B, T - 1, C]
+    apart = ((stack.next_rows(reading) - ahead) * there).square().sum((1, 2, 3))
+    loss = loss + NEXT_ROW_WEIGHT * apart / there.sum((1, 2, 3)).clamp_min(1)
+    if rows.aux is not None and auxiliary is not None:
+        loss = loss + TARGET_WEIGHT * (auxiliary - rows.aux).square().mean((1, 2, 3))
+    for layer in reading.layers:
+        if layer.inner_loss is not None:
+            loss = loss + INNER_WEIGHT * layer.inner_loss
+        if layer.bias is not None:
+            loss = loss + ROUTER_WEIGHT * _router_loss(stack, layer.bias, layer.visible, layer.weight)
+    return loss, reading
+
+
+def _router_loss(
+    stack: StackedNet, bias: torch.Tensor, visible: torch.Tensor | None, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """``train.router_loss`` of every network, [S]."""
+    assert visible is not None and weight is not None
+    T = stack.T
+    seen = visible[:, T:]  # [S B, queries, T]
+    sights = seen.sum(1).unflatten(0, bias.shape[:2])  # [S, B, T]
+    mass = (weight.detach()[:, T:, :T] * seen).sum(1).unflatten(0, bias.shape[:2])  # [S, B, T]
+    mass, judged = mass / sights.clamp_min(1), (sights > 0).to(bias.dtype)
+    even = (mass * judged).sum(-1, keepdim=True) / judged.sum(-1, keepdim=True).clamp_min(1)  # [S, B, 1]
+    wanted = mass / (mass + even).clamp_min(1e-12)  # [S, B, T]
+    given = kept_probability(bias)  # [S, B, T]
+    losses = F.binary_cross_entropy(given, wanted, reduction="none") * judged
+    return losses.sum((1, 2)) / judged.sum((1, 2)).clamp_min(1)
+
+
+# --- the step
+
+
+class StackedStep:
+    """One optimiser step of all networks: AdamW under one cycle, each with its own rate, budget and clipping.
+
+    Everything that changes from step to step lies in tables on the device, read at ``self.step``.
+    """
+
+    def __init__(self, stack: StackedNet, plans: Sequence[TrainPlan]) -> None:
+        self.stack, self.steps, device = stack, plans[0].steps, stack.device
+        L = stack.config.layers
+        cycle, momentum = _one_cycle(self.steps)
+        time_step = torch.arange(1, self.steps + 1, dtype=torch.float64)
+        beta = torch.tensor(momentum, dtype=torch.float64)
+        self.schedule = torch.stack([
+            torch.tensor(cycle, dtype=torch.float64), beta, 1 - beta**time_step, (1 - SECOND_MOMENT**time_step).sqrt(),
+        ], 1).float().to(device)  # [steps, 4]  # fmt: skip
+        self.rates = torch.tensor([plan.learning_rate for plan in plans], device=device)[:, None]  # [S, 1]
+        budgets = torch.stack([_budgets(plan) for plan in plans], 1)  # [steps, S] rows
+        share = (budgets / stack.T).clamp(max=1.0).float()  # [steps, S]
+        nodes, beyond = table_weights(share)
+        self.budgets, self.share = budgets.float().to(device), share.to(device)
+        self.nodes, self.beyond = nodes.to(device), beyond.to(device)
+        follow = [1.0 if n < FOLLOW_EXACTLY_STEPS else FOLLOW_RATE for n in range(self.steps)]
+        self.follow_rates = torch.tensor(follow, device=device)
+        # a reader that has never found anything in its scratchpad gives no router a reason to fill it
+        self.warm = (torch.arange(self.steps) < WARM_SHARE * self.steps).to(device)
+        ham = stack.config.model == "ham"
+        self.may_warm = ham
+        self.explores = ham and stack.config.control is None and stack.config.router != "tags"
+        self.follows = ham and stack.config.control in (None, "shuffled")
+        self.explore = [torch.ones(stack.S, BATCH_SEQUENCES, stack.T, device=device) for _ in range(L)]
+        self.chances: list[torch.Generator] | None = None
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.first, self.second = torch.zeros_like(stack.flat), torch.zeros_like(stack.flat)  # [S, P]
+        self.alive = torch.ones(stack.S, 1, dtype=torch.bool, device=device)
+        self.losses = torch.zeros(stack.S, device=device)
+
+    def draw(self, plans: Sequence[TrainPlan]) -> None:
+        """Chances of extra rows from each network's own generator; on a GPU they are drawn there."""
+        if not self.explores:
+            return
+        if self.stack.device.type == "cuda":
+            for chance in self.explore:
+                chance.uniform_()
+            return
+        if self.chances is None:
+            self.chances = [generator(plan.seed + 2) for plan in plans]
+        # drawn in the order of ``train``: context rows of every layer behind the window, then query rows behind it
+        stack, B = self.stack, BATCH_SEQUENCES
+        window, T, queries = stack.window, stack.T, stack.N - stack.T
+        for number, gen in enumerate(self.chances):
+            for chance in self.explore:
+                chance[number] = torch.rand(B, window + T, 1, generator=gen)[:, window:, 0]
+            for chance in self.explore:
+                # rows still in the window are decided when they leave it
+                chance[number, :, T - window :] = torch.rand(B, window + queries, 1, generator=gen)[:, :window, 0]
+
+    def __call__(self, rows: Rows) -> None:
+        """One step on a batch; no wait for the device."""
+        loss, reading = stacked_loss(self.stack, rows, self.decisions())
+        names = list(self.stack.leaves)
+        found = torch.autograd.grad(loss.sum(), [self.stack.leaves[name] for name in names], allow_unused=True)
+        with torch.no_grad():
+            parts = [
+                (torch.zeros_like(self.stack.leaves[name]) if part is None else part).flatten(1)
+                for name, part in zip(names, found, strict=True)
+            ]
+            self._update(torch.cat(parts, 1), loss.detach())
+            if self.follows:
+                self.stack.follow(reading, self.follow_rates[self.step])
+            self.step += 1
+
+    def decisions(self) -> Decisions:
+        at = self.step
+        warm = self.warm[at].expand(self.stack.S) if self.may_warm else None
+        return Decisions(
+            self.budgets[at][0], self.share[at][0], self.nodes[at][0], self.beyond[at][0], warm=warm,
+            explore=self.explore if self.explores else None,
+        )  # fmt: skip
+
+    def _update(self, grad: torch.Tensor, loss: torch.Tensor) -> None:
+        """AdamW of torch, with the gradient of each network clipped to length 1: grad [S, P], loss [S]."""
+        flat = self.stack.flat
+        self.alive &= loss.isfinite()[:, None]
+        self.losses.copy_(loss)
+        size = grad.norm(dim=1, keepdim=True)  # [S, 1]
+        grad = grad * (LARGEST_NORM / (size + 1e-6)).clamp(max=1.0)
+        grad = torch.where(self.alive, grad, 0.0)
+        cycle, beta, first_part, second_part = self.schedule[self.step][0]
+        rate = torch.where(self.alive, self.rates * cycle, 0.0)  # [S, 1]
+        self.first.lerp_(grad, 1 - beta)
+        self.second.mul_(SECOND_MOMENT).addcmul_(grad, grad, value=1 - SECOND_MOMENT)
+        denominator = self.second.sqrt() / second_part + EPSILON
+        flat.mul_(1 - rate * WEIGHT_DECAY).sub_(rate / first_part * self.first / denominator)
+
+
+def _one_cycle(steps: int) -> tuple[list[float], list[float]]:
+    """Share of the largest rate, and the first moment's decay, of every step: as ``OneCycleLR`` gives them."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=max(steps, 2))
+    shares, momentum = [], []
+    for _ in range(steps):
+        shares.append(optimizer.param_groups[0]["lr"])
+        momentum.append(optimizer.param_groups[0]["betas"][0])
+        optimizer.step()
+        schedule.step()
+    return shares, momentum
+
+
+def _budgets(plan: TrainPlan) -> torch.Tensor:
+    """Rows of a layer at every step, drawn as ``train`` does, [steps]."""
+    gen, found = generator(plan.seed + 1), []
+    for _ in range(plan.steps):
+        fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=gen))]
+        found.append(max(round(fraction * plan.critical_rows), 1))
+    return torch.tensor(found)
+
+
+# --- the loop
+
+
+class StackedTrainer:
+    """Networks of one cell that train together, step by step on batches that are given.
+
+    Args:
+        plans: of networks that differ in seed or learning rate alone.
+        static: batches are copied into these rows, which a captured step reads; None: each batch is read as it comes.
+    """
+
+    def __init__(self, plans: Sequence[TrainPlan], *, rows: int, static: Rows | None = None) -> None:
+        self.plans, device = list(plans), plans[0].device
+        nets = [make_net(replace(plan, device="cpu")) for plan in plans]
+        T = plans[0].config.context_rows
+        self.stack = StackedNet(nets, context_rows=T, rows=rows, device=device)
+        self.one = StackedStep(self.stack, plans)
+        self.static, self.graph = static, None
+        self.history: list[list[tuple[int, float]]] = [[] for _ in plans]
+        self.started = time.monotonic()
+
+    def advance(self, rows: Rows) -> None:
+        """One step."""
+        self.one.draw(self.plans)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.one(rows)
+
+    def capture(self) -> None:
+        """Record the step on the static rows, so that it is replayed from now on; nothing is trained by it."""
+        assert self.static is not None
+        kept = [self.stack.flat, self.one.first, self.one.second, self.one.alive, self.one.step, *self.stack.tables]
+        before = [tensor.clone() for tensor in kept]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # libraries choose and allocate before anything is recorded
+            for _ in range(2):
+                self.one(self.static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.one(self.static)
+        for tensor, old in zip(kept, before, strict=True):
+            tensor.copy_(old)
+        self.graph = graph
+
+    @torch.no_grad()
+    def check(self, check: Validation, step: int) -> None:
+        """Validation error of every network, noted in its history."""
+        for number, error in enumerate(validate(self.stack, check, self.plans[0].critical_rows)):
+            self.history[number].append((step, error))
+
+    @torch.no_grad()
+    def finish(self, rows: Rows) -> list[Fitted]:
+        """Calibrate on a last batch and hand the networks back."""
+        if self.one.follows:
+            plain = Decisions.plain(
+                self.plans[0].critical_rows, networks=self.stack.S, context_rows=self.stack.T, device=self.stack.device
+            )
+            reading = stacked_read(self.stack, rows, plain)
+            self.stack.follow(reading, 1.0)
+        seconds = (time.monotonic() - self.started) / len(self.plans)
+        found = []
+        for net, plan, history, alive in zip(
+            self.stack.export(), self.plans, self.history, self.one.alive[:, 0].tolist(), strict=True
+        ):
+            net.eval()
+            found.append(Fitted(net, plan, seconds, history, "ok" if alive else "diverged"))
+        return found
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation sequences, the same for all networks of a rung, and the error of their best floor."""
+
+    rows: Rows
+    batch: Any
+    floor: float
+
+    @classmethod
+    def of(cls, plan: TrainPlan) -> Validation:
+        check = Check(replace(plan, device="cpu"))
+        return cls(Rows.of([check.batch], plan.device), check.batch.to(plan.device), check.floor)
+
+
+@torch.no_grad()
+def validate(stack: StackedNet, check: Validation, rows: int) -> list[float]:
+    """Error of every network's answers over that of the best floor."""
+    plain = Decisions.plain(rows, networks=stack.S, context_rows=stack.T, device=stack.device)
+    reading = stacked_read(stack, check.rows, plain)
+    answers = stack.answers(reading, check.rows)[0]  # [S, B, Q, Y]
+    errors = torch.stack([query_error(answer, check.batch).nanmean() for answer in answers])
+    return [float(error) / check.floor for error in errors.cpu()]
+
+
+def train_stacked(
+    plans: Sequence[TrainPlan], *, progress: Callable[[int, int, float], None] | None = None
+) -> list[Fitted]:
+    """Train networks that differ in seed or learning rate alone, side by side: what ``train`` does to each."""
+    streams = {plan.seed: Stream(replace(plan, device="cpu")) for plan in plans}
+    check, device = Validation.of(plans[0]), plans[0].device
+
+    def batch(step: int) -> Rows:
+        drawn = {seed: stream.next(step) for seed, stream in streams.items()}
+        return Rows.of([drawn[plan.seed] for plan in plans], device)
+
+    trainer, steps = None, plans[0].steps
+    for step in range(steps):
+        rows = batch(step)
+        if trainer is None:
+            trainer = StackedTrainer(plans, rows=rows.inputs.shape[2])
+        trainer.advance(rows)
+        if (step + 1) % max(steps // CHECKS, 1) == 0 or step + 1 == steps:
+            trainer.check(check, step + 1)
+        if progress is not None:
+            progress(step + 1, steps, trainer.history[0][-1][1] if trainer.history[0] else float("nan"))
+    assert trainer is not None
+    return trainer.finish(batch(steps))

@@ -1,0 +1,97 @@
+"""The stacked form of tier-1 networks against their layers: values, gradients and some steps of training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from probes.contract import generator
+from probes.models import NetConfig
+from probes.registry import get_probe
+from probes.runner_plan import critical_rows
+from probes.stacked import Decisions, Rows, StackedNet
+from probes.stacked_train import stacked_loss, train_stacked
+from probes.train import TrainPlan, everything, make_net, sample, train, training_loss
+
+ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
+NETWORKS = [("ham", router) for router in ROUTERS] + [
+    (model, "none") for model in ("full", "recurrent", "recurrent_wide", "window")
+]
+
+
+def plan(model: str, router: str, *, seed: int = 0, steps: int = 6, suite: str = "derD", rate: float = 4e-3) -> TrainPlan:
+    probe, rung = get_probe(suite)
+    config = probe.config("smoke", rung, missed_tags=0.2, false_tags=2.0, items=6, queries=6)
+    rows = critical_rows(probe, config)
+    net = NetConfig(
+        model=model, router=router if model == "ham" else "learned", layers=probe.layers, budget_rows=rows
+    )
+    return TrainPlan(probe=probe, config=config, net=net, steps=steps, learning_rate=rate, seed=seed, critical_rows=rows)
+
+
+def varied(net: torch.nn.Module) -> None:
+    """Parameters that start as zeros or ones take other values, so that none of them is tested at a special one."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(7)
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("suite", ["derD", "rrr"])
+@pytest.mark.parametrize(("model", "router"), NETWORKS)
+@pytest.mark.parametrize("warm", [False, True])
+def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router: str, warm: bool, suite: str) -> None:
+    if suite != "derD" and router not in ("learned", "mix", "none"):
+        pytest.skip("other rows: the networks with most inputs will do")
+    plans = [plan(model, router, seed=seed, suite=suite) for seed in (0, 1)]
+    nets = [make_net(each) for each in plans]
+    batches = [sample(each, generator(5 + each.seed), 8) for each in plans]
+    for net in nets:
+        varied(net)
+        for layer in net.layers:
+            layer.thresholds.values.copy_(torch.linspace(1.5, 0.1, 6).expand_as(layer.thresholds.values))
+    T, N = batches[0].context_rows, batches[0].x.shape[1]
+    stack = StackedNet(nets, context_rows=T, rows=N, device="cpu")
+    budgets = [4, 9]
+    decisions = Decisions.plain(budgets, networks=2, context_rows=T, device="cpu")
+    if warm:
+        decisions = replace(decisions, warm=torch.tensor([model == "ham"] * 2))
+    loss, _ = stacked_loss(stack, Rows.of(batches), decisions)
+    names = list(stack.leaves)
+    grads = torch.autograd.grad(loss.sum(), list(stack.leaves.values()), allow_unused=True)
+    for number, (net, batch) in enumerate(zip(nets, batches, strict=True)):
+        given = everything(net, batch) if warm else None
+        rows = batch.context_rows if given else budgets[number]
+        expected = training_loss(net, batch, rows, None, given=given, follow=False)
+        assert float(loss[number].detach()) == pytest.approx(float(expected.detach()), rel=2e-5)
+        expected.backward()
+        own = dict(net.named_parameters())
+        for name, grad in zip(names, grads, strict=True):
+            if name not in own or name.endswith("channel_bias") or own[name].grad is None:
+                continue
+            got = torch.zeros_like(own[name]) if grad is None else grad[number]
+            torch.testing.assert_close(got, own[name].grad, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        for n in range(len(net.layers)):
+            head = f"blocks.{n}.memory."
+            parts = [own[k].grad for k in own if k.startswith(head) and k.endswith(
+                ("to_memory.weight", "to_query.weight", "to_gates.weight", "to_output_gate.weight"))]
+            got = grads[names.index(head + "project")][number]
+            torch.testing.assert_close(got, torch.cat(parts), rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "router"), [("ham", "learned"), ("ham", "surprise"), ("ham", "tags"), ("full", "none"),
+                          ("recurrent_wide", "none"), ("window", "none")],
+)  # fmt: skip
+def test_training_side_by_side_is_training_one_by_one(model: str, router: str) -> None:
+    plans = [plan(model, router, seed=0), plan(model, router, seed=1), plan(model, router, seed=0, rate=1e-3)]
+    together = train_stacked(plans)
+    for each, got in zip(plans, together, strict=True):
+        alone = train(each)
+        assert [step for step, _ in got.losses] == [step for step, _ in alone.losses]
+        for (_, first), (_, second) in zip(got.losses, alone.losses, strict=True):
+            assert first == pytest.approx(second, rel=2e-3)
+        for mine, other in zip(got.net.layers, alone.net.layers, strict=True):
+            torch.testing.assert_close(mine.thresholds.values, other.thresholds.values, rtol=5e-3, atol=5e-3)
