@@ -264,7 +264,7 @@ def _use(
 
     def errors(drop: torch.Tensor) -> torch.Tensor:
         edited = [without_rows(part, drop) for part in memory]
-        step = net.read(batch, slice(T, L), edited, policies, advance=False)
+        step = net.read(batch, slice(T, L), edited, policies)
         index = (batch.q_index - T)[..., None].expand(-1, -1, step.hidden.shape[-1])
         return query_error(net.answer(step.hidden.gather(1, index)), batch)
 

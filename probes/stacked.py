@@ -11,7 +11,7 @@ C values of a row · A shares of a threshold table · Q queries
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,9 +85,12 @@ class Rows:
     def select(self, sequences: slice) -> Rows:
         return self.map(lambda tensor: tensor[:, sequences])
 
-    def map(self, function: object) -> Rows:
+    def to(self, device: str | torch.device) -> Rows:
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Rows:
         names = self.__dataclass_fields__
-        return Rows(**{n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names})  # type: ignore[operator]
+        return Rows(**{n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names})
 
 
 @dataclass(frozen=True)
@@ -337,7 +340,7 @@ class StackedNet:
             if decisions.warm is not None:
                 routed = torch.where(decisions.warm[:, None, None], routable, routed)
                 cap = torch.where(decisions.warm, float(T), cap)
-            visible = self._survivors(routed, rank, cap, kind)
+            visible = self._survivors(routed, rank, cap, kind, decisions.drop)
         if decisions.drop is not None:
             hidden = decisions.drop.expand(S, -1, -1).flatten(0, 1)[:, None] & self.queried[:, None]  # [S B, N, T]
             visible = visible & ~hidden
@@ -381,9 +384,17 @@ class StackedNet:
         return routable & (self._chance[number, B] >= (1.0 - share.double())[:, None, None])
 
     def _survivors(
-        self, routed: torch.Tensor, rank: torch.Tensor | None, cap: torch.Tensor, kind: _LayerKind
+        self,
+        routed: torch.Tensor,
+        rank: torch.Tensor | None,
+        cap: torch.Tensor,
+        kind: _LayerKind,
+        drop: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Entries still there when each row is read: fewer than ``cap`` that stand above them have appeared."""
+        """Entries still there when each row is read: fewer than ``cap`` that stand above them have appeared.
+
+        Entries that are dropped before the queries leave room to what comes after.
+        """
         S, B, T = routed.shape
         order = self.order.expand(S, B, T)  # [S, B, T]
         if rank is not None:
@@ -393,7 +404,11 @@ class StackedNet:
         order = torch.where(routed, order, -1.0).flatten(0, 1)  # [S B, T]
         left = self.left_sum[kind.window]  # [N, T]
         above = (order[:, :, None] > order[:, None, :]).to(left.dtype)  # [S B, T others, T]
-        count = torch.matmul(left, above).unflatten(0, (S, B))  # [S, B, N, T]
+        count = torch.matmul(left, above)  # [S B, N, T]
+        if drop is not None:
+            gone = drop.expand(S, -1, -1).flatten(0, 1)[:, None].to(above.dtype) @ above  # [S B, 1, T]
+            count = count - gone * self.queried[:, None]
+        count = count.unflatten(0, (S, B))  # [S, B, N, T]
         there = (count < cap[:, None, None, None]).flatten(0, 1)  # [S B, N, T]
         return there & self.left[kind.window] & routed.flatten(0, 1)[:, None]
 

@@ -11,7 +11,9 @@ from probes.contract import generator
 from probes.models import NetConfig
 from probes.registry import get_probe
 from probes.runner_plan import critical_rows
+from probes.evaluate import evaluate
 from probes.stacked import Decisions, Rows, StackedNet
+from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
 from probes.stacked_train import stacked_loss, train_stacked
 from probes.train import TrainPlan, everything, make_net, sample, train, training_loss
 
@@ -95,3 +97,31 @@ def test_training_side_by_side_is_training_one_by_one(model: str, router: str) -
             assert first == pytest.approx(second, rel=2e-3)
         for mine, other in zip(got.net.layers, alone.net.layers, strict=True):
             torch.testing.assert_close(mine.thresholds.values, other.thresholds.values, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "router"), [("ham", "learned"), ("ham", "shuffled"), ("ham", "random"), ("ham", "tags"), ("full", "none"),
+                          ("window", "none"), ("recurrent", "none")],
+)  # fmt: skip
+def test_scores_of_the_stacked_form_are_those_of_the_layers(model: str, router: str) -> None:
+    plans = [plan(model, router, seed=seed, steps=3) for seed in (0, 1)]
+    trained = train_stacked(plans)
+    for each in trained:
+        varied(each.net)
+    batch = sample(plans[0], generator(0), 2)
+    nets = [each.net for each in trained]
+    stack = StackedNet(nets, context_rows=batch.context_rows, rows=batch.x.shape[1], device="cpu")
+    data = EvaluationSet.of(plans[0], seeds=(0, 1), streams=1, sequences=48)
+    for budget in (2, 7):
+        for each, got in zip(trained, evaluate_stacked(stack, plans, data, budget_rows=budget), strict=True):
+            expected = evaluate(each, budget_rows=budget, streams=1, sequences=48)
+            torch.testing.assert_close(torch.tensor(got.errors), torch.tensor(expected.errors), rtol=1e-3, atol=1e-5)
+            assert set(expected.metrics) - set(got.metrics) <= {"ms_per_row"}
+            for name, number in got.metrics.items():
+                assert number == pytest.approx(expected.metrics[name], rel=2e-3, abs=2e-3, nan_ok=True), name
+            assert got.stages == pytest.approx(expected.stages, abs=2e-3)
+            assert got.by_slice.keys() == expected.by_slice.keys()
+            assert [row.keys() for row in got.by_layer] == [row.keys() for row in expected.by_layer]
+            for mine, other in zip(got.by_layer, expected.by_layer, strict=True):
+                assert mine == pytest.approx(other, abs=2e-3)
+            assert got.survival.keys() == expected.survival.keys()
