@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from hamts.errors import DataError
 from probes.evaluate import evaluate
 from probes.registry import get_probe, list_probes
 from probes.results import document, start_folder, t0_documents, tidy, write_document
-from probes.runner_plan import Cell, RunPlan, budget_rows, critical_rows
+from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, RunPlan, budget_rows, critical_rows
+from probes.stacked_run import OutOfTime, run_rung
 from probes.summary import chosen_rates
 from probes.t0_run import run_t0_suite
 from probes.train import Fitted, TrainPlan, train
@@ -26,46 +29,110 @@ from probes.train import Fitted, TrainPlan, train
 __all__ = ["run_cell", "run_plan", "run_t0_folder"]
 
 Report = Callable[[str, int, int, float], None]
+# each fills about 10 GiB and half of the time of a GPU
+GPU_RUNGS = 4
 
 
 def run_plan(
-    plan: RunPlan, folder: str | Path, *, device: str = "cpu", workers: int = 1, progress: bool = True
+    plan: RunPlan,
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    workers: int = 1,
+    progress: bool = True,
+    max_time_s: float | None = None,
+    in_step: bool | None = None,
 ) -> list[Path]:
     """Run all cells of a plan that are not in the folder yet.
 
     Args:
-        device: of torch. Cells are small: with ``cuda`` many fit on one device side by side.
-        workers: cells at a time, each in a process of its own.
+        device: of torch.
+        workers: rungs (in step) or cells (one by one) at a time, each in a process of its own.
         progress: bars on a terminal.
+        max_time_s: stop cleanly after so many seconds; what is unfinished is run by the next call.
+        in_step: train all networks of a rung side by side, which is what a GPU is fast at; None: on a GPU.
 
     Returns: the documents of the plan, those from before included.
 
     Raises:
         DataError: E-PROBE-VERSION, or E-OPTION where the device is not there.
+        RuntimeError: some rungs or cells failed; the others are done.
     """
     check_device(device)
     root = Path(folder)
-    first = plan.first_cells()
-    if not first:
+    deadline = None if max_time_s is None else time.time() + max_time_s
+    trials = plan.trial_cells()
+    if not trials:
         raise DataError(
             "E-OPTION", f"None of {list(plan.probes)} is trained: they are scored without training.",
             fix="hamts probes run stream --tier T0",
         )  # fmt: skip
-    for cell in {(cell.probe, cell.rung): cell for cell in first}.values():
+    for cell in {(cell.probe, cell.rung): cell for cell in trials}.values():
         # before anything is trained
         least = min(plan.budgets)
         budget_rows(least, critical_rows(get_probe(cell.probe)[0], cell.config))
-    written = _run_cells(first, root, device=device, workers=workers, progress=progress, done=plan.seeds == 1)
-    if plan.seeds > 1:
-        rates = chosen_rates([json.loads(path.read_text(encoding="utf-8")) for path in written])
-        later = plan.later_cells(rates)
-        written += _run_cells(later, root, device=device, workers=workers, progress=progress, done=True)
-    return written
+    written = []
+    if device.startswith("cuda") if in_step is None else in_step:
+        own, plan = plan.split(STACKED_MODELS, STACKED_ROUTERS)
+        if own is not None:
+            written = _run_rungs(own, root, device, workers, deadline, progress, done=plan is None)
+        if plan is None:
+            return written
+    written += _run_cells(
+        plan.trial_cells(), root, device=device, workers=workers, progress=progress, deadline=deadline, done=False
+    )
+    rates = chosen_rates(read_each(written))
+    return sorted({*written, *_run_cells(
+        plan.main_cells(rates), root, device=device, workers=workers, progress=progress, deadline=deadline, done=True
+    )})  # fmt: skip
 
 
-def _run_cells(cells: list[Cell], root: Path, *, device: str, workers: int, progress: bool, done: bool) -> list[Path]:
+def read_each(paths: list[Path]) -> list[dict[str, Any]]:
+    """Documents by their paths; those that are not there are left out."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+
+def _run_rungs(
+    plan: RunPlan, root: Path, device: str, workers: int, deadline: float | None, progress: bool, *, done: bool
+) -> list[Path]:
+    """Rungs in the order asked for, some at a time; one that fails or runs out of time does not cost the others."""
+    rungs = list(dict.fromkeys((cell.probe, cell.rung) for cell in plan.trial_cells()))
+    versions = {probe: get_probe(probe)[0].version for probe, _ in rungs}
+    start_folder(root, [], versions, done=False)
+    written: list[Path] = []
+    failures: list[str] = []
+    late: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with bars(len(rungs), progress) as report, ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_quiet_worker
+    ) as pool:
+        running = {
+            pool.submit(run_rung, plan, probe, rung, root, device=device, deadline=deadline): rung
+            for probe, rung in rungs
+        }
+        for finished in as_completed(running):
+            error, rung = finished.exception(), running[finished]
+            if error is None:
+                found = finished.result()
+                written += found
+                start_folder(root, [str(path.relative_to(root)) for path in found], versions, done=False)
+            elif isinstance(error, OutOfTime):
+                late.append(rung)
+            else:
+                failures.append(f"{rung}: {error}\n{''.join(traceback.format_exception(error))}")
+            report.finish(rung)
+    if failures:
+        raise RuntimeError(f"{len(failures)} rungs failed, first {failures[0]}")
+    start_folder(root, [], versions, done=done and not late)
+    return sorted(written)
+
+
+def _run_cells(
+    cells: list[Cell], root: Path, *, device: str, workers: int, progress: bool, deadline: float | None, done: bool
+) -> list[Path]:
     """Run what is not there yet, and note in the folder what it holds; ``done`` if nothing is to follow."""
     wanted = [paths(cell, root) for cell in cells]
+    every = [path for group in wanted for path in group]
     names = [str(path.relative_to(root)) for group in wanted for path in group]
     versions = {cell.probe: cell.suite_version for cell in cells}
     start_folder(root, names, versions, done=False)
@@ -74,12 +141,14 @@ def _run_cells(cells: list[Cell], root: Path, *, device: str, workers: int, prog
         report.skip(len(cells) - len(todo))
         if workers <= 1:
             for cell in todo:
+                if deadline is not None and time.time() > deadline:
+                    return every
                 run_cell(cell, root, device=device, report=report.step)
                 report.finish(cell.name)
-        else:
-            _side_by_side(todo, root, device, workers, report)
+        elif not _side_by_side(todo, root, device, workers, deadline, report):
+            return every
     start_folder(root, names, versions, done=done)
-    return [path for group in wanted for path in group]
+    return every
 
 
 def check_device(device: str) -> None:
@@ -93,9 +162,9 @@ def check_device(device: str) -> None:
 
 
 def side_by_side(device: str) -> int:
-    """How many cells run at a time: one a core; on a GPU, where a cell leaves most of it idle, up to 12."""
+    """How many run at a time: cells, one a core; on a GPU rungs, each of which keeps it half busy."""
     cores = os.cpu_count() or 1
-    return min(12, cores) if device.startswith("cuda") else cores
+    return min(GPU_RUNGS, cores) if device.startswith("cuda") else cores
 
 
 def paths(cell: Cell, root: Path) -> list[Path]:
@@ -162,20 +231,32 @@ def write_table(documents: list[dict[str, Any]], path: Path) -> None:
 # --- side by side
 
 
-def _side_by_side(todo: list[Cell], root: Path, device: str, workers: int, report: Bars) -> None:
-    """Cells in processes of their own; a cell that fails does not stop the others, and is raised at the end."""
+def _side_by_side(
+    todo: list[Cell], root: Path, device: str, workers: int, deadline: float | None, report: Bars
+) -> bool:
+    """Cells in processes of their own; a cell that fails does not stop the others. Whether time was left."""
     context = multiprocessing.get_context("spawn")
     failures: list[tuple[str, BaseException]] = []
+    late = False
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
-        running = {pool.submit(run_cell, cell, root, device=device): cell for cell in todo}
+        running = {pool.submit(_run_in_time, cell, root, device, deadline): cell for cell in todo}
         for done in as_completed(running):
             error = done.exception()
-            if error is not None:
+            if isinstance(error, OutOfTime):
+                late = True
+            elif error is not None:
                 failures.append((running[done].name, error))
             report.finish(running[done].name)
     if failures:
         name, error = failures[0]
         raise RuntimeError(f"{len(failures)} cells failed, first {name}: {error}") from error
+    return not late
+
+
+def _run_in_time(cell: Cell, root: Path, device: str, deadline: float | None) -> list[Path]:
+    if deadline is not None and time.time() > deadline:
+        raise OutOfTime(cell.name)
+    return run_cell(cell, root, device=device)
 
 
 def _quiet_worker() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +14,20 @@ from probes.registry import Probe, get_probe
 
 __all__ = ["Cell", "RunPlan", "budget_rows", "critical_rows", "model_cells"]
 
-RUN_VERSION = 1
+# 2: learning rates are tried once for an architecture, and controls decide about the last rows of the context too
+RUN_VERSION = 2
 CRITICAL_SEQUENCES = 64
 DEFAULT_MODELS = ("ham", "full", "recurrent", "recurrent_wide", "window")
 DEFAULT_ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
 DEFAULT_BUDGETS = (0.5, 1.0, 2.0)
+# HAM's learning rates are tried with it: it trains all that any router of HAM trains, and knows nothing of the truth
+# what can be trained side by side (``stacked.can_stack``)
+STACKED_MODELS = ("ham", "full", "recurrent", "recurrent_wide", "window")
+STACKED_ROUTERS = (
+    "surprise", "innovation", "error", "write", "learned", "mix", "tags", "random", "stride", "recency", "shuffled",
+    "oracle",
+)  # fmt: skip
+TRIAL_ROUTER, TRIAL_BUDGET = "learned", 1.0
 SMOKE_MODELS, SMOKE_ROUTERS, SMOKE_BUDGETS, SMOKE_SEEDS = (
     ("ham", "full", "recurrent"),
     ("surprise", "oracle"),
@@ -113,8 +122,9 @@ class RunPlan:
             main one.
         seeds: training seeds 0, 1, ...
         tags: tag noise of the headline table: 20 % of the tagged rows untagged, 4 false tags an item.
-        learning_rates: tried with the first seed, as many for every architecture; the best on validation is used for
-            the other seeds, and all are kept.
+        learning_rates: tried with the first seed, as many for every architecture and rung: with one router of HAM
+            (``TRIAL_ROUTER``) and one size of a sized rival. The best on validation serves all seeds, routers and
+            sizes of the architecture, and all trials are kept.
     """
 
     probes: tuple[str, ...]
@@ -148,19 +158,40 @@ class RunPlan:
         if self.readout not in ("query", "echo"):
             raise ValueError(f"Unknown readout {self.readout!r}. Available: ['echo', 'query'].")
 
-    def first_cells(self) -> list[Cell]:
+    def trial_cells(self) -> list[Cell]:
         """The first seed at every learning rate: the same trials for every architecture."""
         rates = self.learning_rates or PRESETS[self.preset].learning_rates
-        return [self._cell(*place, 0, rate) for rate in rates for place in self._places()]
+        found: dict[tuple[str, str], tuple[Probe, str, str, str, tuple[float, ...]]] = {}
+        for place in self._places():
+            _, rung, model, router, budgets = place
+            if (rung, model) not in found or router == TRIAL_ROUTER or budgets == (TRIAL_BUDGET,):
+                found[rung, model] = place
+        return [self._cell(*place, 0, rate) for rate in rates for place in found.values()]
 
-    def later_cells(self, rates: Mapping[tuple[str, ...], float]) -> list[Cell]:
-        """The other seeds, each architecture at the rate that was best on validation (``summary.chosen_rates``)."""
+    def main_cells(self, rates: Mapping[tuple[str, ...], float]) -> list[Cell]:
+        """All seeds, each architecture at the rate that was best on validation (``summary.chosen_rates``).
+
+        Rungs without rates are left out.
+        """
         found = []
-        for seed in range(1, self.seeds):
+        for seed in range(self.seeds):
             for place in self._places():
-                _, rung, model, router, _ = place
-                found.append(self._cell(*place, seed, rates["T1", rung, model, router, self.readout]))
+                _, rung, model, _, _ = place
+                rate = rates.get(("T1", rung, model, self.readout))
+                if rate is not None:
+                    found.append(self._cell(*place, seed, rate))
         return found
+
+    def split(self, models: Sequence[str], routers: Sequence[str]) -> tuple[RunPlan | None, RunPlan | None]:
+        """The part of these models and routers, and the rest; None for a part of nothing."""
+        inside, outside = [m for m in self.models if m in models], [m for m in self.models if m not in models]
+        own, rest = [r for r in self.routers if r in routers], [r for r in self.routers if r not in routers]
+        if "ham" in inside and rest:
+            outside.append("ham")
+        if not own:
+            inside = [model for model in inside if model != "ham"]
+        first = replace(self, models=tuple(inside), routers=tuple(own)) if inside else None
+        return first, replace(self, models=tuple(outside), routers=tuple(rest)) if outside else None
 
     def _places(self) -> Iterator[tuple[Probe, str, str, str, tuple[float, ...]]]:
         for probe, rung in self._rungs():

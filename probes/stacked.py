@@ -28,6 +28,7 @@ from hamts.nn.mixers_kept import SlidingLayer
 from hamts.ops.gated_delta import gated_delta
 from probes.contract import ProbeBatch
 from probes.models import EXPLORE_SHARE, ProbeNet
+from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS
 from probes.stacked_scores import LayerScores, error_weights, layer_scores
 
 __all__ = ["Decisions", "LayerRead", "Rows", "StackedNet", "StackedReading", "can_stack"]
@@ -40,9 +41,9 @@ CHUNK_ROWS = 80
 
 def can_stack(net: ProbeNet) -> bool:
     """Whether this form covers a network."""
-    parts = net.config.router.split("+")
-    plain = net.config.heads == 1 and net.config.write_clip == 0 and len(parts) == 1
-    return plain and net.config.model in ("ham", "full", "recurrent", "recurrent_wide", "window")
+    config = net.config
+    known = config.router in STACKED_ROUTERS if config.model == "ham" else config.model in STACKED_MODELS
+    return known and config.heads == 1 and config.write_clip == 0
 
 
 @dataclass(frozen=True)
@@ -218,16 +219,16 @@ class StackedNet:
         """
         inputs = rows.inputs.expand(self.S, -1, -1, -1)
         S, B, N, _ = inputs.shape
-        x = F.silu(self._linear(inputs, "embed.0"))
-        x = self._linear(x, "embed.2")  # [S, B, N, D]
+        x = F.silu(self.linear(inputs, "embed.0"))
+        x = self.linear(x, "embed.2")  # [S, B, N, D]
         found = []
         for number, kind in enumerate(self.kind):
             at = f"blocks.{number}."
-            below = self._linear(self._norm(x, at + "before_memory.weight"), at + "down")  # [S, B, N, E]
+            below = self.linear(self._norm(x, at + "before_memory.weight"), at + "down")  # [S, B, N, E]
             output, layer = self._layer(below, number, kind, rows, decisions, with_scores, training)
             x = x + self._product(output, at + "up.weight")
-            gate, content = self._linear(self._norm(x, at + "before_mlp.weight"), at + "grow").chunk(2, -1)
-            x = x + self._linear(F.silu(gate) * content, at + "shrink")
+            gate, content = self.linear(self._norm(x, at + "before_mlp.weight"), at + "grow").chunk(2, -1)
+            x = x + self.linear(F.silu(gate) * content, at + "shrink")
             found.append(layer)
         return StackedReading(self._norm(x, "final_norm.weight"), found)
 
@@ -235,12 +236,12 @@ class StackedNet:
         """Answers, [S, B, Q, Y], and of the auxiliary target."""
         index = rows.q_index.expand(self.S, -1, -1)[..., None].expand(-1, -1, -1, reading.hidden.shape[-1])
         asked = reading.hidden.gather(2, index)  # [S, B, Q, D]
-        auxiliary = self._linear(asked, "auxiliary") if "auxiliary.weight" in self.leaves else None
-        return self._linear(asked, "answer"), auxiliary
+        auxiliary = self.linear(asked, "auxiliary") if "auxiliary.weight" in self.leaves else None
+        return self.linear(asked, "answer"), auxiliary
 
     def next_rows(self, reading: StackedReading) -> torch.Tensor:
         """The row after each context row, [S, B, T - 1, C]."""
-        return self._linear(reading.hidden[:, :, : self.T - 1], "next_row")
+        return self.linear(reading.hidden[:, :, : self.T - 1], "next_row")
 
     def _layer(
         self,
@@ -254,7 +255,7 @@ class StackedNet:
     ) -> tuple[torch.Tensor, LayerRead]:
         S, B, N, E = x.shape
         at, D = f"blocks.{number}.memory.", E
-        parts = (x.flatten(1, 2) @ self.leaves[at + "project"].mT).unflatten(1, (B, N)).split(kind.widths, -1)
+        parts = self._product(x, at + "project").split(kind.widths, -1)
         named = dict(zip(kind.projected, parts, strict=True))
         mixed = named["to_memory"]  # [S, B, N, units + 2 E], or 3 E where both branches share keys and values
         keys = self._turned(mixed[..., -2 * D : -D], at + kind.exact + "key_norm.gain")
@@ -441,14 +442,16 @@ class StackedNet:
 
     # --- small things
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        S, B, N, _ = x.shape
-        weight, bias = self.leaves[name + ".weight"], self.leaves[name + ".bias"]
-        return torch.baddbmm(bias[:, None], x.reshape(S, B * N, -1), weight.mT).unflatten(1, (B, N))
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self._product(x, name + ".weight") + self._bias(name + ".bias")
 
     def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """A linear map without a constant."""
-        return (x.flatten(1, 2) @ self.leaves[name].mT).unflatten(1, x.shape[1:3])
+        """A linear map without a constant: x [S, B, N, in].
+
+        Sequence by sequence, so that the gradient of the weights is a sum of products of some hundred rows: one product
+        over all rows of a network would keep a GPU waiting for a handful of its processors.
+        """
+        return x @ self.leaves[name].mT[:, None]
 
     def _bias(self, name: str) -> torch.Tensor:
         return self.leaves[name][:, None, None]

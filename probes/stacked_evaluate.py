@@ -42,6 +42,8 @@ from probes.train import TrainPlan, sample
 __all__ = ["EvaluationSet", "evaluate_stacked"]
 
 USED_QUERIES = 4
+# streams on which flags are permuted: a second reading of all would cost as much as the first
+PERMUTED_STREAMS = 2
 # what the floors are fitted on
 FLOOR_SEQUENCES = 256
 
@@ -51,12 +53,11 @@ class EvaluationSet:
     """The evaluation streams of a rung, the same for every model, router and budget, and their floors by seed."""
 
     batches: list[ProbeBatch]  # E of B sequences
-    whole: ProbeBatch  # all of them, on the CPU
+    whole: ProbeBatch  # all of them, on the device
     rows: list[Rows]
     permuted: list[Rows]
     floors: dict[int, tuple[str, torch.Tensor]]  # seed -> name, [E B, Q]
     oracle: float
-    device: str
 
     @classmethod
     def of(cls, plan: TrainPlan, *, seeds: Sequence[int], streams: int, sequences: int) -> EvaluationSet:
@@ -69,8 +70,13 @@ class EvaluationSet:
         oracle = float(np.nanmean([float(query_error(plan.probe.oracle(b), b).nanmean()) for b in batches]))
         return cls(
             batches, joined(batches), [Rows.of([batch]) for batch in batches],
-            [Rows.of([permute_flags(batch)]) for batch in batches], floors, oracle, plan.device,
+            [Rows.of([permute_flags(batch)]) for batch in batches[:PERMUTED_STREAMS]], floors, oracle,
         )  # fmt: skip
+
+    def to(self, device: str | torch.device) -> EvaluationSet:
+        """Where selections are scored."""
+        return replace(self, whole=self.whole.to(device), rows=[rows.to(device) for rows in self.rows],
+                       permuted=[rows.to(device) for rows in self.permuted])  # fmt: skip
 
 
 def joined(batches: Sequence[ProbeBatch]) -> ProbeBatch:
@@ -91,15 +97,14 @@ def evaluate_stacked(
 ) -> list[Evaluation]:
     """Score every network at one budget."""
     plain = Decisions.plain(budget_rows, networks=stack.S, context_rows=stack.T, device=stack.device)
-    streams = [_read_stream(stack, rows.to(stack.device), plain) for rows in data.rows]
+    streams = [_read_stream(stack, rows, plain) for rows in data.rows]
     answers = torch.cat([part["answer"] for part in streams], 1)  # [S, E B, Q, Y]
     kept = [torch.cat(parts, 1) for parts in zip(*(part["kept"] for part in streams), strict=True)]
     scores = [torch.cat(parts, 1) for parts in zip(*(part["scores"] for part in streams), strict=True)]
     permuted = []
     for rows in data.permuted:
-        moved = rows.to(stack.device)
-        permuted.append(stack.answers(stacked_read(stack, moved, plain), moved)[0].cpu())
-    flags = torch.cat(permuted, 1)  # [S, E B, Q, Y]
+        permuted.append(stack.answers(stacked_read(stack, rows, plain), rows)[0])
+    flags = torch.cat(permuted, 1)  # [S, B of some streams, Q, Y]
     found = []
     for number, plan in enumerate(plans):
         out = Evaluation(budget_rows)
@@ -115,7 +120,7 @@ def evaluate_stacked(
 
 
 def _read_stream(stack: StackedNet, rows: Rows, plain: Decisions) -> dict[str, Any]:
-    """Answers, kept rows of each layer and scores of one stream, on the CPU."""
+    """Answers, kept rows of each layer and scores of one stream."""
     reading = stacked_read(stack, rows, plain, with_scores=True)
     kept, scores = [], []
     for layer in reading.layers:
@@ -124,10 +129,10 @@ def _read_stream(stack: StackedNet, rows: Rows, plain: Decisions) -> dict[str, A
             rows_kept = layer.visible[:, stack.T - 1]
             if stack.config.model != "ham":
                 rows_kept = rows_kept & layer.visible[:, stack.T]
-            kept.append(rows_kept.unflatten(0, (stack.S, -1)).cpu())  # [S, B, T]
+            kept.append(rows_kept.unflatten(0, (stack.S, -1)))  # [S, B, T]
         if layer.scores is not None:
-            scores.append(layer.scores.expand(stack.S, -1, -1).cpu())
-    return {"answer": stack.answers(reading, rows)[0].cpu(), "kept": kept, "scores": scores}
+            scores.append(layer.scores.expand(stack.S, -1, -1))
+    return {"answer": stack.answers(reading, rows)[0], "kept": kept, "scores": scores}
 
 
 def _score(
@@ -142,9 +147,10 @@ def _score(
 ) -> None:
     """All metrics of one network: answer [E B, Q, Y], kept L of [E B, T] bool."""
     batch, E = data.whole, len(data.batches)
+    first = batch.select(slice(0, len(flags)))
     floor_name, floor = data.floors[seed]
     error = query_error(answer, batch)  # [E B, Q]
-    out.errors = np.nanmean(error.numpy(), axis=1).reshape(E, -1)
+    out.errors = np.nanmean(error.cpu().numpy(), axis=1).reshape(E, -1)
     out.floor_errors = np.nanmean(floor.numpy(), axis=1).reshape(E, -1)
     out.floor_name, out.oracle_error = floor_name, data.oracle
     mse, below = float(np.nanmean(out.errors)), float(np.nanmean(out.floor_errors))
@@ -154,7 +160,7 @@ def _score(
         "close_share": close_share(answer, batch), "bytes_state": fixed, "bytes_kv": exact,
         "bytes_total": fixed + exact, "mse": mse, "nmse": mse / float(batch.y[batch.y_mask].var()), "skill": skills,
         "skill_clipped": max(-1.0, min(1.0, skills)),
-        "skill_flags_permuted": 1.0 - float(query_error(flags, batch).nanmean()) / float(floor.nanmean()),
+        "skill_flags_permuted": 1.0 - float(query_error(flags, first).nanmean()) / float(floor[: len(flags)].nanmean()),
     }  # fmt: skip
     if "baseline" in batch.extra:
         out.metrics |= _counterfactual(answer, batch)
@@ -162,7 +168,7 @@ def _score(
     if kept and net.config.model == "ham":
         found = _selection_metrics(out, batch, kept, scores)
         out.survival = survival(found, batch)
-    out.by_slice = _slices(batch, error, floor, found)
+    out.by_slice = _slices(batch, error.cpu(), floor, None if found is None else found.cpu())
 
 
 def _selection_metrics(
@@ -211,7 +217,7 @@ def _diagnose(stack: StackedNet, data: EvaluationSet, plain: Decisions) -> list[
     """``evaluate.diagnose_queries`` of every network: the outcome of each query, and causal use."""
     part = slice(0, DIAGNOSED_SEQUENCES)
     batch = data.batches[0].select(part)
-    rows = data.rows[0].select(part).to(stack.device)
+    rows = data.rows[0].select(part)
     if stack.config.control == "shuffled":
         # as one batch reads: the same sequences before each
         plain = replace(plain, given=_given(stack, rows, plain))

@@ -113,11 +113,8 @@ def layer_scores(
 
 def _logit(stack: StackedNet, x: torch.Tensor, features: list[torch.Tensor], at: str) -> torch.Tensor:
     """A learner's score, [S, B, T]."""
-    S, B, T, _ = x.shape
-    joined = torch.cat([x, torch.stack(features, -1)], -1).flatten(1, 2)  # [S, B T, E + features]
-    leaves = stack.leaves
-    hidden = F.silu(torch.baddbmm(leaves[at + ".0.bias"][:, None], joined, leaves[at + ".0.weight"].mT))
-    return torch.baddbmm(leaves[at + ".2.bias"][:, None], hidden, leaves[at + ".2.weight"].mT).view(S, B, T)
+    joined = torch.cat([x, torch.stack(features, -1)], -1)  # [S, B, T, E + features]
+    return stack.linear(F.silu(stack.linear(joined, at + ".0")), at + ".2").squeeze(-1)
 
 
 def _doubts(
@@ -130,13 +127,10 @@ def _doubts(
     training: bool,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Scores of the inner head, [S, B, T] each, and its loss, [S]."""
-    S, B, T, _ = x.shape
-    C, leaves = stack.channels, stack.leaves
-    both = torch.cat([x.detach(), recalled.detach()], -1).flatten(1, 2)  # [S, B T, 2 E]
-    raw = torch.baddbmm(
-        leaves[at + "inner.head.project.bias"][:, None], both, leaves[at + "inner.head.project.weight"].mT
-    )
-    raw = raw.view(S, B, T, C, len(INNER_LEVELS))
+    S, _, T, _ = x.shape
+    C = stack.channels
+    both = torch.cat([x.detach(), recalled.detach()], -1)  # [S, B, T, 2 E]
+    raw = stack.linear(both, at + "inner.head.project").unflatten(-1, (C, len(INNER_LEVELS)))
     median, gaps = raw[..., 1:2], F.softplus(raw)
     ahead = torch.cat([median - gaps[..., :1], median, median + gaps[..., 2:]], -1)  # [S, B, T, C, 3]
     truth = rows.inputs[:, :, :T, :C].expand(S, -1, -1, -1)  # [S, B, T, C]

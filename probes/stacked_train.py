@@ -235,9 +235,8 @@ class StackedTrainer:
         T = plans[0].config.context_rows
         self.stack = StackedNet(nets, context_rows=T, rows=rows, device=device)
         self.one = StackedStep(self.stack, plans)
-        self.static, self.graph = static, None
+        self.static, self.graph, self.stream = static, None, None
         self.history: list[list[tuple[int, float]]] = [[] for _ in plans]
-        self.started = time.monotonic()
 
     def advance(self, rows: Rows) -> None:
         """One step."""
@@ -252,16 +251,18 @@ class StackedTrainer:
         assert self.static is not None
         kept = [self.stack.flat, self.one.first, self.one.second, self.one.alive, self.one.step, *self.stack.tables]
         before = [tensor.clone() for tensor in kept]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # a stream of its own from the first call on: what libraries keep for a stream is then shared with no other graph
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             # libraries choose and allocate before anything is recorded
             for _ in range(2):
                 self.one(self.static)
-        torch.cuda.current_stream().wait_stream(stream)
+        self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             self.one(self.static)
+        torch.cuda.current_stream().wait_stream(self.stream)
         for tensor, old in zip(kept, before, strict=True):
             tensor.copy_(old)
         self.graph = graph
@@ -273,15 +274,14 @@ class StackedTrainer:
             self.history[number].append((step, error))
 
     @torch.no_grad()
-    def finish(self, rows: Rows) -> list[Fitted]:
-        """Calibrate on a last batch and hand the networks back."""
+    def finish(self, rows: Rows, *, seconds: float) -> list[Fitted]:
+        """Calibrate on a last batch and hand the networks back; ``seconds`` is what each took."""
         if self.one.follows:
             plain = Decisions.plain(
                 self.plans[0].critical_rows, networks=self.stack.S, context_rows=self.stack.T, device=self.stack.device
             )
             reading = stacked_read(self.stack, rows, plain)
             self.stack.follow(reading, 1.0)
-        seconds = (time.monotonic() - self.started) / len(self.plans)
         found = []
         for net, plan, history, alive in zip(
             self.stack.export(), self.plans, self.history, self.one.alive[:, 0].tolist(), strict=True
@@ -319,6 +319,7 @@ def train_stacked(
     plans: Sequence[TrainPlan], *, progress: Callable[[int, int, float], None] | None = None
 ) -> list[Fitted]:
     """Train networks that differ in seed or learning rate alone, side by side: what ``train`` does to each."""
+    started = time.monotonic()
     streams = {plan.seed: Stream(replace(plan, device="cpu")) for plan in plans}
     check, device = Validation.of(plans[0]), plans[0].device
 
@@ -337,4 +338,4 @@ def train_stacked(
         if progress is not None:
             progress(step + 1, steps, trainer.history[0][-1][1] if trainer.history[0] else float("nan"))
     assert trainer is not None
-    return trainer.finish(batch(steps))
+    return trainer.finish(batch(steps), seconds=(time.monotonic() - started) / len(plans))

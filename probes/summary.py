@@ -28,25 +28,29 @@ def value(content: dict[str, Any], metric: str) -> float:
 
 
 def rate_group(content: dict[str, Any]) -> tuple[str, ...]:
-    """What a learning rate is chosen for."""
+    """What a learning rate is chosen for: an architecture on a rung."""
     identity = content["identity"]
-    return tuple(str(identity[name]) for name in ("tier", "rung", "model", "router", "readout"))
+    return tuple(str(identity[name]) for name in ("tier", "rung", "model", "readout"))
 
 
 def chosen_rates(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], float]:
-    """For each architecture on each rung, the learning rate whose first seed is best on validation."""
-    scores: dict[tuple[str, ...], dict[float, list[float]]] = {}
-    first: dict[tuple[str, ...], int] = {}
+    """For each architecture on each rung, the learning rate that is best on validation with the first seed.
+
+    Rates are tried with one router or size of an architecture, so only the line with most rates is asked.
+    """
+    lines: dict[tuple[str, ...], dict[tuple[Any, ...], dict[float, float]]] = {}
     for content in documents:
-        group, seed = rate_group(content), int(content["data_manifest"].get("train_seed", 0))
-        first[group] = min(first.get(group, seed), seed)
-    for content in documents:
-        group = rate_group(content)
-        if int(content["data_manifest"].get("train_seed", 0)) == first[group]:
-            validation = content["runtime"].get("validation") or [[0, 0.0]]
-            rate = float(content["config"].get("learning_rate", 0.0))
-            scores.setdefault(group, {}).setdefault(rate, []).append(validation[-1][1])
-    return {group: min(rates, key=lambda rate: float(np.mean(rates[rate]))) for group, rates in scores.items()}
+        identity, seed = content["identity"], int(content["data_manifest"].get("train_seed", 0))
+        sized = () if identity["model"] == "ham" else (content["budget"]["frac"],)
+        rates = lines.setdefault(rate_group(content), {}).setdefault((seed, identity["router"], *sized), {})
+        validation = content["runtime"].get("validation") or [[0, 0.0]]
+        rates[float(content["config"].get("learning_rate", 0.0))] = float(validation[-1][1])
+    found = {}
+    for group, tried in lines.items():
+        # of equal numbers of rates the first seed, then the first in the alphabet
+        line = min(tried, key=lambda key: (-len(tried[key]), str(key)))
+        found[group] = min(tried[line], key=lambda rate: tried[line][rate])
+    return found
 
 
 def best_rates(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
