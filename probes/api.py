@@ -148,12 +148,14 @@ def run_probes(
         tier: ``T0`` (no training), ``T1`` (small models, trained), ``T2`` (fitted forecasters, see ``external``).
         out: folder of results; runs that are there already are not run again. None: a temporary one.
         external: of tier 2: objects with ``forecast``, by name; see ``probes.adapter``.
-        options: further fields of ``RunPlan``, such as ``steps``, ``streams``, ``sequences``, ``readout``.
+        options: further fields of ``RunPlan``, such as ``steps``, ``streams``, ``sequences``, ``readout``; and
+            ``max_time_s``: stop cleanly after so long, report what is there, and go on with the next call.
 
     Raises:
         ValueError: an unknown name.
         DataError: E-PROBE-VERSION, E-OPTION.
     """
+    max_time_s = options.pop("max_time_s", None)
     names = (probes,) if isinstance(probes, str) else tuple(probes)
     names = tuple(list_probes()) if names == ("all",) else names
     folder = Path(tempfile.mkdtemp(prefix="hamts_probes_")) if out is None else Path(out)
@@ -164,7 +166,7 @@ def run_probes(
             probes=names, preset=preset, models=tuple(models), routers=tuple(routers), budgets=tuple(budgets),
             seeds=seeds, **options,
         )  # fmt: skip
-        run_plan(plan, folder, device=device, workers=workers, progress=progress)
+        run_plan(plan, folder, device=device, workers=workers, progress=progress, max_time_s=max_time_s)
     elif tier == "T2":
         from probes.adapter import run_external
 
@@ -173,7 +175,7 @@ def run_probes(
         run_external(names, folder, external, preset=preset, progress=progress, **options)
     else:
         raise ValueError(f"Unknown tier {tier!r}. Available: ['T0', 'T1', 'T2'].")
-    return load_report(folder)
+    return load_report(folder, partial=max_time_s is not None)
 
 
 def load_report(folder: str | Path, *, partial: bool = False) -> ProbeReport:

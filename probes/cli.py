@@ -95,7 +95,10 @@ def run(  # noqa: PLR0913 - one option for each argument
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[
-        int | None, typer.Option(help="Cells side by side, each in a process of its own; default as many as fit.")
+        int | None, typer.Option(help="Processes: each trains a network, on a GPU a rung; default as many as fit.")
+    ] = None,
+    max_time: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Stop cleanly after so long; the same call goes on.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
 ) -> None:
@@ -121,14 +124,14 @@ def run(  # noqa: PLR0913 - one option for each argument
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
         run_probes(
             asked, tier=tier, preset=preset, out=out, device=device, workers=workers or side_by_side(device),
-            progress=not quiet,
+            progress=not quiet, max_time_s=max_time,
             models=words(models) or (SMOKE_MODELS if smoke else DEFAULT_MODELS),
             routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
             budgets=tuple(float(b) for b in words(budgets)) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),
             seeds=seeds or (SMOKE_SEEDS if smoke else PRESETS[preset].train_seeds),
             **options,
         )  # fmt: skip
-    console().print(load_report(out).to_markdown(), markup=False)
+    console().print(load_report(out, partial=max_time is not None).to_markdown(), markup=False)
     console().print(f"next: hamts probes report {out}")
 
 

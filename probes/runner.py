@@ -73,11 +73,12 @@ def run_plan(
         budget_rows(least, critical_rows(get_probe(cell.probe)[0], cell.config))
     written = []
     if device.startswith("cuda") if in_step is None else in_step:
-        own, plan = plan.split(STACKED_MODELS, STACKED_ROUTERS)
+        own, rest = plan.split(STACKED_MODELS, STACKED_ROUTERS)
         if own is not None:
-            written = _run_rungs(own, root, device, workers, deadline, progress, done=plan is None)
-        if plan is None:
+            written = _run_rungs(own, root, device, workers, deadline, progress, done=rest is None)
+        if rest is None:
             return written
+        plan = rest
     written += _run_cells(
         plan.trial_cells(), root, device=device, workers=workers, progress=progress, deadline=deadline, done=False
     )
@@ -103,9 +104,10 @@ def _run_rungs(
     failures: list[str] = []
     late: list[str] = []
     context = multiprocessing.get_context("spawn")
-    with bars(len(rungs), progress) as report, ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_quiet_worker
-    ) as pool:
+    with (
+        bars(len(rungs), progress) as report,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool,
+    ):
         running = {
             pool.submit(run_rung, plan, probe, rung, root, device=device, deadline=deadline): rung
             for probe, rung in rungs

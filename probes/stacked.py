@@ -11,30 +11,27 @@ C values of a row · A shares of a threshold table · Q queries
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
 
-from hamts.nn.budget import SHARES, ThresholdTable
+from hamts.nn.budget import SHARES
 from hamts.nn.controls import counted_uniform
 from hamts.nn.eviction import whole_numbers
-from hamts.nn.ham import CONV_WIDTH, HAMLayer
-from hamts.nn.inner import INNER_LEVELS
+from hamts.nn.ham import CONV_WIDTH
 from hamts.nn.heads import ROTARY_LONGEST_PATCHES, ROTARY_SHARE
-from hamts.nn.mixers_base import MixerLayer
-from hamts.nn.mixers_kept import SlidingLayer
+from hamts.nn.inner import INNER_LEVELS
 from hamts.ops.gated_delta import gated_delta
-from probes.contract import ProbeBatch
 from probes.models import EXPLORE_SHARE, ProbeNet
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS
+from probes.stacked_data import Decisions, Rows
+from probes.stacked_parts import LayerKind, sources, stacked_parameters
 from probes.stacked_scores import LayerScores, error_weights, layer_scores
 
-__all__ = ["Decisions", "LayerRead", "Rows", "StackedNet", "StackedReading", "can_stack"]
+__all__ = ["LayerRead", "StackedNet", "StackedReading", "can_stack"]
 
-# one product gives all that a memory layer asks of its input
-PROJECTED = ("to_memory", "to_query", "exact.to_query", "to_gates", "to_output_gate")
 # rows of a chunk of the recurrence: few long chunks cost fewer launches than many short ones
 CHUNK_ROWS = 80
 
@@ -44,103 +41,6 @@ def can_stack(net: ProbeNet) -> bool:
     config = net.config
     known = config.router in STACKED_ROUTERS if config.model == "ham" else config.model in STACKED_MODELS
     return known and config.heads == 1 and config.write_clip == 0
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Sequences of every network, ready to be read. A leading 1 stands for the same sequences in all networks."""
-
-    inputs: torch.Tensor  # [S, B, N, I]
-    heard: torch.Tensor  # [S, B, N] 1 where a row may be written, else 0
-    asks: torch.Tensor  # [S, B, N] bool
-    tags: torch.Tensor  # [S, B, T] bool
-    crit: torch.Tensor  # [S, B, T] bool
-    q_index: torch.Tensor  # [S, B, Q]
-    y: torch.Tensor  # [S, B, Q, Y]
-    y_mask: torch.Tensor  # [S, B, Q, Y] bool
-    aux: torch.Tensor | None  # [S, B, Q, X]
-
-    @property
-    def context_rows(self) -> int:
-        return self.tags.shape[2]
-
-    @classmethod
-    def of(cls, batches: Sequence[ProbeBatch], device: str | torch.device = "cpu") -> Rows:
-        """One batch a network, or one for all."""
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in cls.__dataclass_fields__}
-        for batch in batches:
-            asks, T = batch.query, batch.context_rows
-            told = (~batch.x.isnan()).any(-1) | (batch.events.abs().sum(-1) > 0) | (batch.actions.abs().sum(-1) > 0)
-            found["inputs"].append(batch.inputs())
-            found["heard"].append((told & ~asks).float())
-            found["asks"].append(asks)
-            found["tags"].append((batch.tags & ~asks)[:, :T])
-            found["crit"].append(batch.crit[:, :T])
-            for name in ("q_index", "y", "y_mask"):
-                found[name].append(getattr(batch, name))
-            if batch.aux is not None:
-                found["aux"].append(batch.aux)
-        stacked = {name: torch.stack(parts).to(device) if parts else None for name, parts in found.items()}
-        return cls(**stacked)  # type: ignore[arg-type]
-
-    def select(self, sequences: slice) -> Rows:
-        return self.map(lambda tensor: tensor[:, sequences])
-
-    def to(self, device: str | torch.device) -> Rows:
-        return self.map(lambda tensor: tensor.to(device))
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Rows:
-        names = self.__dataclass_fields__
-        return Rows(**{n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names})
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What scratchpads may do in one pass.
-
-    Attributes:
-        cap: most entries of a layer, [S].
-        share: of the context rows asked for, [S]; what ``random`` keeps.
-        nodes: weights of the threshold tables' columns, [S, A], and what is added to their sum, [S] (``table_weights``).
-        warm: keep everything, [S] bool, or None for never.
-        explore: chance of every row and layer to be kept beyond the router's choice, L of [S, B, T]; None for none.
-        given: rows kept in the router's place, L of [S, B, T] bool.
-        drop: rows that queries do not see, [S, B, T] bool.
-    """
-
-    cap: torch.Tensor
-    share: torch.Tensor
-    nodes: torch.Tensor
-    beyond: torch.Tensor
-    warm: torch.Tensor | None = None
-    explore: Sequence[torch.Tensor] | None = None
-    given: Sequence[torch.Tensor] | None = None
-    drop: torch.Tensor | None = None
-
-    @classmethod
-    def plain(cls, rows: int | Sequence[int], *, networks: int, context_rows: int, device: str | torch.device) -> Decisions:
-        """A budget of so many rows a layer, the same for all networks or one for each."""
-        budgets = [rows] * networks if isinstance(rows, int) else list(rows)
-        shares = [min(budget / context_rows, 1.0) for budget in budgets]
-        nodes, beyond = table_weights(torch.tensor(shares))
-        cap = torch.tensor(budgets, dtype=torch.float32, device=device)
-        return cls(cap, torch.tensor(shares, device=device), nodes.to(device), beyond.to(device))
-
-
-def table_weights(share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ThresholdTable.forward`` of one score as a sum over the table's columns: [...] -> [..., A] and [...]."""
-    table = ThresholdTable(1)
-    flat, columns = share.flatten(), []
-    for place in range(len(SHARES)):
-        # linear in the table, so that unit tables give the weights
-        table.values.zero_()
-        table.values[0, place] = 1.0
-        columns.append(table(flat)[:, 0])
-    weights = torch.stack(columns, -1)  # [n, A]
-    everything = ~weights.isfinite().all(-1)  # [n] a share of 1 or more keeps all
-    weights = weights.masked_fill(everything[:, None], 0.0)
-    beyond = torch.where(everything, -math.inf, 0.0)
-    return weights.reshape(*share.shape, len(SHARES)), beyond.reshape(share.shape)
 
 
 @dataclass(frozen=True)
@@ -162,11 +62,7 @@ class StackedReading:
 
 
 class StackedNet:
-    """Networks of one configuration side by side.
-
-    Args:
-        nets: of the same configuration and sizes; ``export`` writes to them.
-    """
+    """Networks of one configuration and size side by side; ``export`` writes back to them."""
 
     def __init__(self, nets: Sequence[ProbeNet], *, context_rows: int, rows: int, device: str | torch.device) -> None:
         first = nets[0]
@@ -174,8 +70,8 @@ class StackedNet:
             raise ValueError(f"No stacked form of {first.config}. Train its networks one by one.")
         self.nets, self.config, self.device = list(nets), first.config, torch.device(device)
         self.S, self.T, self.N, self.channels = len(nets), context_rows, rows, first.channels
-        self.flat, self.leaves = _stacked_parameters(self.nets, self.device)
-        self.kind = [_LayerKind.of(layer) for layer in first.layers]
+        self.flat, self.leaves = stacked_parameters(self.nets, self.device)
+        self.kind = [LayerKind.of(layer) for layer in first.layers]
         self.window = max(kind.window for kind in self.kind)
         self.tables = [
             torch.stack([net.layers[n].thresholds.values.to(self.device) for net in self.nets])
@@ -247,7 +143,7 @@ class StackedNet:
         self,
         x: torch.Tensor,
         number: int,
-        kind: _LayerKind,
+        kind: LayerKind,
         rows: Rows,
         decisions: Decisions,
         with_scores: bool,
@@ -285,7 +181,7 @@ class StackedNet:
         mixed: torch.Tensor,
         gates: torch.Tensor,
         number: int,
-        kind: _LayerKind,
+        kind: LayerKind,
         rows: Rows,
         with_scores: bool,
         training: bool,
@@ -315,14 +211,15 @@ class StackedNet:
             past = self._product(past, at + "narrow.weight")  # [S, B, N, E]
         if self.config.model != "ham":
             return past, None
+        grid = (S, B, N, K)
         scores = layer_scores(
-            self, x, number, rows, error=result.error.reshape(S, B, N, K), prediction=result.prediction.reshape(S, B, N, K),
-            output=result.output.reshape(S, B, N, K), values=v, beta=beta, with_scores=with_scores, training=training,
+            self, x, number, rows, error=result.error.reshape(grid), prediction=result.prediction.reshape(grid),
+            output=result.output.reshape(grid), values=v, beta=beta, with_scores=with_scores, training=training,
         )  # fmt: skip
         return past, scores
 
     def _entries(
-        self, number: int, kind: _LayerKind, rows: Rows, decisions: Decisions, scores: LayerScores | None
+        self, number: int, kind: LayerKind, rows: Rows, decisions: Decisions, scores: LayerScores | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which kept rows each row may read, [S B, N, T] bool, and what was asked to be kept, [S, B, T] bool."""
         if not kind.keeps:
@@ -389,7 +286,7 @@ class StackedNet:
         routed: torch.Tensor,
         rank: torch.Tensor | None,
         cap: torch.Tensor,
-        kind: _LayerKind,
+        kind: LayerKind,
         drop: torch.Tensor | None,
     ) -> torch.Tensor:
         """Entries still there when each row is read: fewer than ``cap`` that stand above them have appeared.
@@ -399,7 +296,7 @@ class StackedNet:
         S, B, T = routed.shape
         order = self.order.expand(S, B, T)  # [S, B, T]
         if rank is not None:
-            # equal ones by age, the newer above
+            # of equal ones the newer stands above
             ascending = whole_numbers(rank).argsort(dim=-1, stable=True)
             order = torch.empty_like(rank).scatter(-1, ascending, order.to(rank.dtype))
         order = torch.where(routed, order, -1.0).flatten(0, 1)  # [S B, T]
@@ -418,7 +315,7 @@ class StackedNet:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        kind: _LayerKind,
+        kind: LayerKind,
         number: int,
         visible: torch.Tensor | None,
         scores: LayerScores | None,
@@ -492,76 +389,9 @@ class StackedNet:
         """Write weights and tables back to the networks."""
         for number, net in enumerate(self.nets):
             own = dict(net.named_parameters())
-            for name, (leaf, place) in _sources(net).items():
+            for name, (leaf, place) in sources(net).items():
                 whole = self.leaves[leaf][number]
                 own[name].copy_(whole[place].reshape(own[name].shape))
             for table, layer in zip(self.tables, net.layers, strict=True):
                 layer.thresholds.values.copy_(table[number])
         return self.nets
-
-
-@dataclass(frozen=True)
-class _LayerKind:
-    """What a memory layer is made of."""
-
-    recurrent: bool
-    window: int
-    keeps: bool
-    keeps_rows: float | None  # rows for which everything stays; None: a router decides
-    state_width: int
-    projected: tuple[str, ...]
-    widths: tuple[int, ...]
-    exact: str  # where the modules of the exact branch are
-    branch: str  # where those of the recurrent one are
-
-    @classmethod
-    def of(cls, layer: HAMLayer | MixerLayer) -> _LayerKind:
-        names = dict(layer.named_modules())
-        projected = tuple(name for name in PROJECTED if names.get(name) is not None)
-        widths = tuple(names[name].out_features for name in projected)  # type: ignore[union-attr]
-        if isinstance(layer, HAMLayer):
-            return cls(True, layer.window, True, None, layer.head_width, projected, widths, "", "")
-        rows = float(layer.patches) if isinstance(layer, SlidingLayer) else None
-        width = 0 if layer.recurrent is None else layer.recurrent.head_width
-        return cls(
-            layer.recurrent is not None, layer.parts.window, layer.parts.keeps, rows, width, projected, widths,
-            "exact.", "recurrent.",
-        )  # fmt: skip
-
-
-def _sources(net: ProbeNet) -> dict[str, tuple[str, slice]]:
-    """Of every parameter of a network: in which stacked tensor it lies, and which rows of it."""
-    found, places = {}, {}
-    for name, parameter in net.named_parameters():
-        head, _, tail = name.partition(".memory.")
-        if tail.removesuffix(".weight") in PROJECTED and tail.endswith(".weight"):
-            leaf = f"{head}.memory.project"
-            first = places.get(leaf, 0)
-            places[leaf] = first + len(parameter)
-            found[name] = (leaf, slice(first, first + len(parameter)))
-        else:
-            found[name] = (name, slice(None))
-    return found
-
-
-def _stacked_parameters(
-    nets: Sequence[ProbeNet], device: torch.device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """All parameters as one matrix, [S, P], and the tensors that lie in it, [S, ...] each, which take gradients."""
-    order: dict[str, list[str]] = {}
-    for name, (leaf, _) in _sources(nets[0]).items():
-        order.setdefault(leaf, []).append(name)
-    own = [dict(net.named_parameters()) for net in nets]
-    # the order of _LayerKind.projected is that of PROJECTED, rows of a leaf lie in the order of named_parameters
-    flat = torch.stack([
-        torch.cat([parameters[name].detach().flatten() for names in order.values() for name in names])
-        for parameters in own
-    ]).to(device)  # fmt: skip
-    leaves, first = {}, 0
-    for leaf, names in order.items():
-        size = sum(own[0][name].numel() for name in names)
-        one = own[0][names[0]]
-        shape = (-1, one.shape[1]) if leaf.endswith(".project") else one.shape
-        leaves[leaf] = flat[:, first : first + size].view(len(nets), *shape).detach().requires_grad_()
-        first += size
-    return flat, leaves

@@ -35,7 +35,8 @@ from probes.scores import (
     stages,
     survival,
 )
-from probes.stacked import Decisions, Rows, StackedNet, StackedReading
+from probes.stacked import StackedNet, StackedReading
+from probes.stacked_data import Decisions, Rows
 from probes.stacked_train import stacked_read
 from probes.train import TrainPlan, sample
 
@@ -81,7 +82,8 @@ class EvaluationSet:
 
 def joined(batches: Sequence[ProbeBatch]) -> ProbeBatch:
     """Several batches as one."""
-    first, changed = batches[0], {}
+    first = batches[0]
+    changed: dict[str, Any] = {}
     for f in fields(first):
         content = getattr(first, f.name)
         if isinstance(content, torch.Tensor):

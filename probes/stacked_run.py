@@ -20,7 +20,7 @@ import torch
 from probes.registry import get_probe
 from probes.results import document, write_document
 from probes.runner_plan import Cell, RunPlan, budget_rows, critical_rows
-from probes.stacked import Rows
+from probes.stacked_data import Rows, joined_rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
 from probes.stacked_train import StackedTrainer, Validation
 from probes.summary import chosen_rates
@@ -153,21 +153,13 @@ def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[in
         seeds = _seeds(plans)
         if seeds not in statics:
             parts = [batch[seed] for seed in seeds]
-            statics[seeds] = _joined(parts)
+            statics[seeds] = joined_rows(parts)
         static = statics[seeds]
         trainer = StackedTrainer(plans, rows=static.inputs.shape[2], static=static)
         if device.startswith("cuda"):
             trainer.capture()
         found.append(_Stack(cells, plans, static, trainer))
     return found
-
-
-def _joined(parts: Sequence[Rows]) -> Rows:
-    names = Rows.__dataclass_fields__
-    return Rows(**{
-        name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
-        for name in names
-    })  # fmt: skip
 
 
 def _copy(static: Rows, parts: Sequence[Rows]) -> None:

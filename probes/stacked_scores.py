@@ -27,7 +27,8 @@ from hamts.nn.scores import (
 )
 
 if TYPE_CHECKING:
-    from probes.stacked import Rows, StackedNet
+    from probes.stacked import StackedNet
+    from probes.stacked_data import Rows
 
 __all__ = ["LayerScores", "error_weights", "layer_scores"]
 

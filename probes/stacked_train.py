@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE
 from hamts.nn.scores import kept_probability
-from probes.contract import VALIDATION_SEED, generator
-from probes.registry import Probe
+from probes.contract import generator
 from probes.scores import query_error
-from probes.stacked import Decisions, Rows, StackedNet, StackedReading, table_weights
+from probes.stacked import StackedNet, StackedReading
+from probes.stacked_data import Decisions, Rows, table_weights
 from probes.train import (
     BATCH_SEQUENCES,
     BUDGET_FRACTIONS,
@@ -235,7 +235,9 @@ class StackedTrainer:
         T = plans[0].config.context_rows
         self.stack = StackedNet(nets, context_rows=T, rows=rows, device=device)
         self.one = StackedStep(self.stack, plans)
-        self.static, self.graph, self.stream = static, None, None
+        self.static = static
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.history: list[list[tuple[int, float]]] = [[] for _ in plans]
 
     def advance(self, rows: Rows) -> None:
@@ -251,7 +253,7 @@ class StackedTrainer:
         assert self.static is not None
         kept = [self.stack.flat, self.one.first, self.one.second, self.one.alive, self.one.step, *self.stack.tables]
         before = [tensor.clone() for tensor in kept]
-        # a stream of its own from the first call on: what libraries keep for a stream is then shared with no other graph
+        # a stream of its own from the first call on: what libraries keep for a stream is shared with no other graph
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
