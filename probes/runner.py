@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = ["run_cell", "run_plan", "run_t0_folder"]
 Report = Callable[[str, int, int, float], None]
 # each fills about 10 GiB and half of the time of a GPU
 GPU_RUNGS = 4
+SWITCH_S = 2e-4
 
 
 def run_plan(
@@ -47,7 +49,7 @@ def run_plan(
 
     Args:
         device: of torch.
-        workers: rungs (in step) or cells (one by one) at a time, each in a process of its own.
+        workers: rungs a device (in step), or cells (one by one), at a time, each in a process of its own.
         progress: bars on a terminal.
         max_time_s: stop cleanly after so many seconds; what is unfinished is run by the next call.
         in_step: train all networks of a rung side by side, which is what a GPU is fast at; None: on a GPU.
@@ -104,14 +106,18 @@ def _run_rungs(
     failures: list[str] = []
     late: list[str] = []
     context = multiprocessing.get_context("spawn")
-    with (
-        bars(len(rungs), progress) as report,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool,
-    ):
-        running = {
-            pool.submit(run_rung, plan, probe, rung, root, device=device, deadline=deadline): rung
-            for probe, rung in rungs
-        }
+    devices = devices_of(device)
+    with bars(len(rungs), progress) as report, ExitStack() as open_pools:
+        running: dict[Future[list[Path]], str] = {}
+        for place, each in enumerate(devices):
+            own = rungs[place :: len(devices)]
+            if own:
+                pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
+                open_pools.enter_context(pool)
+                running |= {
+                    pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline): rung
+                    for probe, rung in own
+                }
         for finished in as_completed(running):
             error, rung = finished.exception(), running[finished]
             if error is None:
@@ -121,7 +127,7 @@ def _run_rungs(
             elif isinstance(error, OutOfTime):
                 late.append(rung)
             else:
-                failures.append(f"{rung}: {error}\n{''.join(traceback.format_exception(error))}")
+                failures.append(f"{rung}: {''.join(traceback.format_exception(error))}")
             report.finish(rung)
     if failures:
         raise RuntimeError(f"{len(failures)} rungs failed, first {failures[0]}")
@@ -161,6 +167,13 @@ def check_device(device: str) -> None:
         raise DataError(
             "E-OPTION", f"Device {device!r} cannot be used here: {error}.", fix="Use --device cpu."
         ) from error
+
+
+def devices_of(device: str) -> list[str]:
+    """The devices that rungs are spread over: ``cuda`` stands for every GPU."""
+    if device != "cuda":
+        return [device]
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def side_by_side(device: str) -> int:
@@ -264,6 +277,8 @@ def _run_in_time(cell: Cell, root: Path, device: str, deadline: float | None) ->
 def _quiet_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # the thread that feeds a device must not wait for those that draw sequences
+    sys.setswitchinterval(SWITCH_S)
 
 
 # --- bars

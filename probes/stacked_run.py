@@ -30,6 +30,7 @@ __all__ = ["OutOfTime", "run_rung"]
 
 Say = Callable[[str], None]
 POOLS_AHEAD = 2
+LOG_FILE = "log.txt"
 BATCHES = POOL_SEQUENCES // BATCH_SEQUENCES
 
 
@@ -38,15 +39,24 @@ class OutOfTime(Exception):
 
 
 def run_rung(
-    plan: RunPlan, probe: str, rung: str, root: Path, *, device: str, deadline: float | None = None, say: Say = print
+    plan: RunPlan, probe: str, rung: str, root: Path, *, device: str, deadline: float | None = None
 ) -> list[Path]:
     """Train and score every cell of a rung that is not there yet: first the learning rates, then all seeds.
 
     Args:
         deadline: of ``time.time``; OutOfTime is raised when it has passed.
 
+    How it goes is noted in ``LOG_FILE``.
+
     Returns: the documents of the rung.
     """
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+
+    def say(text: str) -> None:
+        with (root / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%H:%M:%S')} {rung} {text}\n")
+
     trials = [cell for cell in plan.trial_cells() if (cell.probe, cell.rung) == (probe, rung)]
     written = _run_in_step(trials, root, device, deadline, say)
     rates = chosen_rates([json.loads(path.read_text(encoding="utf-8")) for path in written])
@@ -97,7 +107,7 @@ def _run_in_step(cells: Sequence[Cell], root: Path, device: str, deadline: float
         finally:
             pools.close()
         seconds = (time.time() - started) / len(todo)
-        say(f"{first.rung}: {len(todo)} networks trained in {time.time() - started:.0f} s")
+        say(f"{len(todo)} networks trained in {time.time() - started:.0f} s")
         data = ready.result().to(device)
     for stack in stacks:
         stack.trainer.graph = stack.trainer.stream = None
@@ -105,7 +115,7 @@ def _run_in_step(cells: Sequence[Cell], root: Path, device: str, deadline: float
         torch.cuda.empty_cache()
     for stack in stacks:
         _score(stack, last, data, wanted, critical, device, seconds)
-    say(f"{first.rung}: scored after {time.time() - started:.0f} s")
+    say(f"scored after {time.time() - started:.0f} s")
     return every
 
 
@@ -132,7 +142,7 @@ def _train(
             for stack in stacks:
                 stack.trainer.check(check, step + 1)
             done = ", ".join(f"{_short(s.cells[0])} {s.trainer.history[0][-1][1]:.2f}" for s in stacks)
-            say(f"{groups[0][0].rung} {step + 1}/{steps}: {done}")
+            say(f"{step + 1}/{steps}: {done}")
     return stacks, {seed: rows.map(torch.clone) for seed, rows in batch.items()}
 
 
