@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hamts.errors import DataError
+from probes.packed import sequence_errors
 from probes.registry import list_probes
 from probes.results import TABLE_FILE, read_documents, tidy
 from probes.runner import run_plan, run_t0_folder, write_table
@@ -112,9 +113,9 @@ class ProbeReport:
                 raise DataError(
                     "E-PROBE-COMPARE", "'ham' has several routers.", fix="Name a router, such as 'learned'."
                 )
-            path = Path(content["path"]).with_suffix(".npz")
-            with np.load(path, allow_pickle=False) as archive:
-                errors = archive["errors"].reshape(-1)
+            errors = sequence_errors(content)
+            if errors is None:
+                continue
             key = (identity["rung"], float(content["budget"]["frac"]))
             found.setdefault(key, {})[int(content["data_manifest"]["train_seed"])] = errors
         return found

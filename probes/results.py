@@ -23,6 +23,7 @@ from hamts.errors import DataError
 from hamts.files import written_whole
 from probes.contract import CONTRACT_VERSION, EVALUATION_SEED, FAMILY
 from probes.evaluate import Evaluation
+from probes.packed import packed_documents
 from probes.registry import list_probes
 from probes.runner_plan import Cell
 from probes.stats import mean_interval
@@ -204,7 +205,7 @@ def read_documents(folder: str | Path, *, partial: bool = False) -> list[dict[st
             rows=missing,
             fix="Call the same run again, it goes on where it stopped; or report what is there with --partial.",
         )
-    documents = [_read(path) for path in sorted(root.glob("*/*.json"))]
+    documents = [_read(path) for path in sorted(root.glob("*/*.json"))] + list(packed_documents(root))
     refuse_mixed(documents, str(root))
     return documents
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from probes.packed import sequence_errors
 from probes.stats import interquartile_mean, mean_interval
 
 __all__ = ["best_rates", "chosen_rates", "frontier_table", "score_table", "seeds_of"]
@@ -95,13 +95,10 @@ def score_table(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def _interval(group: Sequence[dict[str, Any]], skills: list[float]) -> tuple[float, float, str]:
     """Over training seeds and sequences where the errors lie beside the documents."""
-    paths = [Path(content.get("path", "")).with_suffix(".npz") for content in group if content.get("path")]
-    if group[0]["identity"]["tier"] == "T0" or len(paths) < len(group) or not all(path.is_file() for path in paths):
+    errors = [sequence_errors(content) for content in group] if group[0]["identity"]["tier"] != "T0" else [None]
+    tables = [1.0 - part / c["floor"]["mse"] for part, c in zip(errors, group, strict=False) if part is not None]
+    if len(tables) < len(group):
         return math.nan, math.nan, "one_draw" if len(skills) == 1 else ""
-    tables = []
-    for content, path in zip(group, paths, strict=True):
-        with np.load(path, allow_pickle=False) as archive:
-            tables.append(1.0 - archive["errors"].reshape(-1) / content["floor"]["mse"])
     width = min(len(table) for table in tables)
     found = mean_interval(np.stack([table[:width] for table in tables]), resamples=500)
     return found.low, found.high, found.flag
