@@ -44,6 +44,7 @@ def run_plan(
     progress: bool = True,
     max_time_s: float | None = None,
     in_step: bool | None = None,
+    fused: bool = False,
 ) -> list[Path]:
     """Run all cells of a plan that are not in the folder yet.
 
@@ -52,6 +53,7 @@ def run_plan(
         workers: rungs a device (in step), or cells (one by one), at a time, each in a process of its own.
         progress: bars on a terminal.
         max_time_s: stop cleanly after so many seconds; what is unfinished is run by the next call.
+        fused: in step: compile the layers' arithmetic; a minute more before the first step, and twice as many of them.
         in_step: train all networks of a rung side by side, which is what a GPU is fast at; None: on a GPU.
 
     Returns: the documents of the plan, those from before included.
@@ -77,7 +79,7 @@ def run_plan(
     if device.startswith("cuda") if in_step is None else in_step:
         own, rest = plan.split(STACKED_MODELS, STACKED_ROUTERS)
         if own is not None:
-            written = _run_rungs(own, root, device, workers, deadline, progress, done=rest is None)
+            written = _run_rungs(own, root, device, workers, deadline, progress, fused=fused, done=rest is None)
         if rest is None:
             return written
         plan = rest
@@ -96,7 +98,15 @@ def read_each(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def _run_rungs(
-    plan: RunPlan, root: Path, device: str, workers: int, deadline: float | None, progress: bool, *, done: bool
+    plan: RunPlan,
+    root: Path,
+    device: str,
+    workers: int,
+    deadline: float | None,
+    progress: bool,
+    *,
+    fused: bool,
+    done: bool,
 ) -> list[Path]:
     """Rungs in the order asked for, some at a time; one that fails or runs out of time does not cost the others."""
     rungs = list(dict.fromkeys((cell.probe, cell.rung) for cell in plan.trial_cells()))
@@ -115,7 +125,7 @@ def _run_rungs(
                 pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
                 open_pools.enter_context(pool)
                 running |= {
-                    pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline): rung
+                    pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline, fused=fused): rung
                     for probe, rung in own
                 }
         for finished in as_completed(running):

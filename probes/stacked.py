@@ -20,20 +20,16 @@ from torch.nn import functional as F
 from hamts.nn.budget import SHARES
 from hamts.nn.controls import counted_uniform
 from hamts.nn.eviction import whole_numbers
-from hamts.nn.ham import CONV_WIDTH
 from hamts.nn.heads import ROTARY_LONGEST_PATCHES, ROTARY_SHARE
 from hamts.nn.inner import INNER_LEVELS
-from hamts.ops.gated_delta import gated_delta
 from probes.models import EXPLORE_SHARE, ProbeNet
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS
 from probes.stacked_data import Decisions, Rows
+from probes.stacked_ops import EAGER, Ops, linear, product
 from probes.stacked_parts import LayerKind, sources, stacked_parameters
 from probes.stacked_scores import LayerScores, error_weights, layer_scores
 
 __all__ = ["LayerRead", "StackedNet", "StackedReading", "can_stack"]
-
-# rows of a chunk of the recurrence: few long chunks cost fewer launches than many short ones
-CHUNK_ROWS = 80
 
 
 def can_stack(net: ProbeNet) -> bool:
@@ -77,6 +73,8 @@ class StackedNet:
             torch.stack([net.layers[n].thresholds.values.to(self.device) for net in self.nets])
             for n in range(len(first.layers))
         ]  # L of [S, 1, A], or of none
+        # what training runs; evaluation meets other shapes
+        self.ops = EAGER
         self._constants()
 
     def _constants(self) -> None:
@@ -96,7 +94,7 @@ class StackedNet:
         pairs = int(self.config.memory_width * ROTARY_SHARE) // 2
         rates = torch.logspace(0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64)
         angle = row.double()[:, None] * (rates * (2 * math.pi / 4)).to(device)  # [N, pairs]
-        self.cosine, self.sine, self.pairs = angle.cos().float(), angle.sin().float(), pairs
+        self.cosine, self.sine = angle.cos().float(), angle.sin().float()
         levels = torch.tensor([1.0 - share for share in SHARES], dtype=torch.float32)
         self.levels = levels.to(device)  # [A]
         self.inner_levels = torch.tensor(INNER_LEVELS, device=device)
@@ -113,20 +111,17 @@ class StackedNet:
             with_scores: also the scores that this network's decisions do not need.
             training: with the loss of the inner head.
         """
-        inputs = rows.inputs.expand(self.S, -1, -1, -1)
-        S, B, N, _ = inputs.shape
-        x = F.silu(self.linear(inputs, "embed.0"))
+        ops = self.ops if training else EAGER
+        x = F.silu(self.linear(rows.inputs.expand(self.S, -1, -1, -1), "embed.0"))
         x = self.linear(x, "embed.2")  # [S, B, N, D]
-        found = []
+        found, leaf = [], self.leaves
         for number, kind in enumerate(self.kind):
             at = f"blocks.{number}."
-            below = self.linear(self._norm(x, at + "before_memory.weight"), at + "down")  # [S, B, N, E]
-            output, layer = self._layer(below, number, kind, rows, decisions, with_scores, training)
-            x = x + self._product(output, at + "up.weight")
-            gate, content = self.linear(self._norm(x, at + "before_mlp.weight"), at + "grow").chunk(2, -1)
-            x = x + self.linear(F.silu(gate) * content, at + "shrink")
+            x, layer = self._layer(x, number, kind, rows, decisions, ops, with_scores, training)
+            names = ("before_mlp.weight", "grow.weight", "grow.bias", "shrink.weight", "shrink.bias")
+            x = ops.mlp(x, *(leaf[at + name] for name in names))
             found.append(layer)
-        return StackedReading(self._norm(x, "final_norm.weight"), found)
+        return StackedReading(ops.norm(x, leaf["final_norm.weight"]), found)
 
     def answers(self, reading: StackedReading, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Answers, [S, B, Q, Y], and of the auxiliary target."""
@@ -146,80 +141,62 @@ class StackedNet:
         kind: LayerKind,
         rows: Rows,
         decisions: Decisions,
+        ops: Ops,
         with_scores: bool,
         training: bool,
     ) -> tuple[torch.Tensor, LayerRead]:
-        S, B, N, E = x.shape
-        at, D = f"blocks.{number}.memory.", E
-        parts = self._product(x, at + "project").split(kind.widths, -1)
-        named = dict(zip(kind.projected, parts, strict=True))
+        """The residual stream after a memory layer, [S, B, N, D], and what the layer did."""
+        S, B, N, _ = x.shape
+        block, leaf, E = f"blocks.{number}.", self.leaves, self.config.memory_width
+        at, exact = block + "memory.", block + "memory." + kind.exact
+        below, asked = ops.enter(
+            x, leaf[block + "before_memory.weight"], leaf[block + "down.weight"], leaf[block + "down.bias"],
+            leaf[at + "project"],
+        )  # fmt: skip
+        named = dict(zip(kind.projected, asked.split(kind.widths, -1), strict=True))
         mixed = named["to_memory"]  # [S, B, N, units + 2 E], or 3 E where both branches share keys and values
-        keys = self._turned(mixed[..., -2 * D : -D], at + kind.exact + "key_norm.gain")
-        queries = self._turned(named[kind.exact + "to_query"], at + kind.exact + "query_norm.gain") * D**-0.5
-        values = mixed[..., -D:].reshape(S * B, N, D)
+        keys, queries = ops.ask(
+            mixed[..., -2 * E : -E], named[kind.exact + "to_query"], leaf[exact + "key_norm.gain"],
+            leaf[exact + "query_norm.gain"], self.cosine, self.sine,
+        )  # fmt: skip
+        values = mixed[..., -E:].reshape(S * B, N, E)
         past = gates = scores = None
         if kind.recurrent:
-            gates = named["to_gates"] + self._bias(at + "to_gates.bias")  # [S, B, N, 4]
-            past, scores = self._recurrent(x, mixed, gates, number, kind, rows, with_scores, training)
-        visible, routed = self._entries(number, kind, rows, decisions, scores)
-        read, weight = self._read(queries, keys, values, kind, number, visible, scores)
-        both = self._headed(read.reshape(S, B, N, D), at + "exact_norm.gain")
-        if past is not None and gates is not None:
-            both = gates[..., 2, None].sigmoid() * past + gates[..., 3, None].sigmoid() * both
-        if "to_output_gate" in named:
-            both = both * (named["to_output_gate"] + self._bias(at + "to_output_gate.bias")).sigmoid()
-        output = self._product(both, at + "to_output.weight")
-        layer = LayerRead(
-            None if scores is None else scores.scores, None if scores is None else scores.bias, routed, visible, weight,
-            None if scores is None else scores.inner_loss,
+            own = at + kind.branch
+            q, k, v, beta, log_decay, gates = ops.write(
+                mixed[..., : 3 * kind.state_width], named["to_gates"], leaf[at + "to_gates.bias"], leaf[own + "conv"],
+                leaf[own + "decay_rate"], rows.heard, (~rows.asks).to(x.dtype),
+            )  # fmt: skip
+            output, error = ops.delta(q, k, v, beta, log_decay)  # 2 x [S, B, N, K]
+            past = ops.headed(output, leaf[at + "recurrent_norm.gain"])
+            if at + "narrow.weight" in leaf:
+                past = product(past, leaf[at + "narrow.weight"])  # [S, B, N, E]
+            if self.config.model == "ham":
+                scores = layer_scores(
+                    self, below, number, rows, error=error, output=output, values=v, beta=beta, ops=ops,
+                    with_scores=with_scores, training=training,
+                )  # fmt: skip
+        visible, routed = self._entries(number, kind, rows, decisions, ops, scores)
+        got, weight = values, None
+        if visible is not None:
+            bias = leaf[exact + "scratch_bias"][:, None].expand(-1, B, self.T)  # [S, B, T]
+            if scores is not None and scores.bias is not None:
+                bias = bias + scores.bias
+            got, weight = ops.read(queries, keys, values, visible, bias.flatten(0, 1), self.band[kind.window])
+        # without entries and with a window of one a row sees itself alone
+        got = got.view(S, B, N, E)
+        gain = leaf[at + "exact_norm.gain"]
+        both = ops.headed(got, gain) if past is None else ops.mix(past, got, gates, gain)
+        x = ops.leave(
+            x, both, named.get("to_output_gate"), leaf.get(at + "to_output_gate.bias"), leaf[at + "to_output.weight"],
+            leaf[block + "up.weight"],
         )  # fmt: skip
-        return output, layer
-
-    def _recurrent(
-        self,
-        x: torch.Tensor,
-        mixed: torch.Tensor,
-        gates: torch.Tensor,
-        number: int,
-        kind: LayerKind,
-        rows: Rows,
-        with_scores: bool,
-        training: bool,
-    ) -> tuple[torch.Tensor, LayerScores | None]:
-        """What the state says, [S, B, N, E], and the scores of the router."""
-        S, B, N, _ = x.shape
-        at, K = f"blocks.{number}.memory.", kind.state_width
-        own = at + kind.branch
-        units = mixed[..., : 3 * K]  # [S, B, N, 3 K]
-        taps = self.leaves[own + "conv"]  # [S, 3 K, taps]
-        padded = F.pad(units, (0, 0, CONV_WIDTH - 1, 0))  # [S, B, taps - 1 + N, 3 K]
-        convolved = padded[:, :, :N] * taps[:, None, None, :, 0]
-        for tap in range(1, CONV_WIDTH):
-            convolved = torch.addcmul(convolved, padded[:, :, tap : tap + N], taps[:, None, None, :, tap])
-        q, k, v = F.silu(convolved).split(K, -1)  # 3 x [S, B, N, K]
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        heard = rows.heard.expand(S, -1, -1)  # [S, B, N]
-        beta = gates[..., 1].sigmoid() * heard  # [S, B, N]
-        elapsed = (~rows.asks).to(x.dtype)  # [S, B, N]
-        log_decay = -F.softplus(gates[..., 0] + self.leaves[own + "decay_rate"][:, None]) * elapsed  # [S, B, N]
-        result = gated_delta(
-            q.reshape(S * B, N, 1, K), k.reshape(S * B, N, 1, K), v.reshape(S * B, N, 1, K),
-            log_decay=log_decay.reshape(S * B, N, 1), beta=beta.reshape(S * B, N, 1), chunk=CHUNK_ROWS,
-        )  # fmt: skip
-        past = self._headed(result.output.reshape(S, B, N, K), at + "recurrent_norm.gain")  # [S, B, N, K]
-        if at + "narrow.weight" in self.leaves:
-            past = self._product(past, at + "narrow.weight")  # [S, B, N, E]
-        if self.config.model != "ham":
-            return past, None
-        grid = (S, B, N, K)
-        scores = layer_scores(
-            self, x, number, rows, error=result.error.reshape(grid), prediction=result.prediction.reshape(grid),
-            output=result.output.reshape(grid), values=v, beta=beta, with_scores=with_scores, training=training,
-        )  # fmt: skip
-        return past, scores
+        if scores is None:
+            return x, LayerRead(None, None, routed, visible, weight)
+        return x, LayerRead(scores.scores, scores.bias, routed, visible, weight, scores.inner_loss)
 
     def _entries(
-        self, number: int, kind: LayerKind, rows: Rows, decisions: Decisions, scores: LayerScores | None
+        self, number: int, kind: LayerKind, rows: Rows, decisions: Decisions, ops: Ops, scores: LayerScores | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which kept rows each row may read, [S B, N, T] bool, and what was asked to be kept, [S, B, T] bool."""
         if not kind.keeps:
@@ -232,13 +209,12 @@ class StackedNet:
             routed = routable | rows.tags  # [S, B, T]
             seen = left & (self.age < kind.window + kind.keeps_rows)  # [N, T]
             visible = routed.flatten(0, 1)[:, None] & seen
+        elif decisions.warm:
+            routed = routable
+            visible = routed.flatten(0, 1)[:, None] & left
         else:
             routed, rank = self._routed(number, routable, rows, decisions, scores)
-            cap = decisions.cap
-            if decisions.warm is not None:
-                routed = torch.where(decisions.warm[:, None, None], routable, routed)
-                cap = torch.where(decisions.warm, float(T), cap)
-            visible = self._survivors(routed, rank, cap, kind, decisions.drop)
+            visible = self._survivors(routed, rank, decisions, kind, ops)
         if decisions.drop is not None:
             hidden = decisions.drop.expand(S, -1, -1).flatten(0, 1)[:, None] & self.queried[:, None]  # [S B, N, T]
             visible = visible & ~hidden
@@ -282,14 +258,9 @@ class StackedNet:
         return routable & (self._chance[number, B] >= (1.0 - share.double())[:, None, None])
 
     def _survivors(
-        self,
-        routed: torch.Tensor,
-        rank: torch.Tensor | None,
-        cap: torch.Tensor,
-        kind: LayerKind,
-        drop: torch.Tensor | None,
+        self, routed: torch.Tensor, rank: torch.Tensor | None, decisions: Decisions, kind: LayerKind, ops: Ops
     ) -> torch.Tensor:
-        """Entries still there when each row is read: fewer than ``cap`` that stand above them have appeared.
+        """Entries that each row may read under the cap, [S B, N, T] bool.
 
         Entries that are dropped before the queries leave room to what comes after.
         """
@@ -300,72 +271,20 @@ class StackedNet:
             ascending = whole_numbers(rank).argsort(dim=-1, stable=True)
             order = torch.empty_like(rank).scatter(-1, ascending, order.to(rank.dtype))
         order = torch.where(routed, order, -1.0).flatten(0, 1)  # [S B, T]
-        left = self.left_sum[kind.window]  # [N, T]
-        above = (order[:, :, None] > order[:, None, :]).to(left.dtype)  # [S B, T others, T]
-        count = torch.matmul(left, above)  # [S B, N, T]
-        if drop is not None:
-            gone = drop.expand(S, -1, -1).flatten(0, 1)[:, None].to(above.dtype) @ above  # [S B, 1, T]
-            count = count - gone * self.queried[:, None]
-        count = count.unflatten(0, (S, B))  # [S, B, N, T]
-        there = (count < cap[:, None, None, None]).flatten(0, 1)  # [S B, N, T]
-        return there & self.left[kind.window] & routed.flatten(0, 1)[:, None]
-
-    def _read(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        kind: LayerKind,
-        number: int,
-        visible: torch.Tensor | None,
-        scores: LayerScores | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One softmax over window and scratchpad, [S B, N, E] each."""
-        if kind.window == 1 and visible is None:
-            # a row alone sees itself
-            return values, None
-        S, band = self.S, self.band[kind.window]  # [N, N]
-        if visible is not None:
-            bias = self.leaves[f"blocks.{number}.memory.{kind.exact}scratch_bias"]  # [S, 1]
-            bias = bias[:, None].expand(-1, len(queries) // S, self.T)  # [S, B, T]
-            if scores is not None and scores.bias is not None:
-                bias = bias + scores.bias
-            T = self.T
-            bars = torch.where(visible, bias.flatten(0, 1)[:, None], band[:, :T])  # [S B, N, T]
-            band = torch.cat([bars, band[:, T:].expand(len(bars), -1, -1)], -1)  # [S B, N, N]
-        logits = torch.baddbmm(band.expand(len(queries), -1, -1), queries, keys.mT)  # [S B, N, N]
-        weight = logits.softmax(-1)
-        return weight @ values, weight
-
-    # --- small things
+        cap, left = decisions.cap[:, None].expand(S, B).flatten(), self.left[kind.window]
+        there = ops.survivors(order, cap, self.left_sum[kind.window], left)
+        if decisions.drop is None:
+            return there
+        gone = decisions.drop.expand(S, B, T).flatten(0, 1)  # [S B, T]
+        above = (order[:, :, None] > order[:, None, :]) & gone[:, :, None]  # [S B, T others, T]
+        roomier = cap[:, None] + above.sum(1)  # [S B, T]
+        sums = self.left_sum[kind.window]
+        count = torch.matmul(sums, (order[:, :, None] > order[:, None, :]).to(sums.dtype))  # [S B, N, T]
+        later = (count < roomier[:, None]) & left & (order >= 0)[:, None]
+        return torch.where(self.queried[:, None], later, there)
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self._product(x, name + ".weight") + self._bias(name + ".bias")
-
-    def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """A linear map without a constant: x [S, B, N, in].
-
-        Sequence by sequence, so that the gradient of the weights is a sum of products of some hundred rows: one product
-        over all rows of a network would keep a GPU waiting for a handful of its processors.
-        """
-        return x @ self.leaves[name].mT[:, None]
-
-    def _bias(self, name: str) -> torch.Tensor:
-        return self.leaves[name][:, None, None]
-
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:]) * self._bias(name)
-
-    def _headed(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """``HeadNorm`` of the one head."""
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.leaves[name][:, None]
-
-    def _turned(self, x: torch.Tensor, gain: str) -> torch.Tensor:
-        """Normed and turned by age, [S B, N, E]."""
-        x = self._headed(x, gain).flatten(0, 1)
-        first, second, rest = x.split([self.pairs, self.pairs, x.shape[-1] - 2 * self.pairs], -1)
-        cosine, sine = self.cosine, self.sine
-        return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], -1)
+        return linear(x, self.leaves[name + ".weight"], self.leaves[name + ".bias"])
 
     # --- tables and weights
 

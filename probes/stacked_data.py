@@ -78,7 +78,7 @@ class Decisions:
         share: of the context rows asked for, [S]; what ``random`` keeps.
         nodes: weights of the threshold tables' columns, [S, A], and
         beyond: what is added to their sum, [S] (``table_weights``).
-        warm: keep everything, [S] bool, or None for never.
+        warm: keep everything.
         explore: chance of every row and layer to be kept beyond the router's choice, L of [S, B, T]; None for none.
         given: rows kept in the router's place, L of [S, B, T] bool.
         drop: rows that queries do not see, [S, B, T] bool.
@@ -88,7 +88,7 @@ class Decisions:
     share: torch.Tensor
     nodes: torch.Tensor
     beyond: torch.Tensor
-    warm: torch.Tensor | None = None
+    warm: bool = False
     explore: Sequence[torch.Tensor] | None = None
     given: Sequence[torch.Tensor] | None = None
     drop: torch.Tensor | None = None

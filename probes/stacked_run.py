@@ -22,6 +22,7 @@ from probes.results import document, write_document
 from probes.runner_plan import Cell, RunPlan, budget_rows, critical_rows
 from probes.stacked_data import Rows, joined_rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
+from probes.stacked_ops import compiled_ops
 from probes.stacked_train import StackedTrainer, Validation
 from probes.summary import chosen_rates
 from probes.train import BATCH_SEQUENCES, CHECKS, POOL_SEQUENCES, Stream, TrainPlan, sample
@@ -39,12 +40,13 @@ class OutOfTime(Exception):
 
 
 def run_rung(
-    plan: RunPlan, probe: str, rung: str, root: Path, *, device: str, deadline: float | None = None
+    plan: RunPlan, probe: str, rung: str, root: Path, *, device: str, deadline: float | None = None, fused: bool = False
 ) -> list[Path]:
     """Train and score every cell of a rung that is not there yet: first the learning rates, then all seeds.
 
     Args:
         deadline: of ``time.time``; OutOfTime is raised when it has passed.
+        fused: compile the arithmetic of the layers: a minute more before the first step, and twice as many of them.
 
     How it goes is noted in ``LOG_FILE``.
 
@@ -58,10 +60,10 @@ def run_rung(
             log.write(f"{time.strftime('%H:%M:%S')} {rung} {text}\n")
 
     trials = [cell for cell in plan.trial_cells() if (cell.probe, cell.rung) == (probe, rung)]
-    written = _run_in_step(trials, root, device, deadline, say)
+    written = _run_in_step(trials, root, device, deadline, fused, say)
     rates = chosen_rates([json.loads(path.read_text(encoding="utf-8")) for path in written])
     cells = [cell for cell in plan.main_cells(rates) if (cell.probe, cell.rung) == (probe, rung)]
-    return sorted({*written, *_run_in_step(cells, root, device, deadline, say)})
+    return sorted({*written, *_run_in_step(cells, root, device, deadline, fused, say)})
 
 
 def cell_plan(cell: Cell, critical: int, device: str) -> TrainPlan:
@@ -83,7 +85,9 @@ class _Stack:
     trainer: StackedTrainer
 
 
-def _run_in_step(cells: Sequence[Cell], root: Path, device: str, deadline: float | None, say: Say) -> list[Path]:
+def _run_in_step(
+    cells: Sequence[Cell], root: Path, device: str, deadline: float | None, fused: bool, say: Say
+) -> list[Path]:
     """Train what is missing of some cells of one rung, step by step together, then score and write each stack."""
     wanted = {cell: [root / cell.probe / cell.file_name(budget) for budget in cell.budgets] for cell in cells}
     every = [path for paths in wanted.values() for path in paths]
@@ -103,14 +107,14 @@ def _run_in_step(cells: Sequence[Cell], root: Path, device: str, deadline: float
         )
         pools = Pools(plan, seeds)
         try:
-            stacks, last = _train(list(groups.values()), critical, device, pools, deadline, say)
+            stacks, last = _train(list(groups.values()), critical, device, pools, deadline, fused, say)
         finally:
             pools.close()
         seconds = (time.time() - started) / len(todo)
         say(f"{len(todo)} networks trained in {time.time() - started:.0f} s")
         data = ready.result().to(device)
     for stack in stacks:
-        stack.trainer.graph = stack.trainer.stream = None
+        stack.trainer.graphs, stack.trainer.stream = {}, None
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     for stack in stacks:
@@ -120,7 +124,13 @@ def _run_in_step(cells: Sequence[Cell], root: Path, device: str, deadline: float
 
 
 def _train(
-    groups: list[list[Cell]], critical: int, device: str, pools: Pools, deadline: float | None, say: Say
+    groups: list[list[Cell]],
+    critical: int,
+    device: str,
+    pools: Pools,
+    deadline: float | None,
+    fused: bool,
+    say: Say,
 ) -> tuple[list[_Stack], dict[int, Rows]]:
     """Train stacks in step; also the batch after the last, by seed, which thresholds are calibrated on."""
     steps = groups[0][0].steps
@@ -134,10 +144,10 @@ def _train(
         if deadline is not None and step % BATCHES == 0 and time.time() > deadline:
             raise OutOfTime(f"{groups[0][0].rung} stopped at step {step} of {steps}.")
         if not stacks:
-            stacks = _stacks(groups, critical, device, batch)
+            stacks = _stacks(groups, critical, device, batch, fused)
         for static, seeds in {id(s.static): (s.static, _seeds(s.plans)) for s in stacks}.values():
             _copy(static, [batch[seed] for seed in seeds])
-        _advance(stacks)
+        _advance(stacks, step)
         if (step + 1) % max(steps // CHECKS, 1) == 0 or step + 1 == steps:
             for stack in stacks:
                 stack.trainer.check(check, step + 1)
@@ -156,7 +166,7 @@ def _short(cell: Cell) -> str:
     return cell.router if cell.model == "ham" else f"{cell.model}@{cell.budgets[0]:g}"
 
 
-def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[int, Rows]) -> list[_Stack]:
+def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[int, Rows], fused: bool) -> list[_Stack]:
     found, statics = [], {}
     for cells in groups:
         plans = [cell_plan(cell, critical, device) for cell in cells]
@@ -166,8 +176,8 @@ def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[in
             statics[seeds] = joined_rows(parts)
         static = statics[seeds]
         trainer = StackedTrainer(plans, rows=static.inputs.shape[2], static=static)
-        if device.startswith("cuda"):
-            trainer.capture()
+        if fused:
+            trainer.stack.ops = compiled_ops()
         found.append(_Stack(cells, plans, static, trainer))
     return found
 
@@ -180,16 +190,16 @@ def _copy(static: Rows, parts: Sequence[Rows]) -> None:
                 target[number].copy_(getattr(part, name)[0])
 
 
-def _advance(stacks: list[_Stack]) -> None:
+def _advance(stacks: list[_Stack], step: int) -> None:
     """One step of every stack; on a GPU side by side."""
     for stack in stacks:
         stream = stack.trainer.stream
         if stream is None:
-            stack.trainer.advance(stack.static)
+            stack.trainer.advance(stack.static, step)
             continue
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            stack.trainer.advance(stack.static)
+            stack.trainer.advance(stack.static, step)
     for stack in stacks:
         if stack.trainer.stream is not None:
             torch.cuda.current_stream().wait_stream(stack.trainer.stream)

@@ -21,7 +21,6 @@ from hamts.nn.scores import (
     log_bias,
     normalised_error,
     residual,
-    surprise,
     uncertainty,
     write_size,
 )
@@ -29,6 +28,7 @@ from hamts.nn.scores import (
 if TYPE_CHECKING:
     from probes.stacked import StackedNet
     from probes.stacked_data import Rows
+    from probes.stacked_ops import Ops
 
 __all__ = ["LayerScores", "error_weights", "layer_scores"]
 
@@ -55,10 +55,10 @@ def layer_scores(
     rows: Rows,
     *,
     error: torch.Tensor,
-    prediction: torch.Tensor,
     output: torch.Tensor,
     values: torch.Tensor,
     beta: torch.Tensor,
+    ops: Ops,
     with_scores: bool,
     training: bool,
 ) -> LayerScores:
@@ -66,7 +66,7 @@ def layer_scores(
 
     Args:
         x: input of the layer, [S, B, N, E].
-        error, prediction, output, values: of the recurrence, [S, B, N, K].
+        error, output, values: of the recurrence, [S, B, N, K].
         beta: write gates, [S, B, N].
         with_scores: also where nothing is decided by them.
         training: with the loss of the inner head.
@@ -76,7 +76,7 @@ def layer_scores(
         return LayerScores(None, None)
     name = "learned" if control == "shuffled" else "innovation" if control is not None else router
     x, beta = x[:, :, :T], beta[:, :, :T].detach()
-    error, prediction, values = (part[:, :, :T].detach() for part in (error, prediction, values))  # 3 x [S, B, T, K]
+    error, values = error[:, :, :T].detach(), values[:, :, :T].detach()  # 2 x [S, B, T, K]
 
     def innovations() -> torch.Tensor:
         squared = error.square().sum(-1)  # [S, B, T]
@@ -88,7 +88,7 @@ def layer_scores(
 
     simple = {
         "innovation": innovations,
-        "surprise": lambda: surprise(prediction, values),
+        "surprise": lambda: ops.surprise(values - error, values),
         "error": lambda: normalised_error(error, values),
         "write": lambda: write_size(error, beta),
     }

@@ -7,16 +7,15 @@ S networks · B sequences · T context rows · L layers · A shares of a thresho
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE
-from hamts.nn.scores import kept_probability
 from probes.contract import generator
 from probes.scores import query_error
 from probes.stacked import StackedNet, StackedReading
@@ -46,12 +45,12 @@ def stacked_read(
     stack: StackedNet, rows: Rows, decisions: Decisions, *, training: bool = False, with_scores: bool = False
 ) -> StackedReading:
     """Read; ``shuffled`` first asks the learned router what it would keep of the sequence before."""
-    if stack.config.control == "shuffled" and decisions.given is None:
+    if stack.config.control == "shuffled" and decisions.given is None and not decisions.warm:
         with torch.no_grad():
             plain = replace(stack.config, router="learned")
             own, stack.config = stack.config, plain
             try:
-                first = stack.read(rows, replace(decisions, explore=None, warm=None, drop=None))
+                first = stack.read(rows, replace(decisions, explore=None, warm=False, drop=None))
             finally:
                 stack.config = own
             given = [layer.routed.roll(1, 1) for layer in first.layers if layer.routed is not None]
@@ -88,14 +87,9 @@ def _router_loss(
     assert visible is not None and weight is not None
     T = stack.T
     seen = visible[:, T:]  # [S B, queries, T]
-    sights = seen.sum(1).unflatten(0, bias.shape[:2])  # [S, B, T]
-    mass = (weight.detach()[:, T:, :T] * seen).sum(1).unflatten(0, bias.shape[:2])  # [S, B, T]
-    mass, judged = mass / sights.clamp_min(1), (sights > 0).to(bias.dtype)
-    even = (mass * judged).sum(-1, keepdim=True) / judged.sum(-1, keepdim=True).clamp_min(1)  # [S, B, 1]
-    wanted = mass / (mass + even).clamp_min(1e-12)  # [S, B, T]
-    given = kept_probability(bias)  # [S, B, T]
-    losses = F.binary_cross_entropy(given, wanted, reduction="none") * judged
-    return losses.sum((1, 2)) / judged.sum((1, 2)).clamp_min(1)
+    sights = seen.sum(1).view(bias.shape)  # [S, B, T]
+    mass = (weight.detach()[:, T:, :T] * seen).sum(1).view(bias.shape)  # [S, B, T]
+    return stack.ops.router_loss(bias, mass, sights)
 
 
 # --- the step
@@ -125,9 +119,8 @@ class StackedStep:
         follow = [1.0 if n < FOLLOW_EXACTLY_STEPS else FOLLOW_RATE for n in range(self.steps)]
         self.follow_rates = torch.tensor(follow, device=device)
         # a reader that has never found anything in its scratchpad gives no router a reason to fill it
-        self.warm = (torch.arange(self.steps) < WARM_SHARE * self.steps).to(device)
         ham = stack.config.model == "ham"
-        self.may_warm = ham
+        self.warm_steps = math.ceil(WARM_SHARE * self.steps) if ham else 0
         self.explores = ham and stack.config.control is None and stack.config.router != "tags"
         self.follows = ham and stack.config.control in (None, "shuffled")
         self.explore = [torch.ones(stack.S, BATCH_SEQUENCES, stack.T, device=device) for _ in range(L)]
@@ -157,9 +150,9 @@ class StackedStep:
                 # rows still in the window are decided when they leave it
                 chance[number, :, T - window :] = torch.rand(B, window + queries, 1, generator=gen)[:, :window, 0]
 
-    def __call__(self, rows: Rows) -> None:
+    def __call__(self, rows: Rows, *, warm: bool) -> None:
         """One step on a batch; no wait for the device."""
-        loss, reading = stacked_loss(self.stack, rows, self.decisions())
+        loss, reading = stacked_loss(self.stack, rows, self.decisions(warm=warm))
         names = list(self.stack.leaves)
         found = torch.autograd.grad(loss.sum(), [self.stack.leaves[name] for name in names], allow_unused=True)
         with torch.no_grad():
@@ -172,9 +165,8 @@ class StackedStep:
                 self.stack.follow(reading, self.follow_rates[self.step])
             self.step += 1
 
-    def decisions(self) -> Decisions:
+    def decisions(self, *, warm: bool) -> Decisions:
         at = self.step
-        warm = self.warm[at].expand(self.stack.S) if self.may_warm else None
         return Decisions(
             self.budgets[at][0], self.share[at][0], self.nodes[at][0], self.beyond[at][0], warm=warm,
             explore=self.explore if self.explores else None,
@@ -236,38 +228,41 @@ class StackedTrainer:
         self.stack = StackedNet(nets, context_rows=T, rows=rows, device=device)
         self.one = StackedStep(self.stack, plans)
         self.static = static
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream: torch.cuda.Stream | None = None
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        on_gpu = static is not None and self.stack.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if on_gpu else None
         self.history: list[list[tuple[int, float]]] = [[] for _ in plans]
 
-    def advance(self, rows: Rows) -> None:
-        """One step."""
+    def advance(self, rows: Rows, step: int) -> None:
+        """One step, the ``step``-th."""
         self.one.draw(self.plans)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.one(rows)
+        warm = step < self.one.warm_steps
+        if self.static is None or self.stack.device.type != "cuda":
+            self.one(rows, warm=warm)
+            return
+        if warm not in self.graphs:
+            # the graph of the phase before is not needed any more
+            self.graphs.clear()
+            self.graphs[warm] = self._capture(warm)
+        self.graphs[warm].replay()
 
-    def capture(self) -> None:
+    def _capture(self, warm: bool) -> torch.cuda.CUDAGraph:
         """Record the step on the static rows, so that it is replayed from now on; nothing is trained by it."""
         assert self.static is not None
         kept = [self.stack.flat, self.one.first, self.one.second, self.one.alive, self.one.step, *self.stack.tables]
         before = [tensor.clone() for tensor in kept]
         # a stream of its own from the first call on: what libraries keep for a stream is shared with no other graph
-        self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        stream = torch.cuda.current_stream()
+        for _ in range(2):
             # libraries choose and allocate before anything is recorded
-            for _ in range(2):
-                self.one(self.static)
-        self.stream.synchronize()
+            self.one(self.static, warm=warm)
+        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.one(self.static)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        with torch.cuda.graph(graph, stream=stream):
+            self.one(self.static, warm=warm)
         for tensor, old in zip(kept, before, strict=True):
             tensor.copy_(old)
-        self.graph = graph
+        return graph
 
     @torch.no_grad()
     def check(self, check: Validation, step: int) -> None:
@@ -334,7 +329,7 @@ def train_stacked(
         rows = batch(step)
         if trainer is None:
             trainer = StackedTrainer(plans, rows=rows.inputs.shape[2])
-        trainer.advance(rows)
+        trainer.advance(rows, step)
         if (step + 1) % max(steps // CHECKS, 1) == 0 or step + 1 == steps:
             trainer.check(check, step + 1)
         if progress is not None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from hamts.errors import DataError
+from probes.api import load_report
 from probes.contract import generator
-from probes.models import NetConfig
-from probes.registry import get_probe
-from probes.runner_plan import critical_rows
 from probes.evaluate import evaluate
-from probes.stacked import Decisions, Rows, StackedNet
+from probes.models import NetConfig
+from probes.packed import pack_folder
+from probes.registry import get_probe
+from probes.runner import run_plan
+from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, RunPlan, critical_rows
+from probes.stacked import StackedNet
+from probes.stacked_data import Decisions, Rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
 from probes.stacked_train import stacked_loss, train_stacked
+from probes.summary import best_rates, score_table
 from probes.train import TrainPlan, everything, make_net, sample, train, training_loss
 
 ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
@@ -23,14 +30,16 @@ NETWORKS = [("ham", router) for router in ROUTERS] + [
 ]
 
 
-def plan(model: str, router: str, *, seed: int = 0, steps: int = 6, suite: str = "derD", rate: float = 4e-3) -> TrainPlan:
+def plan(
+    model: str, router: str, *, seed: int = 0, steps: int = 6, suite: str = "derD", rate: float = 4e-3
+) -> TrainPlan:
     probe, rung = get_probe(suite)
     config = probe.config("smoke", rung, missed_tags=0.2, false_tags=2.0, items=6, queries=6)
     rows = critical_rows(probe, config)
-    net = NetConfig(
-        model=model, router=router if model == "ham" else "learned", layers=probe.layers, budget_rows=rows
+    net = NetConfig(model=model, router=router if model == "ham" else "learned", layers=probe.layers, budget_rows=rows)
+    return TrainPlan(
+        probe=probe, config=config, net=net, steps=steps, learning_rate=rate, seed=seed, critical_rows=rows
     )
-    return TrainPlan(probe=probe, config=config, net=net, steps=steps, learning_rate=rate, seed=seed, critical_rows=rows)
 
 
 def varied(net: torch.nn.Module) -> None:
@@ -59,7 +68,7 @@ def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router
     budgets = [4, 9]
     decisions = Decisions.plain(budgets, networks=2, context_rows=T, device="cpu")
     if warm:
-        decisions = replace(decisions, warm=torch.tensor([model == "ham"] * 2))
+        decisions = replace(decisions, warm=model == "ham")
     loss, _ = stacked_loss(stack, Rows.of(batches), decisions)
     names = list(stack.leaves)
     grads = torch.autograd.grad(loss.sum(), list(stack.leaves.values()), allow_unused=True)
@@ -77,8 +86,12 @@ def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router
             torch.testing.assert_close(got, own[name].grad, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         for n in range(len(net.layers)):
             head = f"blocks.{n}.memory."
-            parts = [own[k].grad for k in own if k.startswith(head) and k.endswith(
-                ("to_memory.weight", "to_query.weight", "to_gates.weight", "to_output_gate.weight"))]
+            parts = [
+                own[k].grad
+                for k in own
+                if k.startswith(head)
+                and k.endswith(("to_memory.weight", "to_query.weight", "to_gates.weight", "to_output_gate.weight"))
+            ]
             got = grads[names.index(head + "project")][number]
             torch.testing.assert_close(got, torch.cat(parts), rtol=2e-3, atol=2e-5)
 
@@ -125,3 +138,43 @@ def test_scores_of_the_stacked_form_are_those_of_the_layers(model: str, router: 
             for mine, other in zip(got.by_layer, expected.by_layer, strict=True):
                 assert mine == pytest.approx(other, abs=2e-3)
             assert got.survival.keys() == expected.survival.keys()
+
+
+def in_step(folder: Path, **changes: object) -> list[Path]:
+    options = {"models": ("ham", "full", "window"), "routers": ("learned", "tags"), "budgets": (0.5, 1.0), "seeds": 2,
+               "learning_rates": (2e-3, 1e-2), "steps": 3, "streams": 2, "sequences": 16}  # fmt: skip
+    plan = RunPlan(probes=("der/der",), preset="smoke", **options)  # type: ignore[arg-type]
+    return run_plan(plan, folder, in_step=True, progress=False, **changes)  # type: ignore[arg-type]
+
+
+def test_a_rung_is_run_in_step_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    assert in_step(tmp_path, max_time_s=-1.0) == []
+    with pytest.raises(DataError, match="E-PROBE-UNFINISHED"):
+        load_report(tmp_path)
+    written = in_step(tmp_path)
+    report = load_report(tmp_path)
+    # two rates for each architecture, one router and one size of it; then every line, seed and budget at the best rate
+    chosen = {(d["identity"]["model"], d["config"]["learning_rate"]) for d in best_rates(report.documents)}
+    assert len(chosen) == 3
+    lines = score_table(report.documents)
+    assert set(lines["seeds"]) == {2}
+    assert len(lines) == 2 * 2 + 1 + 2
+    assert len(report.documents) == len(written) == 2 * len(lines) + 2 + 1 + 1
+    before = {path: path.stat().st_mtime_ns for path in written}
+    written[0].unlink()
+    again = in_step(tmp_path)
+    assert again == written
+    assert sum(path.stat().st_mtime_ns != before[path] for path in written) <= 2
+    packed = pack_folder(tmp_path, tmp_path / "packed")
+    assert [path.name for path in packed] == ["der.json.gz"]
+    same = score_table(load_report(tmp_path / "packed").documents)
+    assert same["skill"].tolist() == pytest.approx(lines["skill"].tolist())
+
+
+def test_what_has_no_stacked_form_is_told_apart() -> None:
+    asked = RunPlan(probes=("der",), models=("ham", "top_write", "full"), routers=("learned", "tags+surprise"))
+    own, rest = asked.split(STACKED_MODELS, STACKED_ROUTERS)
+    assert own is not None and rest is not None
+    assert (own.models, own.routers) == (("ham", "full"), ("learned",))
+    assert (rest.models, rest.routers) == (("top_write", "ham"), ("tags+surprise",))
+    assert replace(asked, models=("full",)).split(STACKED_MODELS, STACKED_ROUTERS)[1] is None
