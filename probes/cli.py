@@ -179,6 +179,37 @@ def report(
 
 
 @app.command()
+def table(
+    folder: Folder,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="A page with the marks <!-- table:begin --> and <!-- table:end -->.")
+    ] = None,
+    partial: Partial = False,
+) -> None:
+    """What the results say about the open questions, with intervals."""
+    from probes.answers import answers_markdown, write_between
+    from probes.results import read_documents
+
+    text = answers_markdown(read_documents(folder, partial=partial))
+    if into is None:
+        console().print(text, markup=False, soft_wrap=True)
+        return
+    with usage():
+        write_between(into, text)
+    console().print(f"written into {into}")
+
+
+@app.command()
+def pack(
+    folder: Folder, out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of one file a rung.")]
+) -> None:
+    """Pack results for a repository: one compressed file a rung, errors as means over eight sequences."""
+    from probes.packed import pack_folder
+
+    console().print(f"{len(pack_folder(folder, out))} rungs packed in {out}")
+
+
+@app.command()
 def compare(
     folder: Folder,
     first: Annotated[str, typer.Argument(help="A router or model.")],

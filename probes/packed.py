@@ -53,12 +53,14 @@ def pack_folder(folder: str | Path, target: str | Path) -> list[Path]:
     """Pack a folder of results, finished or not, one file a rung; rungs that are there already are written anew."""
     from probes.results import RUN_FILE, read_documents
 
-    root, rungs, written = Path(target), {}, []
+    root, written = Path(target), []
+    rungs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for content in read_documents(folder, partial=True):
         identity = content["identity"]
         rungs.setdefault((identity["suite"], identity["rung"]), []).append(content)
     for (suite, rung), documents in rungs.items():
-        path, errors = root / suite / f"{rung}{SUFFIX}", {}
+        path = root / suite / f"{rung}{SUFFIX}"
+        errors: dict[str, Any] = {}
         for content in documents:
             found = sequence_errors(content)
             again = "packed" in content

@@ -1,0 +1,64 @@
+"""The tables of a results folder, on documents made up so that the answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from probes.answers import Results, answers_markdown, write_between
+
+SKILLS = {"full": 1.0, "learned": 0.97, "surprise": 0.2, "oracle": 1.0, "random": 0.1, "recurrent_wide": 0.6}
+
+
+def made_up(folder: Path, *, full: float = 1.0) -> list[dict[str, Any]]:
+    found = []
+    for line, level in {**SKILLS, "full": full}.items():
+        rival = line in ("full", "recurrent_wide")
+        for budget in (1.0,) if line == "full" else (1.0, 2.0):
+            for seed in range(5):
+                path = folder / f"{line}_{budget}_{seed}.json"
+                errors = (1.0 - level) * np.ones((2, 8)) + 0.001 * np.arange(8)
+                np.savez(path.with_suffix(".npz"), errors=errors)
+                found.append({
+                    "identity": {"tier": "T1", "suite": "pbc", "rung": "pbcD", "model": line if rival else "ham",
+                                 "router": "none" if rival else line, "readout": "query"},
+                    "config": {"learning_rate": 1e-3}, "data_manifest": {"train_seed": seed},
+                    "budget": {"frac": budget, "bytes_total": 1000.0 * budget}, "floor": {"mse": 1.0},
+                    "results": {name: {"median": number} for name, number in (
+                        ("skill", level), ("recall_corrected", level), ("decoy_share", 0.5), ("bytes_total", 1000.0))},
+                    "diagnosis": {"stages": {"fail_write": 0.02, "fail_read": 0.01, "fail_decode": 0.0}},
+                    "runtime": {"steps": 1500, "status": "ok", "validation": [[1500, 1.0 - level]]}, "path": str(path),
+                })  # fmt: skip
+    return found
+
+
+def test_known_answers_come_back(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    found = Results.of(documents)
+    assert found.best("pbcD", 2.0) == "learned"
+    assert found.solved("pbcD")
+    text = answers_markdown(documents)
+    assert "| pbcD | learned | 0.97 | 1.00 | 0.97 [0.97, 0.97] | met | write 0.02, read 0.01, decode 0.00 |" in text
+    assert "| pbcD | surprise | 2 | 0.20 | 0.50 | +0.10 [+0.10, +0.10] | -0.80 [-0.80, -0.80] |" in text
+    assert "| pbcD | 2 | 1.0 / 1.0 | learned | +0.37 [+0.37, +0.37] | better | +0.40 [+0.40, +0.40] |" in text
+    assert "gate G1" not in text
+
+
+def test_a_rung_that_full_attention_fails_says_nothing_about_memories(tmp_path: Path) -> None:
+    text = answers_markdown(made_up(tmp_path, full=0.5))
+    assert "Full attention does not solve pbcD (gate G1" in text
+    assert "full attention fails (G1)" in text
+    assert "Over the rungs that full attention solves" not in text
+
+
+def test_tables_are_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n", encoding="utf-8")
+    write_between(page, "new\n")
+    assert page.read_text(encoding="utf-8") == ("before\n<!-- table:begin -->\n\nnew\n\n<!-- table:end -->\nafter\n")
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        write_between(page, "new")
