@@ -68,6 +68,7 @@ def document(cell: Cell, fitted: Fitted, scored: Evaluation, *, budget: float, d
             "family": FAMILY, "contract_version": CONTRACT_VERSION, "suite": cell.probe,
             "suite_version": cell.suite_version, "rung": cell.rung, "agenda_slot": probe.slot, "tier": "T1",
             "readout": cell.readout, "model": cell.model, "router": cell.router, "config_hash": cell.hash,
+            "axis": cell.axis,
         },
         "config": cell.identity,
         "data_manifest": {

@@ -19,7 +19,8 @@ SOLVED = 0.8
 
 def label(identity: dict[str, Any]) -> str:
     """Name of a line in plots and tables."""
-    return f"ham · {identity['router']}" if identity["model"] == "ham" else str(identity["model"])
+    name = f"ham · {identity['router']}" if identity["model"] == "ham" else str(identity["model"])
+    return f"{name} [{identity['axis']}]" if identity.get("axis") else name
 
 
 def value(content: dict[str, Any], metric: str) -> float:
@@ -30,7 +31,7 @@ def value(content: dict[str, Any], metric: str) -> float:
 def rate_group(content: dict[str, Any]) -> tuple[str, ...]:
     """What a learning rate is chosen for: an architecture on a rung."""
     identity = content["identity"]
-    return tuple(str(identity[name]) for name in ("tier", "rung", "model", "readout"))
+    return tuple(str(identity.get(name, "")) for name in ("tier", "rung", "model", "readout", "axis"))
 
 
 def chosen_rates(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], float]:
