@@ -144,17 +144,26 @@ def validate(
     gates: Annotated[str | None, typer.Option(metavar="G3,G4", help="Only these gates.")] = None,
     preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
     device: Annotated[str, typer.Option(help="cpu or cuda, for the trained gates.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of sequences and weights.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of results; gates that are there are not run again.")
+    ] = None,
 ) -> None:
     """Run the gates, and say which fails and why. Exit code 1 if one does."""
+    from probes.gates import GateResult
     from probes.gates import validate as run_gates
+
+    def show(result: GateResult) -> None:
+        console().print(str(result), markup=False, soft_wrap=True)
 
     failed = 0
     for name in chosen(names, everything):
         with usage():
-            results = run_gates(name, preset=preset, trained=trained, gates=words(gates) or None, device=device)
-        for result in results:
-            failed += result.passed is False
-            console().print(str(result), markup=False)
+            results = run_gates(
+                name, preset=preset, trained=trained, gates=words(gates) or None, device=device, seed=seed, folder=out,
+                report=show,
+            )  # fmt: skip
+        failed += sum(result.passed is False for result in results)
     if failed:
         console().print(f"{failed} gates failed")
         raise typer.Exit(EXIT_GATE)

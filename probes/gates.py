@@ -7,15 +7,18 @@ B sequences · Q queries · Y numbers in an answer
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from probes import t0
-from probes.contract import EVALUATION_SEED, ProbeBatch, ProbeConfig, generator
+from probes.contract import CONTRACT_VERSION, EVALUATION_SEED, FAMILY, ProbeBatch, ProbeConfig, generator
 from probes.floors import fit_mlp, fit_ridge, ridge_answer
 from probes.registry import Probe, get_probe
 from probes.scores import best_floor, query_error, selection
@@ -68,13 +71,16 @@ def validate(
     gates: Iterable[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
+    folder: str | Path | None = None,
+    report: Callable[[GateResult], None] | None = None,
 ) -> list[GateResult]:
     """Run the gates of a probe, or of one of its rungs (``pbc``, ``pbc/pbcD``).
 
     Args:
         trained: also G1, G2 and G5, which train small models (minutes a rung).
         gates: only these.
+        folder: of results: each gate is written there, and not run again where it is there; reports show them.
+        report: called with each result as it comes.
 
     Raises:
         ValueError: an unknown probe or gate.
@@ -86,16 +92,45 @@ def validate(
         raise ValueError(f"Unknown gate {unknown[0]!r}. Available: {[*CHEAP, *TRAINED]}.")
     results = []
     for rung in (only,) if only else tuple(probe.rungs):
-        sample = draw(probe, rung, preset=preset, seed=seed)
+        run = RungGates(probe, rung, preset=preset, seed=seed, device=device)
         for gate in wanted:
-            if gate in TRAINED:
-                from probes.gates_trained import trained_gate
-
-                results.append(trained_gate(gate, probe, rung, preset=preset, seed=seed, device=device,
-                                            progress=progress))  # fmt: skip
-            else:
-                results.append(_CHEAP[gate](sample, seed))
+            path = None if folder is None else gate_path(Path(folder), probe, rung, gate, preset=preset, seed=seed)
+            found = None if path is None else read_gate(path, probe)
+            if found is None:
+                found = run(gate)
+                if path is not None:
+                    write_gate(path, found, run.about(gate))
+            results.append(found)
+            if report is not None:
+                report(found)
     return results
+
+
+class RungGates:
+    """The gates of one rung; sequences are drawn, and small models trained, once for all of them."""
+
+    def __init__(self, probe: Probe, rung: str, *, preset: str, seed: int, device: str) -> None:
+        from probes.gates_trained import TrainedGates
+
+        self.probe, self.rung, self.preset, self.seed = probe, rung, preset, seed
+        self.trained = TrainedGates(probe, rung, preset, seed, device)
+
+    @cached_property
+    def sample(self) -> Sample:
+        return draw(self.probe, self.rung, preset=self.preset, seed=self.seed)
+
+    def __call__(self, gate: str) -> GateResult:
+        return self.trained(gate) if gate in TRAINED else _CHEAP[gate](self.sample, self.seed)
+
+    def about(self, gate: str) -> dict[str, Any]:
+        """What a document says beside the result."""
+        from probes.results import machine
+
+        about = {
+            "family": FAMILY, "contract_version": CONTRACT_VERSION, "suite_version": self.probe.version,
+            "preset": self.preset, "seed": self.seed, "runtime": machine(),
+        }  # fmt: skip
+        return {**about, "trained": self.trained.details} if gate in TRAINED else about
 
 
 def draw(probe: Probe, rung: str, *, preset: str, seed: int) -> Sample:
@@ -257,3 +292,44 @@ def _by_sequence(error: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
 _CHEAP: dict[str, Any] = {
     "contract": _contract, "G3": _g3, "G4": _g4, "G6": _g6, "G7": _g7, "G8": _g8, "G9": _g9,
 }  # fmt: skip
+
+
+# --- on disk
+
+
+GATE_FOLDER = "gates"
+
+
+def gate_path(folder: Path, probe: Probe, rung: str, gate: str, *, preset: str, seed: int) -> Path:
+    return folder / GATE_FOLDER / probe.name / f"{rung}__{gate}__{preset}__s{seed}.json"
+
+
+def write_gate(path: Path, result: GateResult, about: dict[str, Any]) -> None:
+    """Write a result, whole or not at all."""
+    from hamts.files import written_whole
+
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps({**asdict(result), **about}, indent=1, allow_nan=True), encoding="utf-8")
+
+
+def read_gate(path: Path, probe: Probe) -> GateResult | None:
+    """A result that was written for this version of the suite; None where there is none."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if (content["contract_version"], content["suite_version"]) != (CONTRACT_VERSION, probe.version):
+        return None
+    return GateResult(**{f.name: content[f.name] for f in fields(GateResult)})
+
+
+def read_gates(folder: str | Path) -> list[GateResult]:
+    """All results of gates in a folder that hold for the suites as they are."""
+    from probes.registry import list_probes
+
+    known = list_probes()
+    found = []
+    for path in sorted((Path(folder) / GATE_FOLDER).glob("*/*.json")):
+        result = read_gate(path, known[path.parent.name]) if path.parent.name in known else None
+        if result is not None:
+            found.append(result)
+    return found
