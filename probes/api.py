@@ -67,7 +67,8 @@ class ProbeReport:
         Both are compared on the same training seeds and evaluation sequences; p values are Holm-adjusted over the rows.
 
         Args:
-            first, second: names of routers or models (``tags``, ``surprise``, ``recurrent_wide``).
+            first, second: names of routers or models (``tags``, ``surprise``, ``recurrent_wide``); what else differs
+                stands in brackets, as in the report's lines (``tags [int8]``).
 
         Raises:
             DataError: E-PROBE-COMPARE, there are no runs of one of them on the same seeds.
@@ -107,9 +108,12 @@ class ProbeReport:
         found: dict[tuple[str, float], dict[int, np.ndarray]] = {}
         for content in best_rates(self.documents):
             identity = content["identity"]
-            if identity["tier"] != "T1" or name not in (identity["router"], identity["model"]):
+            plain, _, axis = name.partition(" [")
+            if identity["tier"] != "T1" or plain not in (identity["router"], identity["model"]):
                 continue
-            if name == identity["model"] == "ham":
+            if axis.rstrip("]") != identity.get("axis", ""):
+                continue
+            if plain == identity["model"] == "ham":
                 raise DataError(
                     "E-PROBE-COMPARE", "'ham' has several routers.", fix="Name a router, such as 'learned'."
                 )

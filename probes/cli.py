@@ -41,6 +41,18 @@ def words(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
+def numbers(text: str | None) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    try:
+        return tuple(float(part) for part in words(text))
+    except ValueError as error:
+        raise ValueError(f"Numbers between commas are needed, such as 0.5,1,2. Got {text!r}.") from error
+
+
 def chosen(names: list[str] | None, everything: bool) -> tuple[str, ...]:
     """The probes asked for; all of them with --all."""
     from probes.registry import get_probe, list_probes
@@ -93,6 +105,9 @@ def run(  # noqa: PLR0913 - one option for each argument
     seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,
     readout: Annotated[str, typer.Option(help="query or echo.")] = "query",
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
+    state_width: Annotated[
+        int, typer.Option(help="Heads x key width of the memory layers: how many items a state holds apart.")
+    ] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[
         int | None, typer.Option(help="Processes: each trains a network, on a GPU a rung; default as many as fit.")
@@ -119,7 +134,9 @@ def run(  # noqa: PLR0913 - one option for each argument
 
     asked = chosen(names, everything)
     smoke = preset == "smoke"
-    options: dict[str, Any] = {"readout": readout, "steps": steps, "fused": fused} if tier == "T1" else {}
+    options: dict[str, Any] = {}
+    if tier == "T1":
+        options = {"readout": readout, "steps": steps, "fused": fused, "memory_width": state_width}
     with usage():
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
@@ -128,11 +145,11 @@ def run(  # noqa: PLR0913 - one option for each argument
             progress=not quiet, max_time_s=max_time,
             models=words(models) or (SMOKE_MODELS if smoke else DEFAULT_MODELS),
             routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
-            budgets=tuple(float(b) for b in words(budgets)) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),
+            budgets=numbers(budgets) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),
             seeds=seeds or (SMOKE_SEEDS if smoke else PRESETS[preset].train_seeds),
             **options,
         )  # fmt: skip
-    console().print(load_report(out, partial=max_time is not None).to_markdown(), markup=False)
+    console().print(load_report(out, partial=max_time is not None).to_markdown(), markup=False, soft_wrap=True)
     console().print(f"next: hamts probes report {out}")
 
 
@@ -167,6 +184,50 @@ def validate(
     if failed:
         console().print(f"{failed} gates failed")
         raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    preset: Annotated[
+        str | None, typer.Option(help="Ask about sequences of another size, such as long (8,192 rows).")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of kept keys and values: float32, bfloat16, int8.")
+    ] = None,
+    utility: Annotated[
+        bool, typer.Option("--utility", help="Score routers by what each row is worth to full attention.")
+    ] = False,
+    budgets: Annotated[str | None, typer.Option(metavar="X,Y", help="Other multiples of the critical rows.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="A stream, instead of the preset's.")] = None,
+    streams: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of results; DIR itself, or DIR_PRESET for another size.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
+) -> None:
+    """Ask the saved networks of a run again, without training: longer pasts, less exact entries, worth of rows."""
+    from probes.api import load_report
+    from probes.revisit import Revisit, folder_name, revisit, score_utility
+
+    target = folder
+    if preset or precision:
+        with usage():
+            plan = Revisit(
+                preset=preset, precisions=words(precision) or ("float32",), budgets=numbers(budgets),
+                sequences=sequences, streams=streams,
+            )  # fmt: skip
+        target = out or folder_name(folder, plan)
+        with usage():
+            revisit(folder, target, plan, device=device, progress=not quiet)
+    elif not utility:
+        raise DataError("E-OPTION", "Nothing was asked.", fix="Name --preset long, --precision int8 or --utility.")
+    if utility:
+        changed = score_utility(folder, device=device, progress=not quiet)
+        console().print(f"utility of {len(changed)} runs added in {folder}")
+    console().print(load_report(target, partial=True).to_markdown(), markup=False, soft_wrap=True)
+    console().print(f"next: hamts probes report {target}")
 
 
 @app.command()

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from probes.contract import EVALUATION_SEED, ProbeBatch, generator
-from probes.models import ProbeNet, kept_rows, memory_bytes, without_rows
+from probes.models import ProbeNet, kept_rows, without_rows
+from probes.reading import answer_batch, kept_bytes, nothing_given, read_context
 from probes.scores import (
     best_floor,
     causal_use,
@@ -27,7 +28,7 @@ from probes.scores import (
     stages,
     survival,
 )
-from probes.train import Fitted, forward, sample
+from probes.train import Fitted, sample
 
 __all__ = ["Evaluation", "evaluate", "permute_flags"]
 
@@ -51,15 +52,28 @@ class Evaluation:
     floor_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [streams, B]
     floor_name: str = ""
     oracle_error: float = 0.0
+    precision: str = "float32"
 
 
 @torch.no_grad()
-def evaluate(fitted: Fitted, *, budget_rows: int, streams: int, sequences: int, diagnose: bool = True) -> Evaluation:
-    """Score a network on evaluation streams 10_000, 10_001, ...: the same for every model, router and budget."""
-    out = Evaluation(budget_rows)
+def evaluate(
+    fitted: Fitted,
+    *,
+    budget_rows: int,
+    streams: int,
+    sequences: int,
+    diagnose: bool = True,
+    precision: str = "float32",
+) -> Evaluation:
+    """Score a network on evaluation streams 10_000, 10_001, ...: the same for every model, router and budget.
+
+    Args:
+        precision: of the keys and values of kept rows: ``float32``, ``bfloat16`` or ``int8``.
+    """
+    out = Evaluation(budget_rows, precision=precision)
     parts = []
     for stream in range(streams):
-        parts.append(_score_stream(fitted, stream, budget_rows, sequences, out if stream == 0 and diagnose else None))
+        parts.append(_score_stream(fitted, stream, sequences, out, diagnosed=stream == 0 and diagnose))
     out.errors = np.stack([part["errors"] for part in parts])
     out.floor_errors = np.stack([part["floor"] for part in parts])
     out.floor_name = parts[0]["floor_name"]
@@ -77,10 +91,8 @@ def evaluate(fitted: Fitted, *, budget_rows: int, streams: int, sequences: int, 
     return out
 
 
-def _score_stream(
-    fitted: Fitted, stream: int, rows: int, sequences: int, diagnosed: Evaluation | None
-) -> dict[str, Any]:
-    net, plan = fitted.net, fitted.plan
+def _score_stream(fitted: Fitted, stream: int, sequences: int, out: Evaluation, *, diagnosed: bool) -> dict[str, Any]:
+    net, plan, rows = fitted.net, fitted.plan, out.budget_rows
     batch = sample(plan, generator(EVALUATION_SEED + stream), sequences)
     train = sample(plan, generator(plan.seed), min(sequences, 256))
     # floors are learned on answers rendered as they are asked
@@ -88,24 +100,22 @@ def _score_stream(
     oracle = query_error(plan.probe.oracle(batch), batch)
     batch = batch.to(plan.device)
     started = time.perf_counter()
-    answer, context, asked = forward(net, batch, rows)
+    answer, context = answer_batch(net, batch, rows, precision=out.precision)
     seconds = time.perf_counter() - started
     error = query_error(answer, batch).cpu()  # [B, Q]
     metrics = {
         "close_share": close_share(answer, batch), "ms_per_row": 1000 * seconds / (len(batch) * batch.x.shape[1]),
     }  # fmt: skip
-    fixed, exact = memory_bytes(context.memory)
+    fixed, exact = kept_bytes(context.memory, out.precision)
     metrics |= {"bytes_state": fixed, "bytes_kv": exact, "bytes_total": fixed + exact}
     if "baseline" in batch.extra:
         metrics |= _counterfactual(answer, batch)
     chosen, layers = _selected(net, batch, context, metrics)
-    metrics["skill_flags_permuted"] = _permuted_skill(net, batch, rows, float(floor.nanmean()))
+    metrics["skill_flags_permuted"] = _permuted_skill(net, batch, out, float(floor.nanmean()))
     kept_any = chosen.any_row if chosen is not None else torch.zeros_like(batch.asked)
-    if diagnosed is not None and chosen is not None and net.config.model == "ham":
+    if diagnosed and chosen is not None and net.config.model == "ham":
         part = batch.select(slice(0, DIAGNOSED_SEQUENCES))
-        outcome, use = diagnose_queries(net, part, rows)
-        diagnosed.stages = outcome
-        diagnosed.metrics["causal_use"] = use
+        out.stages, out.metrics["causal_use"] = diagnose_queries(net, part, rows, precision=out.precision)
     return {
         "errors": np.nanmean(error.numpy(), axis=1), "floor": np.nanmean(floor.cpu().numpy(), axis=1),
         "floor_name": name, "oracle": float(oracle.nanmean()), "metrics": metrics,
@@ -192,23 +202,22 @@ def permute_flags(batch: ProbeBatch) -> ProbeBatch:
     return replace(batch, events=batch.events[..., order])
 
 
-def _permuted_skill(net: ProbeNet, batch: ProbeBatch, rows: int, floor: float) -> float:
-    answer = forward(net, permute_flags(batch), rows)[0]
+def _permuted_skill(net: ProbeNet, batch: ProbeBatch, out: Evaluation, floor: float) -> float:
+    answer = answer_batch(net, permute_flags(batch), out.budget_rows, precision=out.precision)[0]
     return 1.0 - float(query_error(answer, batch).nanmean()) / floor
 
 
 @torch.no_grad()
-def diagnose_queries(net: ProbeNet, batch: ProbeBatch, rows: int) -> tuple[dict[str, float], float]:
+def diagnose_queries(
+    net: ProbeNet, batch: ProbeBatch, rows: int, *, precision: str = "float32"
+) -> tuple[dict[str, float], float]:
     """Selected, read, decoded? And what dropping an item's entries costs beyond dropping as many others.
 
     Queries are read one row at a time, so that the attention each of them pays is known.
     """
-    from probes.train import shuffled_rows
-
-    given = shuffled_rows(net, batch, rows) if net.config.control == "shuffled" else None
-    policies = net.policies(batch, rows, given=given)
+    policies = net.policies(batch, rows, given=nothing_given(net, batch))
     T, L = batch.context_rows, batch.x.shape[1]
-    context = net.read(batch, slice(0, T), net.empty_memory(len(batch)), policies)
+    context = read_context(net, batch, rows, precision=precision)
     kept = torch.stack([k for k in (kept_rows(memory, L) for memory in context.memory) if k is not None]).any(0)
     chosen = selection(kept, batch)
     windows = _windows(batch)  # [B, Q, L]

@@ -212,8 +212,11 @@ def fit_cell(cell: Cell, *, device: str, report: Report | None = None) -> Fitted
 
 
 def run_cell(cell: Cell, root: Path, *, device: str = "cpu", report: Report | None = None) -> list[Path]:
-    """Train one network, score it at its budgets, and write a document for each."""
+    """Train one network, keep it, score it at its budgets, and write a document for each."""
+    from probes.saved import save_network
+
     fitted = fit_cell(cell, device=device, report=report)
+    save_network(cell, root, fitted)
     written = paths(cell, root)
     for budget, path in zip(cell.budgets, written, strict=True):
         rows = budget_rows(budget, fitted.plan.critical_rows)
