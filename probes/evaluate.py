@@ -16,7 +16,7 @@ import torch
 
 from probes.contract import EVALUATION_SEED, ProbeBatch, generator
 from probes.models import ProbeNet, kept_rows, without_rows
-from probes.reading import answer_batch, kept_bytes, nothing_given, read_context
+from probes.reading import answer_batch, kept_bytes, read_context
 from probes.scores import (
     best_floor,
     causal_use,
@@ -215,9 +215,9 @@ def diagnose_queries(
 
     Queries are read one row at a time, so that the attention each of them pays is known.
     """
-    policies = net.policies(batch, rows, given=nothing_given(net, batch))
     T, L = batch.context_rows, batch.x.shape[1]
     context = read_context(net, batch, rows, precision=precision)
+    policies = context.policies
     kept = torch.stack([k for k in (kept_rows(memory, L) for memory in context.memory) if k is not None]).any(0)
     chosen = selection(kept, batch)
     windows = _windows(batch)  # [B, Q, L]

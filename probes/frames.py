@@ -134,7 +134,7 @@ class ProbeFromFrame:
         df: long table ``unique_id, ds, columns``.
         critical: labelled windows, ``unique_id, start, end, label`` with both ends included: what is to be remembered.
         query: windows at which it is needed, in the same form; None: each later window of the same series and label.
-        event_cols, action_cols: columns that a forecaster may see ahead.
+        event_cols, action_cols, futr_cols: columns that a forecaster may see ahead.
 
     Raises:
         DataError: E-PROBE-CHANNELS (a column is missing), E-PROBE-WINDOWS (no window has an earlier one).
@@ -149,8 +149,9 @@ class ProbeFromFrame:
         target: Sequence[str],
         event_cols: Sequence[str] = (),
         action_cols: Sequence[str] = (),
+        futr_cols: Sequence[str] = (),
     ) -> None:
-        need = ["unique_id", "ds", *target, *event_cols, *action_cols]
+        need = ["unique_id", "ds", *target, *futr_cols, *event_cols, *action_cols]
         missing = [name for name in need if name not in df.columns]
         if missing:
             raise DataError(
@@ -159,6 +160,7 @@ class ProbeFromFrame:
             )  # fmt: skip
         self.df = df.sort_values(["unique_id", "ds"], ignore_index=True)
         self.target, self.event_cols, self.action_cols = tuple(target), tuple(event_cols), tuple(action_cols)
+        self.futr_cols = tuple(futr_cols)
         self.critical = critical
         self.pairs = self._pairs(critical, critical if query is None else query)
         if not self.pairs:
@@ -182,4 +184,4 @@ class ProbeFromFrame:
     @property
     def known(self) -> tuple[str, ...]:
         """Columns that are known ahead."""
-        return (*self.event_cols, *self.action_cols)
+        return (*self.futr_cols, *self.event_cols, *self.action_cols)

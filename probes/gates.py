@@ -72,6 +72,7 @@ def validate(
     seed: int = 0,
     device: str = "cpu",
     folder: str | Path | None = None,
+    workers: int = 1,
     report: Callable[[GateResult], None] | None = None,
 ) -> list[GateResult]:
     """Run the gates of a probe, or of one of its rungs (``pbc``, ``pbc/pbcD``).
@@ -80,6 +81,7 @@ def validate(
         trained: also G1, G2 and G5, which train small models (minutes a rung).
         gates: only these.
         folder: of results: each gate is written there, and not run again where it is there; reports show them.
+        workers: trainings side by side; with more than one, into a folder.
         report: called with each result as it comes.
 
     Raises:
@@ -91,8 +93,11 @@ def validate(
     if unknown:
         raise ValueError(f"Unknown gate {unknown[0]!r}. Available: {[*CHEAP, *TRAINED]}.")
     results = []
-    for rung in (only,) if only else tuple(probe.rungs):
-        run = RungGates(probe, rung, preset=preset, seed=seed, device=device)
+    rungs = (only,) if only else tuple(probe.rungs)
+    if workers > 1 and probe.trained and set(wanted) & set(TRAINED):
+        train_ahead(probe, rungs, wanted, preset=preset, seed=seed, device=device, folder=folder, workers=workers)
+    for rung in rungs:
+        run = RungGates(probe, rung, preset=preset, seed=seed, device=device, folder=folder)
         for gate in wanted:
             path = None if folder is None else gate_path(Path(folder), probe, rung, gate, preset=preset, seed=seed)
             found = None if path is None else read_gate(path, probe)
@@ -109,11 +114,13 @@ def validate(
 class RungGates:
     """The gates of one rung; sequences are drawn, and small models trained, once for all of them."""
 
-    def __init__(self, probe: Probe, rung: str, *, preset: str, seed: int, device: str) -> None:
+    def __init__(
+        self, probe: Probe, rung: str, *, preset: str, seed: int, device: str, folder: str | Path | None
+    ) -> None:
         from probes.gates_trained import TrainedGates
 
         self.probe, self.rung, self.preset, self.seed = probe, rung, preset, seed
-        self.trained = TrainedGates(probe, rung, preset, seed, device)
+        self.trained = TrainedGates(probe, rung, preset, seed, device, None if folder is None else str(folder))
 
     @cached_property
     def sample(self) -> Sample:
@@ -131,6 +138,31 @@ class RungGates:
             "preset": self.preset, "seed": self.seed, "runtime": machine(),
         }  # fmt: skip
         return {**about, "trained": self.trained.details} if gate in TRAINED else about
+
+
+def train_ahead(
+    probe: Probe,
+    rungs: Iterable[str],
+    wanted: Iterable[str],
+    *,
+    preset: str,
+    seed: int,
+    device: str,
+    folder: str | Path | None,
+    workers: int,
+) -> None:
+    """Train what the gates of some rungs need side by side; they find it in the folder.
+
+    Raises:
+        ValueError: there is no folder.
+    """
+    from probes.gates_trained import FITS, GateFit, train_side_by_side
+
+    if folder is None:
+        raise ValueError("Trainings side by side are handed over in a folder. Pass folder= (--out), or workers=1.")
+    fits = dict.fromkeys(fit for gate in wanted for fit in FITS.get(gate, ()))
+    jobs = [GateFit(probe.name, rung, fit, preset, seed, device, str(folder)) for rung in rungs for fit in fits]
+    train_side_by_side(jobs, workers)
 
 
 def draw(probe: Probe, rung: str, *, preset: str, seed: int) -> Sample:

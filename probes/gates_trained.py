@@ -5,20 +5,28 @@ They take minutes a rung and are run on demand.
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from probes.contract import PRESETS
+import torch
+
+from hamts.files import written_whole
+from probes.contract import CONTRACT_VERSION, PRESETS
 from probes.evaluate import evaluate
 from probes.gates import GateResult
 from probes.models import NetConfig
-from probes.registry import Probe
+from probes.registry import Probe, get_probe
 from probes.runner_plan import critical_rows
 from probes.train import TrainPlan, train
 
-__all__ = ["TrainedGates"]
+__all__ = ["FITS", "GateFit", "TrainedGates", "train_side_by_side"]
 
 SOLVED, SMALL_STATE, ROOMY_STATE, ORACLE_SHARE = 0.95, 0.7, 0.65, 0.9
 G1_CPU_SECONDS = 300.0
@@ -28,15 +36,80 @@ LEARNING_RATE = 4e-3
 EVALUATED_SEQUENCES = 256
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Skill of one small model, and what it took."""
+# the models that each gate needs
+FITS = {"G1": ("full",), "G2": ("narrow", "wide"), "G5": ("full", "oracle")}
 
-    skill: float
-    steps: int
-    cpu_seconds: float
-    steps_to_solve: int | None
-    status: str
+
+def steps_of(suite: str, preset: str) -> int:
+    return max(STEPS.get(suite, 1_500), PRESETS[preset].train_steps)
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """One small model of one rung, to be trained in a process of its own."""
+
+    probe: str
+    rung: str
+    fit: str
+    preset: str
+    seed: int
+    device: str
+    folder: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        name = f"{self.rung}__{self.fit}__{self.preset}__s{self.seed}.json"
+        return None if self.folder is None else Path(self.folder) / "gates" / self.probe / "fits" / name
+
+    @property
+    def key_width(self) -> int:
+        """Of the recurrent models: rho = items / (heads x key width) of at least 2, and of at most a quarter.
+
+        The width varies, the question stays as it is: with two items instead of many, a sequence asks two questions,
+        and teaches too little to tell a small state from an untrained one.
+        """
+        items = get_probe(self.probe)[0].config(self.preset, self.rung).items
+        # rotary positions pair the numbers of a key
+        return max(2 * (items // 4), 2) if self.fit == "narrow" else 4 * items
+
+    def net(self) -> NetConfig:
+        layers = get_probe(self.probe)[0].layers
+        if self.fit == "full":
+            return NetConfig(model="full", layers=layers)
+        if self.fit == "oracle":
+            return NetConfig(router="oracle", layers=layers)
+        return NetConfig(model="recurrent", layers=layers, memory_width=self.key_width)
+
+    def __call__(self) -> dict[str, Any]:
+        """Train and score it; what is on disk for this version of the suite is taken from there."""
+        probe = get_probe(self.probe)[0]
+        version = [CONTRACT_VERSION, probe.version]
+        if self.path is not None and self.path.is_file():
+            found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["version"] == version:
+                return found
+        config = probe.config(self.preset, self.rung)
+        steps = steps_of(self.probe, self.preset)
+        rows = critical_rows(probe, config)
+        plan = TrainPlan(
+            probe=probe, config=config, net=self.net(), steps=steps, learning_rate=LEARNING_RATE, seed=self.seed,
+            critical_rows=rows, device=self.device,
+        )  # fmt: skip
+        # of this process, so that a busy machine does not fail a gate
+        started = time.process_time()
+        fitted = train(plan)
+        seconds = time.process_time() - started
+        scored = evaluate(fitted, budget_rows=rows, streams=1, sequences=EVALUATED_SEQUENCES, diagnose=False)
+        content = {
+            "skill": scored.metrics["skill"], "steps": steps, "learning_rate": LEARNING_RATE, "cpu_seconds": seconds,
+            "steps_to_solve": fitted.steps_to_solve, "status": fitted.status, "validation_nerr": fitted.losses,
+            "floor": scored.floor_name, "version": version, "net": asdict(plan.net),
+            **{name: value for name, value in scored.metrics.items() if name.startswith("recall")},
+        }  # fmt: skip
+        if self.path is not None:
+            with written_whole(self.path) as partial:
+                partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return content
 
 
 @dataclass
@@ -44,6 +117,7 @@ class TrainedGates:
     """G1, G2 and G5 of one rung; what two of them need is trained once.
 
     Attributes:
+        folder: where trained models are noted down, so that they are not trained again.
         details: of every model that was trained, by its name.
     """
 
@@ -52,8 +126,8 @@ class TrainedGates:
     preset: str
     seed: int = 0
     device: str = "cpu"
+    folder: str | None = None
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _full: Trained | None = None
 
     def __call__(self, gate: str) -> GateResult:
         """Run one of them."""
@@ -61,65 +135,59 @@ class TrainedGates:
             return self._result(gate, None, math.nan, 0.0, "scored without training: see the exact tests")
         return {"G1": self._solvable, "G2": self._capacity, "G5": self._oracle}[gate]()
 
+    def job(self, fit: str) -> GateFit:
+        return GateFit(self.probe.name, self.rung, fit, self.preset, self.seed, self.device, self.folder)
+
     def _solvable(self) -> GateResult:
-        full = self._full_attention()
-        note = f"full attention, {full.steps} steps in {full.cpu_seconds:.0f} s of CPU time{_ended(full)}"
-        if self.device == "cpu" and full.cpu_seconds > G1_CPU_SECONDS:
-            return self._result("G1", False, full.skill, SOLVED, note + ": more than five minutes")
-        return self._result("G1", full.skill >= SOLVED, full.skill, SOLVED, note)
+        full = self._fit("full")
+        note = f"full attention, {full['steps']} steps in {full['cpu_seconds']:.0f} s of CPU time{_ended(full)}"
+        if self.device == "cpu" and full["cpu_seconds"] > G1_CPU_SECONDS:
+            return self._result("G1", False, full["skill"], SOLVED, note + ": more than five minutes")
+        return self._result("G1", full["skill"] >= SOLVED, full["skill"], SOLVED, note)
 
     def _capacity(self) -> GateResult:
-        """The recurrent model at rho = items / (heads x key width): failing at 2 and more, fair at a quarter."""
-        net = NetConfig(model="recurrent", layers=self.probe.layers)
-        # heads x key width
-        keys = net.memory_width
-        crowded, sparse = 2 * keys, max(keys // 4, 2)
-        rows = max(PRESETS[self.preset].context_rows, 6 * crowded)
-        many = self._fit("recurrent, rho 2", net, items=crowded, queries=16, context_rows=rows)
-        few = self._fit(f"recurrent, rho {sparse / keys:g}", net, items=sparse, queries=sparse)
-        passed = many.skill <= SMALL_STATE and few.skill >= ROOMY_STATE
+        """The recurrent model fails where its state is small, and is fair where it is roomy."""
+        items = self.probe.config(self.preset, self.rung).items
+        widths = [self.job(fit).key_width for fit in ("narrow", "wide")]
+        small, roomy = self._fit("narrow")["skill"], self._fit("wide")["skill"]
+        passed = small <= SMALL_STATE and roomy >= ROOMY_STATE and roomy >= small
         note = (
-            f"recurrent skill at rho 2 must be small; at rho {sparse / keys:g} it is {few.skill:.3f} and must reach"
-            f" {ROOMY_STATE}"
+            f"recurrent skill at rho {items / widths[0]:.3g} (key width {widths[0]}); at rho {items / widths[1]:.3g}"
+            f" (width {widths[1]}) it is {roomy:.3f} and must reach {ROOMY_STATE}"
         )
-        return self._result("G2", passed, many.skill, SMALL_STATE, note)
+        return self._result("G2", passed, small, SMALL_STATE, note)
 
     def _oracle(self) -> GateResult:
-        full = self._full_attention()
-        oracle = self._fit("ham, oracle", NetConfig(router="oracle", layers=self.probe.layers))
-        note = f"cache of the critical rows, against full attention at {full.skill:.3f}{_ended(oracle)}"
-        limit = ORACLE_SHARE * full.skill
-        return self._result("G5", oracle.skill >= limit, oracle.skill, limit, note)
+        full, oracle = self._fit("full"), self._fit("oracle")
+        note = f"cache of the critical rows, against full attention at {full['skill']:.3f}{_ended(oracle)}"
+        limit = ORACLE_SHARE * full["skill"]
+        return self._result("G5", oracle["skill"] >= limit, oracle["skill"], limit, note)
 
-    def _full_attention(self) -> Trained:
-        if self._full is None:
-            self._full = self._fit("full attention", NetConfig(model="full", layers=self.probe.layers))
-        return self._full
-
-    def _fit(self, name: str, net: NetConfig, **overrides: int) -> Trained:
-        config = self.probe.config(self.preset, self.rung, **overrides)
-        steps = max(STEPS.get(self.probe.name, 1_500), PRESETS[self.preset].train_steps)
-        rows = critical_rows(self.probe, config)
-        plan = TrainPlan(
-            probe=self.probe, config=config, net=net, steps=steps, learning_rate=LEARNING_RATE, seed=self.seed,
-            critical_rows=rows, device=self.device,
-        )  # fmt: skip
-        # of this process, so that a busy machine does not fail a gate
-        started = time.process_time()
-        fitted = train(plan)
-        seconds = time.process_time() - started
-        scored = evaluate(fitted, budget_rows=rows, streams=1, sequences=EVALUATED_SEQUENCES, diagnose=False)
-        skill = scored.metrics["skill"]
-        self.details[name] = {
-            "skill": skill, "steps": steps, "learning_rate": LEARNING_RATE, "cpu_seconds": seconds,
-            "steps_to_solve": fitted.steps_to_solve, "status": fitted.status, "validation_nerr": fitted.losses,
-            "floor": scored.floor_name, **{n: v for n, v in scored.metrics.items() if n.startswith("recall")},
-        }  # fmt: skip
-        return Trained(skill, steps, seconds, fitted.steps_to_solve, fitted.status)
+    def _fit(self, fit: str) -> dict[str, Any]:
+        if fit not in self.details:
+            self.details[fit] = self.job(fit)()
+        return self.details[fit]
 
     def _result(self, gate: str, passed: bool | None, value: float, limit: float, note: str) -> GateResult:
         return GateResult(self.probe.name, self.rung, gate, passed, value, limit, note)
 
 
-def _ended(trained: Trained) -> str:
-    return "" if trained.status == "ok" else f", training {trained.status}"
+def _ended(fitted: dict[str, Any]) -> str:
+    return "" if fitted["status"] == "ok" else f", training {fitted['status']}"
+
+
+def train_side_by_side(jobs: Sequence[GateFit], workers: int) -> None:
+    """Train models in processes of their own, each noted down as it ends; one that fails does not stop the others."""
+    context = multiprocessing.get_context("spawn")
+    failures: list[BaseException] = []
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as pool:
+        for done in as_completed([pool.submit(job) for job in jobs]):
+            error = done.exception()
+            if error is not None:
+                failures.append(error)
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(jobs)} trainings failed, first: {failures[0]}") from failures[0]
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -11,24 +11,26 @@ from typing import Any
 
 import torch
 
+from hamts.nn.tokens import Policy
 from probes.contract import ProbeBatch
 from probes.models import ProbeNet, memory_bytes
-from probes.train import forward
 
 __all__ = [
     "CHUNK_ROWS",
     "PRECISIONS",
+    "STATE_ONLY",
     "Context",
     "answer_batch",
     "answer_from",
     "kept_bytes",
-    "nothing_given",
     "read_context",
 ]
 
 # bytes of a number of a key or value
 PRECISIONS = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 4
+# models that keep no rows
+STATE_ONLY = ("recurrent", "recurrent_wide")
 CHUNK_ROWS = 512
 # entries are rounded after so many rows: what enters meanwhile is read unrounded until then
 ROUNDING_ROWS = 8
@@ -45,39 +47,33 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class Context:
-    """A context that was read: what every layer holds at its end, and its scores of all rows."""
+    """A context that was read: what every layer holds at its end, its scores of all rows, and how to read on.
+
+    The last rows of a context are still in the window when the first query comes: what decided about rows before them
+    decides about them too.
+    """
 
     memory: list[Any]
     traces: list[LayerScores]
+    policies: list[Policy]
 
 
+@torch.no_grad()
 def answer_batch(
     net: ProbeNet, batch: ProbeBatch, rows: int, *, precision: str = "float32"
 ) -> tuple[torch.Tensor, Context]:
-    """Answers to all queries, [B, Q, Y], and the context: in one piece where it is short, else in chunks."""
-    if batch.context_rows <= CHUNK_ROWS and precision == "float32":
-        answer, context, _ = forward(net, batch, rows)
-        traces = [LayerScores(trace.scores, trace.routed) for trace in context.traces]
-        return answer, Context(context.memory, traces)
+    """Answers to all queries, [B, Q, Y], and the context."""
     context = read_context(net, batch, rows, precision=precision)
-    return answer_from(net, batch, rows, context.memory), context
+    return answer_from(net, batch, context.policies, context.memory), context
 
 
-def answer_from(net: ProbeNet, batch: ProbeBatch, rows: int, memory: Sequence[Any]) -> torch.Tensor:
+@torch.no_grad()
+def answer_from(net: ProbeNet, batch: ProbeBatch, policies: Sequence[Policy], memory: Sequence[Any]) -> torch.Tensor:
     """Answers to all queries on a memory, which stays as it is: [B, Q, Y]."""
     T = batch.context_rows
-    policies = net.policies(batch, rows, given=nothing_given(net, batch))
-    asked = net.read(batch, slice(T, batch.x.shape[1]), memory, policies, advance=False)
+    asked = net.read(batch, slice(T, batch.x.shape[1]), memory, policies)
     index = (batch.q_index - T)[..., None].expand(-1, -1, asked.hidden.shape[-1])  # [B, Q, D]
     return net.answer(asked.hidden.gather(1, index))
-
-
-def nothing_given(net: ProbeNet, batch: ProbeBatch) -> list[torch.Tensor] | None:
-    """For ``shuffled``, a list that keeps nothing: rows that ask are never kept anyway."""
-    if net.config.control != "shuffled":
-        return None
-    none = torch.zeros(len(batch), batch.context_rows, dtype=torch.bool, device=batch.x.device)
-    return [none] * net.config.layers
 
 
 @torch.no_grad()
@@ -103,7 +99,7 @@ def read_context(
     joined = [
         LayerScores(torch.cat([p.scores for p in part], 2), torch.cat([p.routed for p in part], 2)) for part in parts
     ]
-    return Context(memory, joined)
+    return Context(memory, joined, policies)
 
 
 def _others_rows(net: ProbeNet, batch: ProbeBatch, rows: int, size: int) -> list[torch.Tensor]:
@@ -127,8 +123,7 @@ def check_precision(net: ProbeNet, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision {precision!r}. Available: {list(PRECISIONS)}.")
-    holds_rows = any(hasattr(part, "scratchpad") or hasattr(part, "kept") for part in net.empty_memory(1))
-    if precision != "float32" and not holds_rows:
+    if precision != "float32" and net.config.model in STATE_ONLY:
         raise ValueError(f"{net.config.model!r} keeps no rows: there is nothing to hold as {precision}.")
 
 

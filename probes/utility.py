@@ -61,10 +61,11 @@ def gold_utility(fitted: Fitted, *, sequences: int = SEQUENCES) -> Gold:
     floors = [float(query_error(answer, batch).nanmean()) for answer in batch.floor.values()]
     batch = batch.to(plan.device)
     T, rows = batch.context_rows, plan.critical_rows
-    memory = read_context(net, batch, rows).memory
+    context = read_context(net, batch, rows)
+    memory = context.memory
 
     def errors(held: Sequence[Any]) -> torch.Tensor:
-        return query_error(answer_from(net, batch, rows, held), batch).nanmean(1)  # [B]
+        return query_error(answer_from(net, batch, context.policies, held), batch).nanmean(1)  # [B]
 
     base = errors(memory)  # [B]
     worth = [errors([without(part, row, T) for part in memory]) - base for row in range(T)]

