@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,9 @@ from probes.runner import run_plan, run_t0_folder, write_table
 from probes.runner_plan import DEFAULT_BUDGETS, DEFAULT_ROUTERS, RunPlan
 from probes.stats import holm, paired_difference
 from probes.summary import best_rates
+
+if TYPE_CHECKING:
+    from probes.gates import GateResult
 
 __all__ = ["ProbeReport", "load_report", "run_probes"]
 
@@ -40,6 +44,20 @@ class ProbeReport:
         suites = ", ".join(sorted(self.frame["suite"].unique())) if len(self.frame) else "nothing"
         return f"ProbeReport({len(self.documents)} runs of {suites}, in '{self.folder}')"
 
+    @cached_property
+    def gates(self) -> list[GateResult]:
+        """Results of gates that lie in the folder (``hamts probes validate --out``)."""
+        from probes.gates import read_gates
+
+        return read_gates(self.folder)
+
+    @cached_property
+    def real(self) -> list[dict[str, Any]]:
+        """Documents of labelled sets that lie in the folder (``hamts probes real --out``)."""
+        from probes.real_run import read_real
+
+        return read_real(self.folder)
+
     def to_json(self) -> list[dict[str, Any]]:
         """The documents."""
         return self.documents
@@ -49,7 +67,7 @@ class ProbeReport:
         from hamts.files import written_whole
         from probes.report import html_report
 
-        page = html_report(self.documents)
+        page = html_report(self.documents, gates=self.gates, real=self.real)
         if path is not None:
             with written_whole(path) as partial:
                 partial.write_text(page, encoding="utf-8")
@@ -59,7 +77,7 @@ class ProbeReport:
         """The same tables as text."""
         from probes.report import markdown_report
 
-        return markdown_report(self.documents)
+        return markdown_report(self.documents, gates=self.gates, real=self.real)
 
     def compare(self, first: str, second: str) -> pd.DataFrame:
         """Paired differences in skill of two routers or models, one row per rung and budget.

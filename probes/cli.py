@@ -232,6 +232,41 @@ def evaluate(
 
 
 @app.command()
+def transfer(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is there is not run again.")] = Path(
+        "probe_results"
+    ),
+    teach: Annotated[str, typer.Option(metavar="A,B", help="Suites or rungs that teach the router.")] = (
+        "der/derD,act/actS"
+    ),
+    test: Annotated[str, typer.Option(help="The rung it is tested on, whose sequences teach the router nothing.")] = (
+        "pbc/pbcD"
+    ),
+    router: Annotated[str, typer.Option(help="Of ham.")] = "learned",
+    preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
+    seeds: Annotated[int, typer.Option(help="Training seeds.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps, over all suites.")] = 2_100,
+) -> None:
+    """Teach a router by some suites, test it on another, with the tag noise of the headline table."""
+    import json
+
+    from probes.transfer import TransferPlan, run_transfer
+
+    noise = {"missed_tags": 0.2, "false_tags": 4.0}
+    for seed in range(seeds):
+        with usage():
+            plan = TransferPlan(
+                teach=words(teach), test=test, router=router, preset=preset, steps=steps, seed=seed, overrides=noise
+            )
+            path = run_transfer(plan, out)
+        for row in json.loads(path.read_text(encoding="utf-8"))["scores"][test]:
+            console().print(
+                f"{test} seed {seed} budget {row['budget']:g}: skill {row['skill']:.3f}, recall above chance"
+                f" {row['recall_corrected']:.3f}, decoys {row['decoy_share']:.3f} of what was kept", soft_wrap=True,
+            )  # fmt: skip
+
+
+@app.command()
 def real(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="SET...", help="Labelled sets of the catalogue, such as nycflights13.")
@@ -258,10 +293,10 @@ def real(
         console().print(str(run_real(plan, out)), soft_wrap=True)
     for content in read_real(out):
         for test in content["tests"]:
-            console().print(test_line(content, test), markup=False, soft_wrap=True)
+            console().print(told(content, test), markup=False, soft_wrap=True)
 
 
-def test_line(content: dict[str, Any], test: dict[str, Any]) -> str:
+def told(content: dict[str, Any], test: dict[str, Any]) -> str:
     """A real test in a line."""
     if "value" not in test:
         return f"{content['set']}  {test['note']}"

@@ -34,6 +34,8 @@ __all__ = ["Evaluation", "evaluate", "permute_flags"]
 
 DIAGNOSED_SEQUENCES = 64
 FLAG_SEED = 88
+# slices by rows since the last row that a query needs: up to each of these
+DELAY, DELAY_EDGES = "delay<=", (16, 64, 256, 1_024, 4_096, 16_384)
 # models that choose which rows to keep
 SELECTIVE = ("ham", "top_write")
 
@@ -175,19 +177,26 @@ def _slices(
     batch: ProbeBatch, error: torch.Tensor, floor: torch.Tensor, kept: torch.Tensor | None
 ) -> dict[str, dict[str, float]]:
     """Skill and recall by label of each slice."""
-    out: dict[str, dict[str, float]] = {}
     asked = batch.asked.cpu()
-    for name, labels in batch.slices.items():
-        labels = labels.cpu()
-        for label in labels.unique().tolist():
-            here = asked & (labels == label)
-            if label < 0 or not bool(here.any()):
-                continue
-            below = float(floor[here].mean())
-            row = {"skill": 1.0 - float(error[here].mean()) / below if below > 0 else math.nan}
-            if kept is not None:
-                row["recall_any"] = float(kept[here].float().mean())
-            out[f"{name}={label}"] = row
+    parts = {
+        f"{name}={label}": asked & (labels.cpu() == label)
+        for name, labels in batch.slices.items()
+        for label in labels.unique().tolist()
+        if label >= 0
+    }
+    low, delay = 0, batch.delay.cpu()
+    for high in DELAY_EDGES:
+        parts[f"{DELAY}{high}"] = asked & (delay > low) & (delay <= high)
+        low = high
+    out: dict[str, dict[str, float]] = {}
+    for name, here in parts.items():
+        if not bool(here.any()):
+            continue
+        below = float(floor[here].mean())
+        row = {"skill": 1.0 - float(error[here].mean()) / below if below > 0 else math.nan}
+        if kept is not None:
+            row["recall_any"] = float(kept[here].float().mean())
+        out[name] = row
     return out
 
 

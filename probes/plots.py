@@ -30,35 +30,64 @@ def _rect(x: float, y: float, w: float, h: float, colour: str, title: str = "") 
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}" fill="{colour}">{tip}</rect>'
 
 
-def bars_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str) -> str:
-    """Horizontal bars from -1 to 1 with intervals: (name, value, low, high); NaN intervals are left out."""
+def bars_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str, unit: str = "skill") -> str:
+    """Horizontal bars on an axis from -0.25 to 1: (name, value, low, high); NaN intervals are left out."""
     span = WIDTH - LEFT - 70
-    zero = LEFT + span * 0.25  # the axis runs from -0.5 to 1.5 clipped
-    scale = span * 0.7
+    foot = ROW * len(rows)
 
     def place(value: float) -> float:
-        return zero + scale * max(-0.35, min(1.05, value))
+        return LEFT + span * (max(-0.25, min(1.0, value)) + 0.25) / 1.25
 
-    parts = [_line(zero, 0, zero, ROW * len(rows), "#444")]
-    parts.append(_line(place(1.0), 0, place(1.0), ROW * len(rows), "#bbb"))
+    parts = [
+        _line(place(x), 0, place(x), foot, "#444" if x == 0 else "#ddd") for x in (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    parts += [_text(place(x), foot + 13, f"{x:g}", anchor="middle", size=10) for x in (0.0, 0.5, 1.0)]
+    parts.append(_text(place(1.0) + 10, foot + 13, unit, size=10))
     for number, (name, value, low, high) in enumerate(rows):
         y = ROW * number
         parts.append(_text(LEFT - 6, y + 13, name, anchor="end"))
         if math.isnan(value):
             continue
-        left, right = sorted((zero, place(value)))
+        left, right = sorted((place(0.0), place(value)))
         parts.append(_rect(left, y + 3, right - left, ROW - 6, COLOURS[0], f"{name}: {value:.3f}"))
         if not (math.isnan(low) or math.isnan(high)):
             parts.append(_line(place(low), y + ROW / 2, place(high), y + ROW / 2, "#222", 2))
         parts.append(_text(WIDTH - 6, y + 13, f"{value:.3f}", anchor="end"))
-    return _svg(WIDTH, ROW * len(rows) + 4, parts, title)
+    return _svg(WIDTH, foot + 18, parts, title)
+
+
+def ticks(low: float, high: float, *, log: bool = False) -> list[float]:
+    """Round numbers inside a range, five or so."""
+    if not high > low:
+        return [low]
+    if log:
+        first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+        step = max((last - first) // 5, 1)
+        found = [2.0**power for power in range(first, last + 1, step)]
+        return [x for x in found if low * 0.999 <= x <= high * 1.001] or [low, high]
+    size = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (size * factor) <= 5)
+    return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def lines_svg(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x_name: str, y_name: str, log_x: bool = False
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    x_name: str,
+    y_name: str,
+    log_x: bool = False,
+    band: tuple[str, str] | None = None,
+    marks: Sequence[float] = (),
+    dots: bool = True,
 ) -> str:
-    """Lines through points (x, y); points that are not finite are left out."""
-    height, left, bottom = 300, 60, 40
+    """Lines through points (x, y); points that are not finite are left out.
+
+    Args:
+        band: two of the lines, between which the plane is shaded.
+        marks: places of vertical lines.
+    """
+    height, left, top, bottom = 290, 56, 26, 40
     points = {
         name: sorted((x, y) for x, y in part if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x))
         for name, part in series.items()
@@ -66,31 +95,53 @@ def lines_svg(
     points = {name: part for name, part in points.items() if part}
     if not points:
         return f"<p>{escape(title)}: nothing to draw.</p>"
-    xs = [math.log2(x) if log_x else x for part in points.values() for x, _ in part]
+    xs = [x for part in points.values() for x, _ in part]
     ys = [y for part in points.values() for _, y in part]
-    low_x, high_x, low_y, high_y = min(xs), max(xs), min(0.0, *ys), max(1.0, *ys)
-    wide, tall = WIDTH - left - 200, height - bottom - 10
+    low_x, high_x, low_y, high_y = min(xs), max(xs), min(0.0, *ys), max(ys)
+    high_y = max(high_y, 1.0) if high_y > 0.5 else high_y or 1.0
+    wide, tall = WIDTH - left - 210, height - bottom - top
 
     def at(x: float, y: float) -> tuple[float, float]:
-        share = ((math.log2(x) if log_x else x) - low_x) / ((high_x - low_x) or 1.0)
-        return left + wide * share, 10 + tall * (1 - (y - low_y) / ((high_y - low_y) or 1.0))
+        span = math.log2(high_x / low_x) if log_x else high_x - low_x
+        share = (math.log2(x / low_x) if log_x else x - low_x) / (span or 1.0)
+        return left + wide * share, top + tall * (1 - (y - low_y) / ((high_y - low_y) or 1.0))
 
-    parts = [_line(left, 10, left, 10 + tall), _line(left, 10 + tall, left + wide, 10 + tall)]
-    for value in (low_y, (low_y + high_y) / 2, high_y):
-        parts.append(_text(left - 6, at(2**low_x if log_x else low_x, value)[1] + 4, f"{value:.2g}", anchor="end"))
-    for value in (low_x, high_x):
-        shown = 2**value if log_x else value
-        parts.append(_text(at(shown, low_y)[0], 10 + tall + 16, f"{shown:,.4g}", anchor="middle"))
+    parts = [_text(4, 14, y_name, size=11)]
+    for value in ticks(low_y, high_y):
+        y = at(low_x, value)[1]
+        parts += [_line(left, y, left + wide, y, "#eee"), _text(left - 6, y + 4, f"{value:.3g}", anchor="end", size=10)]
+    for value in ticks(low_x, high_x, log=log_x):
+        x = at(value, low_y)[0]
+        parts += [
+            _line(x, top + tall, x, top + tall + 4),
+            _text(x, top + tall + 16, f"{value:,.5g}", anchor="middle", size=10),
+        ]
+    parts += [_line(left, top, left, top + tall), _line(left, top + tall, left + wide, top + tall)]
     parts.append(_text(left + wide / 2, height - 6, x_name, anchor="middle"))
-    parts.append(_text(4, 12, y_name))
+    parts += [
+        _line(at(x, low_y)[0], top, at(x, low_y)[0], top + tall, "#b22222") for x in marks if low_x <= x <= high_x
+    ]
+    if band is not None and band[0] in points and band[1] in points:
+        outline = [at(*p) for p in points[band[0]]] + [at(*p) for p in reversed(points[band[1]])]
+        parts.append(f'<polygon points="{_path(outline)}" fill="#1b9e77" fill-opacity="0.08"/>')
     for number, (name, part) in enumerate(points.items()):
         colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in part))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        parts += [f'<circle cx="{at(*p)[0]:.1f}" cy="{at(*p)[1]:.1f}" r="2.5" fill="{colour}"/>' for p in part]
-        parts.append(_rect(left + wide + 14, 14 + 16 * number, 10, 10, colour))
-        parts.append(_text(left + wide + 28, 23 + 16 * number, name, size=10))
-    return _svg(WIDTH, max(height, 30 + 16 * len(points)), parts, title)
+        dash = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
+        path = _path([at(*point) for point in part])
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dash}/>')
+        if dots:
+            parts += [f'<circle cx="{at(*p)[0]:.1f}" cy="{at(*p)[1]:.1f}" r="2.5" fill="{colour}"/>' for p in part]
+        key = top + 4 + 16 * number
+        parts.append(
+            f'<line x1="{left + wide + 12}" y1="{key}" x2="{left + wide + 26}" y2="{key}" stroke="{colour}"'
+            f' stroke-width="3"{dash}/>'
+        )
+        parts.append(_text(left + wide + 30, key + 4, name, size=10))
+    return _svg(WIDTH, max(height, top + 14 + 16 * len(points)), parts, title)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def stacks_svg(rows: Sequence[tuple[str, dict[str, float]]], *, title: str) -> str:
@@ -105,26 +156,39 @@ def stacks_svg(rows: Sequence[tuple[str, dict[str, float]]], *, title: str) -> s
             colour = COLOURS[names.index(part) % len(COLOURS)]
             parts.append(_rect(x, y + 3, span * share, ROW - 6, colour, f"{part}: {share:.2f}"))
             x += span * share
+    foot = ROW * len(rows)
+    parts += [_text(LEFT + span * x, foot + 10, f"{x:.0%}", anchor="middle", size=10) for x in (0.0, 0.5, 1.0)]
+    x = float(LEFT)
     for number, part in enumerate(names):
-        x = LEFT + 110 * number
-        parts.append(_rect(x, ROW * len(rows) + 6, 10, 10, COLOURS[number % len(COLOURS)]))
-        parts.append(_text(x + 14, ROW * len(rows) + 15, part.replace("_", " "), size=10))
-    return _svg(WIDTH, ROW * len(rows) + 24, parts, title)
+        parts.append(_rect(x, foot + 18, 10, 10, COLOURS[number % len(COLOURS)]))
+        parts.append(_text(x + 14, foot + 27, part.replace("_", " "), size=10))
+        x += 30 + 6.2 * len(part)
+    return _svg(WIDTH, foot + 34, parts, title)
 
 
-def raster_svg(rows: Sequence[tuple[str, Sequence[bool], str]], *, title: str) -> str:
-    """Marks along time: (name, which rows, colour)."""
+def raster_svg(rows: Sequence[tuple[str, Sequence[float], str]], *, title: str) -> str:
+    """Marks along time: (name, how strong at each row, from 0 to 1, colour)."""
     length = max((len(marks) for _, marks, _ in rows), default=1)
     span = WIDTH - LEFT - 10
+    wide = max(span / length, 1.2)
     parts = []
     for number, (name, marks, colour) in enumerate(rows):
-        parts.append(_text(LEFT - 6, ROW * number + 13, name, anchor="end"))
-        for place, marked in enumerate(marks):
-            if marked:
+        y = ROW * number
+        parts.append(_text(LEFT - 6, y + 13, name, anchor="end"))
+        parts.append(_line(LEFT, y + ROW - 2, LEFT + span, y + ROW - 2, "#eee"))
+        for place, strength in enumerate(marks):
+            if strength > 0.02:
+                tip = f' fill-opacity="{min(float(strength), 1.0):.2f}"' if strength < 1 else ""
+                x = LEFT + span * place / length
                 parts.append(
-                    _rect(LEFT + span * place / length, ROW * number + 2, max(span / length, 1.2), ROW - 5, colour)
+                    f'<rect x="{x:.1f}" y="{y + 2}" width="{wide:.1f}" height="{ROW - 5}" fill="{colour}"{tip}/>'
                 )
-    return _svg(WIDTH, ROW * len(rows) + 4, parts, title)
+    foot = ROW * len(rows)
+    parts += [
+        _text(LEFT + span * x / length, foot + 11, f"{x:,}", anchor="middle", size=10) for x in (0, length // 2, length)
+    ]
+    parts.append(_text(LEFT - 6, foot + 11, "row", anchor="end", size=10))
+    return _svg(WIDTH, foot + 16, parts, title)
 
 
 def scatter_svg(points: Sequence[tuple[float, float, bool]], *, title: str, x_name: str, y_name: str) -> str:
@@ -133,12 +197,24 @@ def scatter_svg(points: Sequence[tuple[float, float, bool]], *, title: str, x_na
     if not clean:
         return f"<p>{escape(title)}: nothing to draw.</p>"
     xs, ys = [p[0] for p in clean], [p[1] for p in clean]
-    wide, tall = WIDTH - 90, 220
-    span_x, span_y = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
-    parts = [_text(WIDTH / 2, 256, x_name, anchor="middle"), _text(4, 12, y_name)]
-    for x, y, marked in clean:
-        parts.append(
-            f'<circle cx="{50 + wide * (x - min(xs)) / span_x:.1f}" cy="{16 + tall * (1 - (y - min(ys)) / span_y):.1f}"'
-            f' r="2.2" fill="{COLOURS[1] if marked else "#9bb"}"/>'
-        )
-    return _svg(WIDTH, 262, parts, title)
+    low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys), max(ys)
+    left, top, wide, tall = 60, 26, 460, 180
+    span_x, span_y = (high_x - low_x) or 1.0, (high_y - low_y) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + wide * (x - low_x) / span_x, top + tall * (1 - (y - low_y) / span_y)
+
+    parts = [_text(4, 14, y_name), _text(left + wide / 2, top + tall + 32, x_name, anchor="middle")]
+    for value in ticks(low_y, high_y):
+        y = at(low_x, value)[1]
+        parts += [_line(left, y, left + wide, y, "#eee"), _text(left - 6, y + 4, f"{value:.3g}", anchor="end", size=10)]
+    for value in ticks(low_x, high_x):
+        x = at(value, low_y)[0]
+        parts.append(_text(x, top + tall + 16, f"{value:.3g}", anchor="middle", size=10))
+    for x, y, marked in sorted(clean, key=lambda point: point[2]):
+        cx, cy = at(x, y)
+        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.6" fill="{COLOURS[1] if marked else "#9bb"}"/>')
+    for number, (name, colour) in enumerate((("critical rows", COLOURS[1]), ("other rows", "#9bb"))):
+        parts.append(f'<circle cx="{left + wide + 20}" cy="{top + 8 + 16 * number}" r="4" fill="{colour}"/>')
+        parts.append(_text(left + wide + 30, top + 12 + 16 * number, name, size=10))
+    return _svg(WIDTH, top + tall + 40, parts, title)

@@ -27,7 +27,8 @@ from probes.results import machine
 
 __all__ = ["SETTINGS", "RealPlan", "read_real", "run_real", "training_part"]
 
-REAL_FOLDER = "real"
+# two folders deep: what lies one deep is a document of a run
+REAL_FOLDER = "real/sets"
 
 
 @dataclass(frozen=True)

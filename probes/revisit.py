@@ -189,7 +189,12 @@ def chosen_cells(root: Path) -> Iterator[tuple[Path, Cell]]:
     hashes = {content["identity"]["config_hash"] for content in best_rates(documents)}
     for path in network_paths(root):
         cell, _ = load_network(path)
-        if cell.hash in hashes and path == network_path(cell, root):
+        if path != network_path(cell, root):
+            raise DataError(
+                "E-PROBE-VERSION", f"'{path}' was trained by another version of the runner, or was renamed.",
+                fix="Remove it, and run its cell again: the same call goes on where it stopped.",
+            )  # fmt: skip
+        if cell.hash in hashes:
             yield path, cell
 
 

@@ -8,21 +8,25 @@ B sequences · L rows · F event columns · Q queries · Y numbers in an answer
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from probes.contract import ProbeBatch, ProbeConfig, generator
+from hamts.files import written_whole
+from probes.contract import CONTRACT_VERSION, FAMILY, ProbeBatch, ProbeConfig, generator
 from probes.evaluate import Evaluation, evaluate
 from probes.models import NetConfig
 from probes.registry import Probe, get_probe
+from probes.results import machine
 from probes.runner_plan import critical_rows
 from probes.train import BUDGET_FRACTIONS, Fitted, Stream, TrainPlan, calibrate, everything, make_net, training_loss
 
-__all__ = ["Aligned", "Layout", "TransferPlan", "train_transfer"]
+__all__ = ["Aligned", "Layout", "TransferPlan", "run_transfer", "score_transfer", "train_transfer"]
 
 WARM_SHARE = 0.4
 
@@ -143,3 +147,52 @@ def score_transfer(fitted: Fitted, *, budget: float, streams: int, sequences: in
     """Score the tested suite at a multiple of its critical rows."""
     rows = max(round(budget * fitted.plan.critical_rows), 1)
     return evaluate(fitted, budget_rows=rows, streams=streams, sequences=sequences)
+
+
+# --- on disk
+
+
+TRANSFER_FOLDER = "transfer"
+
+
+def run_transfer(
+    plan: TransferPlan,
+    folder: str | Path,
+    *,
+    budgets: Sequence[float] = (0.5, 1.0, 2.0),
+    streams: int = 2,
+    sequences: int = 128,
+) -> Path:
+    """Train, score the tested suite and those that taught, and write one document; one that is there stays.
+
+    Of the tested suite the document says what the router kept of it (recall above chance is transfer), and what was
+    answered with it.
+    """
+    rung = plan.test.partition("/")[2] or plan.test
+    path = Path(folder) / TRANSFER_FOLDER / rung / f"{plan.router}__{plan.preset}__s{plan.seed}.json"
+    if path.is_file():
+        return path
+    fitted = train_transfer(plan)
+    parts = plan.plans()
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for name, part in zip((*plan.teach, plan.test), parts, strict=True):
+        one = Fitted(fitted.net, part, fitted.seconds)
+        scores[name] = [
+            _numbers(budget, score_transfer(one, budget=budget, streams=streams, sequences=sequences))
+            for budget in (budgets if part is parts[-1] else (1.0,))
+        ]
+    content = {
+        "family": FAMILY, "contract_version": CONTRACT_VERSION,
+        "suite_versions": {probe.name: probe.version for probe, _ in map(get_probe, (*plan.teach, plan.test))},
+        "plan": asdict(plan), "train_s": fitted.seconds, "scores": scores, "runtime": machine(),
+    }  # fmt: skip
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=True), encoding="utf-8")
+    return path
+
+
+def _numbers(budget: float, scored: Evaluation) -> dict[str, Any]:
+    return {
+        "budget": budget, "rows": scored.budget_rows, "floor": scored.floor_name, **scored.metrics,
+        "stages": scored.stages, "by_layer": scored.by_layer,
+    }  # fmt: skip

@@ -343,10 +343,12 @@ def _value(effect: torch.Tensor, batch: ProbeBatch, horizon: int) -> torch.Tenso
 
 
 def effect_by_tau(predicted: torch.Tensor, batch: ProbeBatch, horizon: int) -> torch.Tensor:
-    """Effect error at each tau = 1 .. H against the zero-effect floor (NMSE), [H]."""
+    """Effect error at each tau = 1 .. H against the zero-effect floor (NMSE), [H]; NaN before any effect sets in."""
     size = horizon * CHANNELS
     asked = batch.asked[..., None, None]
     truth = batch.y[..., :size].unflatten(-1, (horizon, CHANNELS))  # [B, M, H, C]
     guess = predicted[..., :size].unflatten(-1, (horizon, CHANNELS))
     error = ((guess - truth).square() * asked).sum((0, 1, 3))  # [H]
-    return error / (truth.square() * asked).sum((0, 1, 3)).clamp_min(1e-12)
+    size_of = (truth.square() * asked).sum((0, 1, 3))  # [H]
+    # the lag of an action is one row or more: nothing to explain before it
+    return torch.where(size_of > 1e-6 * size_of.amax(), error / size_of.clamp_min(1e-12), torch.nan)
