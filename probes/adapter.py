@@ -23,8 +23,8 @@ from probes.stats import mean_interval
 
 __all__ = ["Forecaster", "HamtsAdapter", "run_external"]
 
-# deciles, and the ends of a 95 % interval
-ROLLING_LEVELS = (0.025, *DECILES, 0.975)
+# all that is trained by default: a score of extremes needs levels in the tails
+ROLLING_LEVELS = (0.01, 0.025, 0.05, *DECILES, 0.95, 0.975, 0.99)
 
 
 @runtime_checkable

@@ -46,10 +46,16 @@ class ProbeReport:
 
     @cached_property
     def gates(self) -> list[GateResult]:
-        """Results of gates that lie in the folder (``hamts probes validate --out``)."""
-        from probes.gates import read_gates
+        """Results of gates that lie in the folder (``hamts probes validate --out``), and what its runs say.
 
-        return read_gates(self.folder)
+        Where both do, the runs decide: they have more seeds.
+        """
+        from probes.gates import read_gates
+        from probes.gates_trained import gates_of_runs
+
+        found = {(gate.probe, gate.rung, gate.gate): gate for gate in read_gates(self.folder)}
+        found |= {(gate.probe, gate.rung, gate.gate): gate for gate in gates_of_runs(self.documents)}
+        return list(found.values())
 
     @cached_property
     def real(self) -> list[dict[str, Any]]:

@@ -232,6 +232,32 @@ def evaluate(
 
 
 @app.command()
+def controls(
+    carriers: Annotated[
+        list[str] | None, typer.Argument(metavar="SET...", help="Carriers of the catalogue; all four if none.")
+    ] = None,
+    names: Annotated[str, typer.Option("--probes", metavar="A,B", help="Suites or rungs.")] = "der,act",
+    amplitude: Annotated[float, typer.Option(help="Of the items, in robust units of the carrier.")] = 2.0,
+    preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "small",
+    sequences: Annotated[int, typer.Option(help="To fit and to score on.")] = 256,
+) -> None:
+    """Items laid into real series: what is had for nothing, what they do to the carrier. Exit code 1 if one fails."""
+    from probes.inject import CARRIERS, from_catalog
+
+    failed = 0
+    for carrier in carriers or tuple(CARRIERS):
+        for name in words(names):
+            with usage():
+                made = from_catalog(name, carrier, amplitude=amplitude)
+                found = made.controls(made.probe.config(preset, made.rung), sequences=sequences)
+            failed += not found.passed
+            console().print(f"{'pass' if found.passed else 'FAIL'}  {name} in {carrier}  {found}", soft_wrap=True)
+    if failed:
+        console().print(f"{failed} controls failed: take a smaller --amplitude, a sparser preset or another carrier")
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
 def transfer(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is there is not run again.")] = Path(
         "probe_results"

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from hamts.metrics import DECILES, row_losses
-
 __all__ = ["EventForecasts", "EventScores", "event_scores", "exceedance", "quantile_crps", "threshold_weighted"]
 
 RESAMPLES = 2_000
@@ -68,16 +66,22 @@ class EventScores:
 
 
 def quantile_crps(actual: np.ndarray, quantiles: Mapping[float, np.ndarray]) -> np.ndarray:
-    """CRPS of each cell in quantile-integral form: twice the pinball loss, mean over the deciles. [R, F].
+    """CRPS of each cell in quantile-integral form, 2 * integral of the pinball loss over the levels. [R, F].
 
-    The same grid for every forecaster: a forecast of the median alone counts as one that is certain, and its CRPS is
-    its absolute error.
+    Each level stands for the part of (0, 1) that is nearest to it, so levels in the tails, without which no forecast
+    of extremes can be told from another, weigh what they cover. A forecast of the median alone counts as one that is
+    certain: its CRPS is its absolute error.
     """
-    given = quantiles if set(DECILES) <= set(quantiles) else dict.fromkeys(DECILES, quantiles[0.5])
-    cells = {level: np.asarray(given[level], dtype=float).reshape(-1, 1) for level in DECILES}
-    flat = np.asarray(actual, dtype=float).reshape(-1, 1)
-    losses = row_losses(flat, quantile_forecasts=cells, mean=cells[0.5])
-    return np.asarray(losses["quantile_loss"]).reshape(np.shape(actual))
+    levels = np.array(sorted(quantiles))
+    actual = np.asarray(actual, dtype=float)
+    if len(levels) == 1:
+        return np.abs(actual - quantiles[levels[0]])
+    edges = np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [1.0]])
+    total = np.zeros(actual.shape)
+    for level, width in zip(levels, np.diff(edges), strict=True):
+        apart = actual - np.asarray(quantiles[level], dtype=float)
+        total += width * 2 * np.where(apart >= 0, level * apart, (level - 1) * apart)
+    return total
 
 
 def threshold_weighted(

@@ -26,7 +26,7 @@ from probes.registry import Probe, get_probe
 from probes.runner_plan import critical_rows
 from probes.train import TrainPlan, train
 
-__all__ = ["FITS", "GateFit", "TrainedGates", "train_side_by_side"]
+__all__ = ["FITS", "GateFit", "TrainedGates", "gates_of_runs", "train_side_by_side"]
 
 SOLVED, SMALL_STATE, ROOMY_STATE, ORACLE_SHARE = 0.95, 0.7, 0.65, 0.9
 G1_CPU_SECONDS = 300.0
@@ -191,3 +191,33 @@ def train_side_by_side(jobs: Sequence[GateFit], workers: int) -> None:
 
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def gates_of_runs(documents: Sequence[dict[str, Any]]) -> list[GateResult]:
+    """G1 and G5 as the runs of a table show them: means over training seeds, at the size and rates of the runs.
+
+    Runs on tags with noise serve too: neither full attention nor the list of the critical rows reads tags.
+    """
+    from probes.summary import best_rates, value
+
+    skills: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for content in best_rates(documents):
+        identity = content["identity"]
+        fit = {"full": "full", "ham": "oracle"}.get(identity["model"]) if identity["tier"] == "T1" else None
+        usual = not identity.get("axis") and identity["readout"] == "query" and content["budget"]["frac"] == 1.0
+        if fit is None or not usual or (fit == "oracle" and identity["router"] != "oracle"):
+            continue
+        key = (identity["suite"], identity["rung"], str(content["config"].get("preset")))
+        skills.setdefault(key, {}).setdefault(fit, []).append(value(content, "skill"))
+    found = []
+    for (suite, rung, preset), fits in sorted(skills.items()):
+        if "full" not in fits:
+            continue
+        full = sum(fits["full"]) / len(fits["full"])
+        told = f"mean of {len(fits['full'])} training seeds at {preset}, from the runs"
+        found.append(GateResult(suite, rung, "G1", full >= SOLVED, full, SOLVED, f"full attention, {told}"))
+        if "oracle" in fits:
+            oracle, limit = sum(fits["oracle"]) / len(fits["oracle"]), ORACLE_SHARE * full
+            note = f"cache of the critical rows, against full attention at {full:.3f}; {told}"
+            found.append(GateResult(suite, rung, "G5", oracle >= limit, oracle, limit, note))
+    return found

@@ -130,8 +130,13 @@ def test_items_are_added_and_nothing_is_replaced(carrier: pd.DataFrame) -> None:
 
 def test_the_controls_of_a_carrier_pass_and_parts_do_not_meet(carrier: pd.DataFrame) -> None:
     made = SemiSynthetic("der", carrier)
-    found = made.controls(made.probe.config("smoke"), sequences=256)
+    found = made.controls(made.probe.config("small"), sequences=256)
     assert found.passed, found
+    # louder items in every sixth row are not innocent any more
+    loud = SemiSynthetic("der", carrier, amplitude=8.0)
+    spoiled = loud.controls(loud.probe.config("smoke"), sequences=64)
+    assert spoiled.carrier_change > 0.02
+    assert not spoiled.passed
     train, test = made.part("train", 72), made.part("test", 72)
     assert train.stop + 72 <= test.start
     turned = random_phases(torch.randn(2, 64, 3), generator(0))
@@ -156,11 +161,15 @@ def test_rows_to_avoid_are_not_asked_about(carrier: pd.DataFrame) -> None:
 
 @pytest.mark.data
 @pytest.mark.skipif("HAMTS_DATA" not in os.environ, reason="HAMTS_DATA names no folder")
-@pytest.mark.parametrize("name", ["ett/ETTh1", "epf/NP", "bike_sharing", "household_power"])
-def test_items_are_laid_into_sets_of_the_catalogue(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "passes"), [("ett/ETTh1", True), ("epf/NP", False), ("bike_sharing", True), ("household_power", True)]
+)
+def test_items_are_laid_into_sets_of_the_catalogue(name: str, passes: bool) -> None:
     made = from_catalog("der", name)
-    found = made.controls(made.probe.config("smoke"), sequences=256)
-    assert found.passed, found
+    found = made.controls(made.probe.config("small"), sequences=256)
+    assert max(found.leak_skill, found.phase_skill) <= 0.02, found
+    # the plans among the columns of NP are almost known in advance: any item is much beside what is left to forecast
+    assert found.passed == passes, found
 
 
 # --- labelled windows
