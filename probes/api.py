@@ -100,9 +100,11 @@ class ProbeReport:
         tables = {name: self._errors(name) for name in (first, second)}
         for name, table in tables.items():
             if not table:
-                known = sorted({*self.frame["router"], *self.frame["model"]} - {"none"})
+                trained = self.frame[self.frame["tier"] == "T1"]
+                names = {*trained["router"], *trained["model"]} - {"none", "ham"}
+                known = sorted(part for part in names if not part.startswith("floor/"))
                 raise DataError(
-                    "E-PROBE-COMPARE", f"There are no runs of {name!r}.", rows=known, fix="Name one of these."
+                    "E-PROBE-COMPARE", f"There are no runs of {name!r} in tier 1.", fix=f"Name one of {known}."
                 )
         shared = sorted(set(tables[first]) & set(tables[second]), key=str)
         rows = []

@@ -163,7 +163,7 @@ def start_folder(folder: Path, asked: Sequence[str], versions: dict[str, int], *
         DataError: E-PROBE-VERSION, the folder holds results of another version of a suite.
     """
     path = folder / RUN_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"suite_versions": {}, "documents": []}
+    before = _asked(path) if path.exists() else {"suite_versions": {}, "documents": []}
     for suite, version in versions.items():
         known = before["suite_versions"].get(suite, version)
         if known != version:
@@ -197,18 +197,31 @@ def read_documents(folder: str | Path, *, partial: bool = False) -> list[dict[st
         raise DataError(
             "E-FILE", f"'{root}' has no {RUN_FILE}: it is no results folder.", fix="hamts probes run der --out FOLDER"
         )
-    asked = json.loads(run.read_text(encoding="utf-8"))
+    asked = _asked(run)
     missing = [name for name in asked["documents"] if not (root / name).is_file()]
     if (missing or not asked["complete"]) and not partial:
         raise DataError(
             "E-PROBE-UNFINISHED",
-            f"The run in '{root}' is unfinished: {len(missing)} of {len(asked['documents'])} documents are missing.",
-            rows=missing,
+            f"The run in '{root}' is unfinished: {len(missing)} of {len(asked['documents'])} documents are missing"
+            + (f", '{missing[0]}' first." if missing else "; its last part was not begun."),
             fix="Call the same run again, it goes on where it stopped; or report what is there with --partial.",
         )
     documents = [_read(path) for path in sorted(root.glob("*/*.json"))] + list(packed_documents(root))
     refuse_mixed(documents, str(root))
     return documents
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """What a folder is to hold."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["documents"], content["complete"], content["suite_versions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "E-PROBE-DAMAGED", f"'{path}' does not say what the folder is to hold ({error}).",
+            fix="Remove it, and call the same run again: the documents that are there are not run again.",
+        ) from error  # fmt: skip
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -234,9 +247,9 @@ def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
         if first != version:
             raise DataError(
                 "E-PROBE-VERSION",
-                f"{where} mixes results of {identity['suite']} of contract and suite versions {first} and {version}.",
-                rows=[content.get("path", "")],
-                fix="Keep one version a folder: run the older cells again, or move them away.",
+                f"'{where}' mixes results of {identity['suite']}: version {first[1]} (contract {first[0]}) and version"
+                f" {version[1]} (contract {version[0]}), as in '{content.get('path', '')}'.",
+                fix="Keep one version a folder: move the older documents away, and run their cells again.",
             )
 
 

@@ -160,7 +160,10 @@ class RunPlan:
         if self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}. Available: {sorted(PRESETS)}.")
         if PRESETS[self.preset].train_steps == 0:
-            raise ValueError(f"Preset {self.preset!r} is for evaluation only. Train at another, such as 'standard'.")
+            raise ValueError(
+                f"Preset {self.preset!r} is for evaluation only. Train at another, such as 'standard', then ask its"
+                f" networks again: hamts probes evaluate DIR --preset {self.preset}."
+            )
         for what, names, known in (("model", self.models, MODELS), ("router", self.routers, ROUTERS_T1)):
             unknown = sorted({part for name in names for part in name.split("+")} - set(known))
             if unknown:

@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 def cell_of(rung: str = "der", model: str = "ham", router: str = "innovation", **options: object) -> Cell:
     plan = RunPlan(probes=(rung,), models=(model,), routers=(router,), budgets=(1.0,), seeds=1, steps=3, **options)
-    return plan.first_cells()[0]
+    return plan.trial_cells()[0]
 
 
 def fitted_of(**options: object) -> Fitted:
