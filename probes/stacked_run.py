@@ -20,6 +20,7 @@ import torch
 from probes.registry import get_probe
 from probes.results import document, write_document
 from probes.runner_plan import Cell, RunPlan, budget_rows, critical_rows
+from probes.saved import save_network
 from probes.stacked_data import Rows, joined_rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
 from probes.stacked_ops import compiled_ops
@@ -118,7 +119,7 @@ def _run_in_step(
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     for stack in stacks:
-        _score(stack, last, data, wanted, critical, device, seconds)
+        _score(stack, last, data, wanted, root, critical, device, seconds)
     say(f"scored after {time.time() - started:.0f} s")
     return every
 
@@ -210,13 +211,16 @@ def _score(
     last: dict[int, Rows],
     data: EvaluationSet,
     wanted: dict[Cell, list[Path]],
+    root: Path,
     critical: int,
     device: str,
     seconds: float,
 ) -> None:
-    """Calibrate, score at every budget and write the documents of a stack."""
+    """Calibrate, keep and score the networks of a stack, and write a document for each budget."""
     _copy(stack.static, [last[seed] for seed in _seeds(stack.plans)])
     fitted = stack.trainer.finish(stack.static, seconds=seconds)
+    for cell, one in zip(stack.cells, fitted, strict=True):
+        save_network(cell, root, one)
     for place, budget in enumerate(stack.cells[0].budgets):
         rows = budget_rows(budget, critical)
         scored = evaluate_stacked(stack.trainer.stack, stack.plans, data, budget_rows=rows)
