@@ -16,6 +16,7 @@ from hamts.errors import DataError
 from probes.adapter import ROLLING_LEVELS
 from probes.api import load_report, run_probes
 from probes.cli import main
+from probes.contract import CONTRACT_VERSION
 from probes.events import EventForecasts, event_scores, exceedance, quantile_crps, threshold_weighted
 from probes.frames import ProbeFromFrame
 from probes.plots import lines_svg, ticks
@@ -212,7 +213,7 @@ def test_a_report_has_ten_panels_with_failing_gates_first(tmp_path: Path) -> Non
     passed = validate("der/der", gates=["G7"], folder=tmp_path)[0]
     failing = type(passed)("der", "der", "G5", False, 0.5, 0.9, "as if")
     write_gate(tmp_path / "gates" / "der" / "x.json", failing,
-               {"contract_version": 1, "suite_version": 1})  # fmt: skip
+               {"contract_version": CONTRACT_VERSION, "suite_version": 1})  # fmt: skip
     real = {
         "set": "moon", "budget_share": 0.1, "events": 2,
         "tests": [

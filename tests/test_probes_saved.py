@@ -12,7 +12,7 @@ import torch
 from hamts.errors import DataError
 from probes.api import load_report
 from probes.cli import main
-from probes.contract import generator
+from probes.contract import CONTRACT_VERSION, generator
 from probes.evaluate import evaluate
 from probes.gates import GateResult, read_gates, validate
 from probes.models import kept_rows
@@ -92,7 +92,7 @@ def test_a_network_of_another_version_is_refused(tmp_path: Path) -> None:
     cell = cell_of()
     fitted = fit_cell(cell, device="cpu")
     path = save_network(replace(cell, suite_version=7), tmp_path, fitted)
-    with pytest.raises(DataError, match=r"trained under contract 1, der 7; this is contract 1, der 1"):
+    with pytest.raises(DataError, match=f"der 7; this is contract {CONTRACT_VERSION}, der 1"):
         load_network(path)
 
 
