@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probes.adapter import Forecaster, HamtsAdapter
+    from probes.again import Revisit, revisit, score_utility
     from probes.api import ProbeReport, load_report, run_probes
     from probes.contract import ProbeBatch, ProbeConfig
     from probes.frames import ProbeFromFrame
     from probes.gates import validate
     from probes.inject import SemiSynthetic
+    from probes.real_run import RealPlan, run_real
     from probes.registry import Probe, get_probe, list_probes, register_probe
 
 _HOME = {
@@ -28,6 +30,11 @@ _HOME = {
     "ProbeFromFrame": "probes.frames",
     "validate": "probes.gates",
     "SemiSynthetic": "probes.inject",
+    "RealPlan": "probes.real_run",
+    "run_real": "probes.real_run",
+    "Revisit": "probes.again",
+    "revisit": "probes.again",
+    "score_utility": "probes.again",
     "Probe": "probes.registry",
     "get_probe": "probes.registry",
     "list_probes": "probes.registry",
@@ -42,12 +49,17 @@ __all__ = [
     "ProbeConfig",
     "ProbeFromFrame",
     "ProbeReport",
+    "RealPlan",
+    "Revisit",
     "SemiSynthetic",
     "get_probe",
     "list_probes",
     "load_report",
     "register_probe",
+    "revisit",
     "run_probes",
+    "run_real",
+    "score_utility",
     "validate",
 ]
 

@@ -209,8 +209,8 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
 ) -> None:
     """Ask the saved networks of a run again, without training: longer pasts, less exact entries, worth of rows."""
+    from probes.again import Revisit, folder_name, revisit, score_utility
     from probes.api import load_report
-    from probes.revisit import Revisit, folder_name, revisit, score_utility
 
     target = folder
     if preset or precision:

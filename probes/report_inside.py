@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probes.again import utility_table
 from probes.contract import generator
 from probes.plots import lines_svg, raster_svg, scatter_svg, stacks_svg
 from probes.registry import list_probes
 from probes.report_panels import MOST_LINES, MOST_SHOWN, folded, html_table
-from probes.revisit import utility_table
 from probes.summary import best_rates, label, seeds_of, value
 
 __all__ = ["effects", "layers", "prequential", "raster", "real_series", "residuals", "stage_bars"]

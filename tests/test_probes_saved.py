@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hamts.errors import DataError
+from probes.again import Revisit, asked_at, longer_config, revisit
 from probes.api import load_report
 from probes.cli import main
 from probes.contract import CONTRACT_VERSION, generator
@@ -18,7 +19,6 @@ from probes.gates import GateResult, read_gates, validate
 from probes.models import kept_rows
 from probes.reading import PRECISIONS, answer_batch, answer_from, kept_bytes, read_context, rounded
 from probes.registry import get_probe, list_probes
-from probes.revisit import Revisit, asked_at, longer_config, revisit
 from probes.runner import fit_cell, run_plan
 from probes.runner_plan import Cell, RunPlan
 from probes.saved import load_network, network_path, save_network
