@@ -6,6 +6,7 @@ say so; they go to a folder of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -268,10 +269,10 @@ def utility_table(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if "utility" in content["diagnosis"]:
             key = (content["identity"]["rung"], label(content["identity"]))
             rows.setdefault(key, []).append(content)
-    names = ("utility_auroc", "utility_ap", "utility_ap_chance", "utility_spearman")
+    names = ("utility_auroc", "utility_auroc_window", "utility_ap", "utility_ap_chance", "utility_spearman")
     return [
         {"rung": rung, "line": line,
-         **{name: _mean([c["results"][name]["median"] for c in group]) for name in names},
+         **{name: _mean([c["results"][name]["median"] for c in group if name in c["results"]]) for name in names},
          "gold AUROC of the truth": _mean([c["diagnosis"]["utility"]["gold_auroc_of_truth"] for c in group]),
          "seeds": len({c["data_manifest"]["train_seed"] for c in group})}
         for (rung, line), group in rows.items()
@@ -279,7 +280,7 @@ def utility_table(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def folder_name(folder: Path, plan: Revisit) -> Path:

@@ -17,7 +17,7 @@ import torch
 
 from probes.contract import EVALUATION_SEED, ProbeBatch, generator
 from probes.reading import answer_from, read_context
-from probes.scores import average_precision, query_error, ranks_auroc
+from probes.scores import RECEPTIVE_ROWS, average_precision, query_error, ranks_auroc
 from probes.train import Fitted, sample
 
 __all__ = ["Gold", "describe", "gold_utility", "router_scores", "utility_of"]
@@ -117,15 +117,20 @@ def router_scores(fitted: Fitted, batch: ProbeBatch) -> list[torch.Tensor]:
 def utility_of(scores: Sequence[torch.Tensor], gold: Gold) -> dict[str, float]:
     """AUROC and average precision of scores against the most useful rows, Spearman against the utility itself.
 
-    Layers count alike: of several, the mean of their ranks. Means over sequences.
+    Layers count alike: of several, the mean of their ranks. Means over sequences. ``utility_auroc_window`` takes the
+    best score of a row and the rows after it that a convolution copies it to: a router that keeps the row after an item
+    has kept the item.
 
     Args:
         scores: of layers, each [B, T].
     """
     joined = torch.stack([_ranks(score) for score in scores]).mean(0)  # [B, T]
     useful = gold.useful
+    padded = torch.nn.functional.pad(joined, (0, RECEPTIVE_ROWS), value=-1.0)
+    window = padded.unfold(1, RECEPTIVE_ROWS + 1, 1).amax(-1)  # [B, T]
     return {
         "utility_auroc": _mean(ranks_auroc(s, u) for s, u in zip(joined, useful, strict=True)),
+        "utility_auroc_window": _mean(ranks_auroc(s, u) for s, u in zip(window, useful, strict=True)),
         "utility_ap": _mean(average_precision(s, u) for s, u in zip(joined, useful, strict=True)),
         "utility_ap_chance": float(useful.float().mean()),
         "utility_spearman": _mean(spearman(s, w) for s, w in zip(joined, gold.utility, strict=True)),

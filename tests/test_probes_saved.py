@@ -256,6 +256,9 @@ def test_scores_are_compared_with_the_worth_of_rows() -> None:
     assert perfect["utility_auroc"] == perfect["utility_ap"] == 1.0
     assert perfect["utility_spearman"] == pytest.approx(1.0)
     assert gold.truth_auroc == 1.0
+    # a router that keeps the row after each item has kept what the convolution copied there
+    late = utility_of([gold.utility.roll(1, 1)], gold)
+    assert late["utility_auroc_window"] > 0.75 > late["utility_auroc"]
     blind = utility_of([torch.rand(crit.shape, generator=generator(4))], gold)
     assert abs(blind["utility_auroc"] - 0.5) < 0.15
     assert blind["utility_ap_chance"] == pytest.approx(float(crit.mean()))
