@@ -82,7 +82,8 @@ def gates_first(gates: Sequence[GateResult]) -> str:
     if not gates:
         note = "No gates were run into this folder: hamts probes validate --all --out DIR."
     else:
-        note = f"{passed} gates passed, {len(failing)} failed, {len(gates) - passed - len(failing)} do not apply."
+        rest = len(gates) - passed - len(failing)
+        note = f"Gates: {passed} passed, {len(failing)} failed, {rest} do not apply."
     return f"{text}<p class='note'>{note}</p>"
 
 
@@ -155,8 +156,9 @@ def frontiers(scores: pd.DataFrame) -> str:
             band=(random, oracle),
         )  # fmt: skip
         parts.append((f"{rung} · {tier}", plot))
+    axes = _axes(scores)
     if not parts:
-        return "<p>One budget only: no frontier.</p>"
+        return axes or "<p>One budget only: no frontier.</p>"
     shown_plots = "".join(f"<h3>{escape(title)}</h3>{plot}" for title, plot in parts[:MOST_SHOWN])
     rest = "".join(f"<h3>{escape(title)}</h3>{plot}" for title, plot in parts[MOST_SHOWN:])
     table = frontier_table(scores)
@@ -164,8 +166,25 @@ def frontiers(scores: pd.DataFrame) -> str:
         "<p class='note'>Shaded: between rows kept at random and the rows that are needed.</p>" + shown_plots
         + (folded(f"{len(parts) - MOST_SHOWN} more", rest) if rest else "") + "<h3>Area under the frontier, fewest"
         " bytes for 50 and 90 % of full attention, regret to the oracle (skill, bytes)</h3>" + html_table(table)
-        + _crossings(scores)
+        + _crossings(scores) + axes
     )  # fmt: skip
+
+
+def _axes(scores: pd.DataFrame) -> str:
+    """Skill against bytes over precisions of the entries and widths of the state."""
+    varied = scores[scores["line"].astype(str).str.contains(" [", regex=False)]
+    parts = []
+    for tier, rung in varied[["tier", "rung"]].drop_duplicates().itertuples(index=False):
+        part = scores[(scores["tier"] == tier) & (scores["rung"] == rung)]
+        base = part["line"].astype(str).str.split(" [", regex=False).str[0]
+        series = {
+            str(line): [(r.bytes, max(-1.0, r.skill)) for r in points.itertuples()]
+            for line, points in part.groupby(base, sort=False) if len(points) > 1
+        }  # fmt: skip
+        shown = dict(list(series.items())[:MOST_LINES])
+        plot = lines_svg(shown, title=str(rung), x_name="bytes a sequence (log scale)", y_name="skill", log_x=True)
+        parts.append(f"<h3>{escape(str(rung))} · {tier}, precisions of entries and widths of the state</h3>{plot}")
+    return "".join(parts)
 
 
 def _crossings(scores: pd.DataFrame) -> str:
