@@ -113,6 +113,7 @@ def thin(chunk: ChunkTrace) -> ChunkTrace:
     """What a frontier needs of a trace: decisions, ranks, and attention summed over entries."""
     layers = []
     for layer in chunk.layers:
+        assert layer.entries_mass is not None  # traces that are kept have masses
         spent = (layer.entries_mass.double() * layer.entries_sights).sum(1, keepdim=True)  # [B, 1]
         # a slice of no length would keep the whole alive
         none = {name: getattr(layer, name).new_zeros(len(spent), 0) for name in EMPTIED}

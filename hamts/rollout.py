@@ -102,7 +102,7 @@ def roll(
         network=network,
         store=store,
         steps=steps,
-        policies=[replace(p, masses=p.masses and keep_traces) for p in _per_layer(network, policies)],
+        policies=[replace(p, masses=p.masses and bool(keep_traces)) for p in _per_layer(network, policies)],
         cutoffs=cutoffs,
         places=np.concatenate([[0], np.cumsum(counts)]),
         result=result,
