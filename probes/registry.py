@@ -28,6 +28,10 @@ SLOTS = (
     "benchmark hygiene",
 )
 
+# presets of so many rows are grown into: share of the training steps, and into how many parts sizes are divided
+GROWN_ROWS = 256
+GROWTH = ((0.4, 4), (0.25, 2), (0.35, 1))
+
 
 class Probe:
     """One suite: a generator with truth, floors and an oracle. Subclass it, then ``register_probe`` it.
@@ -42,6 +46,7 @@ class Probe:
         echo_decay: how an echo fades from row to row.
         matched_flags: distractors and critical rows carry equal flags; else ``flags_note`` says why not.
         trained: whether trained-small models run on it.
+        grows: long sequences are grown into (``stages``); False where shorter ones are another question.
         headline: the rung that stands for the suite in a smoke run; the first one if empty.
     """
 
@@ -60,6 +65,7 @@ class Probe:
     flags_note: ClassVar[str] = ""
     trained: ClassVar[bool] = True
     headline: ClassVar[str] = ""
+    grows: ClassVar[bool] = True
 
     def main_rung(self) -> str:
         """The rung that stands for the suite where only one is run."""
@@ -86,6 +92,31 @@ class Probe:
         if unknown:
             raise ValueError(f"Suite {self.name!r} has no axis {unknown[0]!r}. Available: {sorted(known)}.")
         return self.Config(**content)
+
+    def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
+        """The same question of a ``parts``-th of the size: fewer rows, items and distractors, as dense as before."""
+        names = ("context_rows", "items", "queries", "distractors")
+        sizes = {name: getattr(config, name) for name in names if getattr(config, name, 0) > 0}
+        return replace(config, **{name: max(size // parts, 1) for name, size in sizes.items()})
+
+    def stages(self, config: ProbeConfig) -> list[tuple[float, ProbeConfig]]:
+        """Share of the training steps of each stage, and its configuration; the last is the task.
+
+        Long sequences are grown into, by every architecture alike: a network that has never answered sees no gradient
+        that tells one of many rows from the others.
+        """
+        growth = GROWTH if config.context_rows >= GROWN_ROWS and self.grows else ((1.0, 1),)
+        found, first, second = [], list(self.curriculum), list(growth)
+        while first and second:
+            (share, changes), (part, parts) = first[0], second[0]
+            least = min(share, part)
+            stage = replace(config, **changes) if changes else config
+            found.append((least, self.shrunk(stage, parts) if parts > 1 else stage))
+            for queue, (left, what) in ((first, (share, changes)), (second, (part, parts))):
+                queue[0] = (left - least, what)
+                if left - least < 1e-9:
+                    queue.pop(0)
+        return found
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         """Draw sequences with their questions and truth."""

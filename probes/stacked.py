@@ -10,7 +10,6 @@ C values of a row · A shares of a threshold table · Q queries
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,14 +19,13 @@ from torch.nn import functional as F
 from hamts.nn.budget import SHARES
 from hamts.nn.controls import counted_uniform
 from hamts.nn.eviction import whole_numbers
-from hamts.nn.heads import ROTARY_LONGEST_PATCHES, ROTARY_SHARE
 from hamts.nn.inner import INNER_LEVELS
 from probes.models import EXPLORE_SHARE, ProbeNet
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_ops import EAGER, Ops, linear, product
-from probes.stacked_parts import LayerKind, sources, stacked_parameters
-from probes.stacked_scores import LayerScores, error_weights, layer_scores
+from probes.stacked_parts import Frame, LayerKind, sources, stacked_parameters
+from probes.stacked_scores import LayerScores, layer_scores
 
 __all__ = ["LayerRead", "StackedNet", "StackedReading", "can_stack"]
 
@@ -60,12 +58,12 @@ class StackedReading:
 class StackedNet:
     """Networks of one configuration and size side by side; ``export`` writes back to them."""
 
-    def __init__(self, nets: Sequence[ProbeNet], *, context_rows: int, rows: int, device: str | torch.device) -> None:
+    def __init__(self, nets: Sequence[ProbeNet], *, device: str | torch.device) -> None:
         first = nets[0]
         if not can_stack(first):
             raise ValueError(f"No stacked form of {first.config}. Train its networks one by one.")
         self.nets, self.config, self.device = list(nets), first.config, torch.device(device)
-        self.S, self.T, self.N, self.channels = len(nets), context_rows, rows, first.channels
+        self.S, self.channels = len(nets), first.channels
         self.flat, self.leaves = stacked_parameters(self.nets, self.device)
         self.kind = [LayerKind.of(layer) for layer in first.layers]
         self.window = max(kind.window for kind in self.kind)
@@ -75,30 +73,24 @@ class StackedNet:
         ]  # L of [S, 1, A], or of none
         # what training runs; evaluation meets other shapes
         self.ops = EAGER
-        self._constants()
+        self.levels = torch.tensor([1.0 - share for share in SHARES], device=self.device)  # [A]
+        self.inner_levels = torch.tensor(INNER_LEVELS, device=self.device)
+        self.frames: dict[tuple[int, int], Frame] = {}
+        self._chance: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def _constants(self) -> None:
-        """Masks, angles and weights that no batch changes."""
-        N, T, device = self.N, self.T, self.device
-        row = torch.arange(N, device=device)
-        age = row[:, None] - row[None]  # [N, N]
-        self.band = {w: torch.where((age >= 0) & (age < w), 0.0, -torch.inf) for w in {k.window for k in self.kind}}
-        # rows that have left the window when row n is read
-        self.left = {w: age[:, :T] >= w for w in self.band}  # [N, T]
-        self.age = age[:, :T]
-        half = torch.float16 if device.type == "cuda" else torch.float32
-        self.left_sum = {w: left.to(half) for w, left in self.left.items()}
-        self.order = torch.arange(T, device=device, dtype=torch.float32)  # [T]
-        self.queried = row >= T  # [N]
-        self.error_weights = error_weights(T, device)  # [T, T]
-        pairs = int(self.config.memory_width * ROTARY_SHARE) // 2
-        rates = torch.logspace(0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64)
-        angle = row.double()[:, None] * (rates * (2 * math.pi / 4)).to(device)  # [N, pairs]
-        self.cosine, self.sine = angle.cos().float(), angle.sin().float()
-        levels = torch.tensor([1.0 - share for share in SHARES], dtype=torch.float32)
-        self.levels = levels.to(device)  # [A]
-        self.inner_levels = torch.tensor(INNER_LEVELS, device=device)
-        self._chance: dict[tuple[int, int], torch.Tensor] = {}
+    @property
+    def T(self) -> int:
+        """Context rows of what was read last."""
+        return self.frame.T
+
+    def _fit(self, rows: Rows) -> None:
+        """Take masks and angles for rows of this size."""
+        size = (rows.context_rows, rows.inputs.shape[2])
+        if size not in self.frames:
+            self.frames[size] = Frame.of(
+                *size, {kind.window for kind in self.kind}, self.config.memory_width, self.device
+            )
+        self.frame = self.frames[size]
 
     # --- reading
 
@@ -111,6 +103,7 @@ class StackedNet:
             with_scores: also the scores that this network's decisions do not need.
             training: with the loss of the inner head.
         """
+        self._fit(rows)
         ops = self.ops if training else EAGER
         x = F.silu(self.linear(rows.inputs.expand(self.S, -1, -1, -1), "embed.0"))
         x = self.linear(x, "embed.2")  # [S, B, N, D]
@@ -157,7 +150,7 @@ class StackedNet:
         mixed = named["to_memory"]  # [S, B, N, units + 2 E], or 3 E where both branches share keys and values
         keys, queries = ops.ask(
             mixed[..., -2 * E : -E], named[kind.exact + "to_query"], leaf[exact + "key_norm.gain"],
-            leaf[exact + "query_norm.gain"], self.cosine, self.sine,
+            leaf[exact + "query_norm.gain"], self.frame.cosine, self.frame.sine,
         )  # fmt: skip
         values = mixed[..., -E:].reshape(S * B, N, E)
         past = gates = scores = None
@@ -182,7 +175,7 @@ class StackedNet:
             bias = leaf[exact + "scratch_bias"][:, None].expand(-1, B, self.T)  # [S, B, T]
             if scores is not None and scores.bias is not None:
                 bias = bias + scores.bias
-            got, weight = ops.read(queries, keys, values, visible, bias.flatten(0, 1), self.band[kind.window])
+            got, weight = ops.read(queries, keys, values, visible, bias.flatten(0, 1), self.frame.band[kind.window])
         # without entries and with a window of one a row sees itself alone
         got = got.view(S, B, N, E)
         gain = leaf[at + "exact_norm.gain"]
@@ -204,10 +197,10 @@ class StackedNet:
         S, T = self.S, self.T
         routable = rows.heard[:, :, :T] > 0  # [S, B, T]
         routable = routable.expand(S, -1, -1)
-        left = self.left[kind.window]  # [N, T]
+        left = self.frame.left[kind.window]  # [N, T]
         if kind.keeps_rows is not None:
             routed = routable | rows.tags  # [S, B, T]
-            seen = left & (self.age < kind.window + kind.keeps_rows)  # [N, T]
+            seen = left & (self.frame.age < kind.window + kind.keeps_rows)  # [N, T]
             visible = routed.flatten(0, 1)[:, None] & seen
         elif decisions.warm:
             routed = routable
@@ -216,7 +209,9 @@ class StackedNet:
             routed, rank = self._routed(number, routable, rows, decisions, scores)
             visible = self._survivors(routed, rank, decisions, kind, ops)
         if decisions.drop is not None:
-            hidden = decisions.drop.expand(S, -1, -1).flatten(0, 1)[:, None] & self.queried[:, None]  # [S B, N, T]
+            hidden = (
+                decisions.drop.expand(S, -1, -1).flatten(0, 1)[:, None] & self.frame.queried[:, None]
+            )  # [S B, N, T]
             visible = visible & ~hidden
         return visible, routed
 
@@ -247,15 +242,15 @@ class StackedNet:
         if self.config.router == "recency":
             return routable
         if self.config.router == "stride":
-            place = self.order.double()
+            place = self.frame.order.double()
             passed = torch.floor((place + 1) * share.double()[:, None] + 5e-7)
             before = torch.floor(place * share.double()[:, None] + 5e-7)
             return routable & (passed > before)[:, None]
-        if (number, B) not in self._chance:
-            position = self.order.double().expand(B, -1)
+        if (number, B, T) not in self._chance:
+            position = self.frame.order.double().expand(B, -1)
             key = torch.arange(B, device=self.device)
-            self._chance[number, B] = counted_uniform(0, number, key, position, 1)[..., 0]  # [B, T]
-        return routable & (self._chance[number, B] >= (1.0 - share.double())[:, None, None])
+            self._chance[number, B, T] = counted_uniform(0, number, key, position, 1)[..., 0]  # [B, T]
+        return routable & (self._chance[number, B, T] >= (1.0 - share.double())[:, None, None])
 
     def _survivors(
         self, routed: torch.Tensor, rank: torch.Tensor | None, decisions: Decisions, kind: LayerKind, ops: Ops
@@ -265,23 +260,23 @@ class StackedNet:
         Entries that are dropped before the queries leave room to what comes after.
         """
         S, B, T = routed.shape
-        order = self.order.expand(S, B, T)  # [S, B, T]
+        order = self.frame.order.expand(S, B, T)  # [S, B, T]
         if rank is not None:
             # of equal ones the newer stands above
             ascending = whole_numbers(rank).argsort(dim=-1, stable=True)
             order = torch.empty_like(rank).scatter(-1, ascending, order.to(rank.dtype))
         order = torch.where(routed, order, -1.0).flatten(0, 1)  # [S B, T]
-        cap, left = decisions.cap[:, None].expand(S, B).flatten(), self.left[kind.window]
-        there = ops.survivors(order, cap, self.left_sum[kind.window], left)
+        cap, left = decisions.cap[:, None].expand(S, B).flatten(), self.frame.left[kind.window]
+        there = ops.survivors(order, cap, self.frame.left_sum[kind.window], left)
         if decisions.drop is None:
             return there
         gone = decisions.drop.expand(S, B, T).flatten(0, 1)  # [S B, T]
         above = (order[:, :, None] > order[:, None, :]) & gone[:, :, None]  # [S B, T others, T]
         roomier = cap[:, None] + above.sum(1)  # [S B, T]
-        sums = self.left_sum[kind.window]
+        sums = self.frame.left_sum[kind.window]
         count = torch.matmul(sums, (order[:, :, None] > order[:, None, :]).to(sums.dtype))  # [S B, N, T]
         later = (count < roomier[:, None]) & left & (order >= 0)[:, None]
-        return torch.where(self.queried[:, None], later, there)
+        return torch.where(self.frame.queried[:, None], later, there)
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return linear(x, self.leaves[name + ".weight"], self.leaves[name + ".bias"])

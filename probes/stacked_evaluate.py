@@ -98,7 +98,8 @@ def evaluate_stacked(
     stack: StackedNet, plans: Sequence[TrainPlan], data: EvaluationSet, *, budget_rows: int, diagnose: bool = True
 ) -> list[Evaluation]:
     """Score every network at one budget."""
-    plain = Decisions.plain(budget_rows, networks=stack.S, context_rows=stack.T, device=stack.device)
+    T = data.rows[0].context_rows
+    plain = Decisions.plain(budget_rows, networks=stack.S, context_rows=T, device=stack.device)
     streams = [_read_stream(stack, rows, plain) for rows in data.rows]
     answers = torch.cat([part["answer"] for part in streams], 1)  # [S, E B, Q, Y]
     kept = [torch.cat(parts, 1) for parts in zip(*(part["kept"] for part in streams), strict=True)]

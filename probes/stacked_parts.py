@@ -5,17 +5,20 @@ S networks · P parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hamts.nn.ham import HAMLayer
+from hamts.nn.heads import ROTARY_LONGEST_PATCHES, ROTARY_SHARE
 from hamts.nn.mixers_base import MixerLayer
 from hamts.nn.mixers_kept import SlidingLayer
 from probes.models import ProbeNet
+from probes.stacked_scores import error_weights
 
-__all__ = ["LayerKind", "sources", "stacked_parameters"]
+__all__ = ["Frame", "LayerKind", "sources", "stacked_parameters"]
 
 # one product gives all that a memory layer asks of its input
 PROJECTED = ("to_memory", "to_query", "exact.to_query", "to_gates", "to_output_gate")
@@ -47,6 +50,38 @@ class LayerKind:
         return cls(
             layer.recurrent is not None, layer.parts.window, layer.parts.keeps, rows, width, projected, widths,
             "exact.", "recurrent.",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Masks, angles and weights of sequences of one size: T context rows of N."""
+
+    T: int
+    band: dict[int, torch.Tensor]  # by window, [N, N]: 0 in the window, else -inf
+    left: dict[int, torch.Tensor]  # by window, [N, T] bool: has left the window when row n is read
+    left_sum: dict[int, torch.Tensor]  # the same as numbers, to count with
+    age: torch.Tensor  # [N, T]
+    order: torch.Tensor  # [T]
+    queried: torch.Tensor  # [N] bool
+    error_weights: torch.Tensor  # [T, T]
+    cosine: torch.Tensor  # [N, pairs]
+    sine: torch.Tensor  # [N, pairs]
+
+    @classmethod
+    def of(cls, T: int, N: int, windows: set[int], width: int, device: torch.device) -> Frame:
+        row = torch.arange(N, device=device)
+        age = row[:, None] - row[None]  # [N, N]
+        band = {w: torch.where((age >= 0) & (age < w), 0.0, -torch.inf) for w in windows}
+        left = {w: age[:, :T] >= w for w in windows}
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        pairs = int(width * ROTARY_SHARE) // 2
+        rates = torch.logspace(0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64)
+        angle = row.double()[:, None] * (rates * (2 * math.pi / 4)).to(device)  # [N, pairs]
+        return cls(
+            T, band, left, {w: mask.to(half) for w, mask in left.items()}, age[:, :T],
+            torch.arange(T, device=device, dtype=torch.float32), row >= T, error_weights(T, device),
+            angle.cos().float(), angle.sin().float(),
         )  # fmt: skip
 
 

@@ -139,6 +139,7 @@ def _train(
     check = Validation.of(plan)
     stacks: list[_Stack] = []
     batch: dict[int, Rows] = {}
+    seeds = list(pools.queues)
     for step, batch in enumerate(pools.batches(device)):  # noqa: B007 - the last one is returned
         if step == steps:
             break
@@ -146,8 +147,10 @@ def _train(
             raise OutOfTime(f"{groups[0][0].rung} stopped at step {step} of {steps}.")
         if not stacks:
             stacks = _stacks(groups, critical, device, batch, fused)
-        for static, seeds in {id(s.static): (s.static, _seeds(s.plans)) for s in stacks}.values():
-            _copy(static, [batch[seed] for seed in seeds])
+        elif stacks[0].static.inputs.shape[2] != batch[seeds[0]].inputs.shape[2]:
+            _resize(stacks, batch)
+        for static, own in {id(s.static): (s.static, _seeds(s.plans)) for s in stacks}.values():
+            _copy(static, [batch[seed] for seed in own])
         _advance(stacks, step)
         if (step + 1) % max(steps // CHECKS, 1) == 0 or step + 1 == steps:
             for stack in stacks:
@@ -168,19 +171,26 @@ def _short(cell: Cell) -> str:
 
 
 def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[int, Rows], fused: bool) -> list[_Stack]:
-    found, statics = [], {}
+    found: list[_Stack] = []
     for cells in groups:
         plans = [cell_plan(cell, critical, device) for cell in cells]
-        seeds = _seeds(plans)
-        if seeds not in statics:
-            parts = [batch[seed] for seed in seeds]
-            statics[seeds] = joined_rows(parts)
-        static = statics[seeds]
-        trainer = StackedTrainer(plans, rows=static.inputs.shape[2], static=static)
+        trainer = StackedTrainer(plans)
         if fused:
             trainer.stack.ops = compiled_ops()
-        found.append(_Stack(cells, plans, static, trainer))
+        found.append(_Stack(cells, plans, joined_rows([batch[seed] for seed in _seeds(plans)]), trainer))
+    _resize(found, batch)
     return found
+
+
+def _resize(stacks: list[_Stack], batch: dict[int, Rows]) -> None:
+    """Rows of the size of this stage of the curriculum, shared by stacks that read the same seeds."""
+    statics: dict[tuple[int, ...], Rows] = {}
+    for stack in stacks:
+        seeds = _seeds(stack.plans)
+        if seeds not in statics:
+            statics[seeds] = joined_rows([batch[seed] for seed in seeds])
+        stack.static = statics[seeds]
+        stack.trainer.fit(stack.static)
 
 
 def _copy(static: Rows, parts: Sequence[Rows]) -> None:
@@ -270,8 +280,7 @@ class Pools:
             for stage, count in self._schedule(stream):
                 if self.closed.is_set():
                     return
-                changes = plan.probe.curriculum[stage][1]
-                pool = sample(plan, stream.gen, POOL_SEQUENCES, replace(plan.config, **changes))
+                pool = sample(plan, stream.gen, POOL_SEQUENCES, plan.stages[stage][1])
                 waiting.put((Rows.of([pool]), count))
         except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
             waiting.put(error)
@@ -281,7 +290,7 @@ class Pools:
         """Stage of each pool, and how many batches are taken of it."""
         found: list[list[int]] = []
         for step in range(stream.plan.steps + 1):
-            stage = stream._stage(step)
+            stage = stream.plan.stage(step)
             if not found or found[-1][0] != stage or found[-1][1] == BATCHES:
                 found.append([stage, 0])
             found[-1][1] += 1

@@ -82,7 +82,7 @@ def layer_scores(
         squared = error.square().sum(-1)  # [S, B, T]
         heard = (rows.heard[:, :, :T] > 0).to(squared.dtype).expand_as(squared)
         sums = torch.stack([squared * heard, heard], -1)  # [S, B, T, 2]
-        before = torch.matmul(stack.error_weights, sums)  # [S, B, T, 2]
+        before = torch.matmul(stack.frame.error_weights, sums)  # [S, B, T, 2]
         running = before[..., 0] / before[..., 1].clamp_min(torch.finfo(before.dtype).tiny)
         return innovation(squared, running)
 

@@ -21,8 +21,6 @@ from probes.scores import query_error
 from probes.stacked import StackedNet, StackedReading
 from probes.stacked_data import Decisions, Rows, table_weights
 from probes.train import (
-    BATCH_SEQUENCES,
-    BUDGET_FRACTIONS,
     CHECKS,
     INNER_WEIGHT,
     NEXT_ROW_WEIGHT,
@@ -103,7 +101,6 @@ class StackedStep:
 
     def __init__(self, stack: StackedNet, plans: Sequence[TrainPlan]) -> None:
         self.stack, self.steps, device = stack, plans[0].steps, stack.device
-        L = stack.config.layers
         cycle, momentum = _one_cycle(self.steps)
         time_step = torch.arange(1, self.steps + 1, dtype=torch.float64)
         beta = torch.tensor(momentum, dtype=torch.float64)
@@ -112,7 +109,8 @@ class StackedStep:
         ], 1).float().to(device)  # [steps, 4]  # fmt: skip
         self.rates = torch.tensor([plan.learning_rate for plan in plans], device=device)[:, None]  # [S, 1]
         budgets = torch.stack([_budgets(plan) for plan in plans], 1)  # [steps, S] rows
-        share = (budgets / stack.T).clamp(max=1.0).float()  # [steps, S]
+        rows = [plans[0].stages[plans[0].stage(step)][1].context_rows for step in range(self.steps)]
+        share = (budgets / torch.tensor(rows)[:, None]).clamp(max=1.0).float()  # [steps, S]
         nodes, beyond = table_weights(share)
         self.budgets, self.share = budgets.float().to(device), share.to(device)
         self.nodes, self.beyond = nodes.to(device), beyond.to(device)
@@ -123,12 +121,19 @@ class StackedStep:
         self.warm_steps = math.ceil(WARM_SHARE * self.steps) if ham else 0
         self.explores = ham and stack.config.control is None and stack.config.router != "tags"
         self.follows = ham and stack.config.control in (None, "shuffled")
-        self.explore = [torch.ones(stack.S, BATCH_SEQUENCES, stack.T, device=device) for _ in range(L)]
+        self.explore: list[torch.Tensor] = []
         self.chances: list[torch.Generator] | None = None
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.first, self.second = torch.zeros_like(stack.flat), torch.zeros_like(stack.flat)  # [S, P]
         self.alive = torch.ones(stack.S, 1, dtype=torch.bool, device=device)
         self.losses = torch.zeros(stack.S, device=device)
+
+    def fit(self, rows: Rows) -> None:
+        """Make room for chances of so many rows."""
+        S, (B, T) = self.stack.S, rows.tags.shape[1:]
+        layers = range(self.stack.config.layers)
+        self.explore = [torch.ones(S, B, T, device=self.stack.device) for _ in layers] if self.explores else []
+        self.queries = rows.inputs.shape[2] - T
 
     def draw(self, plans: Sequence[TrainPlan]) -> None:
         """Chances of extra rows from each network's own generator; on a GPU they are drawn there."""
@@ -141,8 +146,7 @@ class StackedStep:
         if self.chances is None:
             self.chances = [generator(plan.seed + 2) for plan in plans]
         # drawn in the order of ``train``: context rows of every layer behind the window, then query rows behind it
-        stack, B = self.stack, BATCH_SEQUENCES
-        window, T, queries = stack.window, stack.T, stack.N - stack.T
+        (_, B, T), window, queries = self.explore[0].shape, self.stack.window, self.queries
         for number, gen in enumerate(self.chances):
             for chance in self.explore:
                 chance[number] = torch.rand(B, window + T, 1, generator=gen)[:, window:, 0]
@@ -204,9 +208,8 @@ def _one_cycle(steps: int) -> tuple[list[float], list[float]]:
 def _budgets(plan: TrainPlan) -> torch.Tensor:
     """Rows of a layer at every step, drawn as ``train`` does, [steps]."""
     gen, found = generator(plan.seed + 1), []
-    for _ in range(plan.steps):
-        fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=gen))]
-        found.append(max(round(fraction * plan.critical_rows), 1))
+    for step in range(plan.steps):
+        found.append(plan.budget(step, gen))
     return torch.tensor(found)
 
 
@@ -218,26 +221,29 @@ class StackedTrainer:
 
     Args:
         plans: of networks that differ in seed or learning rate alone.
-        static: batches are copied into these rows, which a captured step reads; None: each batch is read as it comes.
     """
 
-    def __init__(self, plans: Sequence[TrainPlan], *, rows: int, static: Rows | None = None) -> None:
+    def __init__(self, plans: Sequence[TrainPlan]) -> None:
         self.plans, device = list(plans), plans[0].device
         nets = [make_net(replace(plan, device="cpu")) for plan in plans]
-        T = plans[0].config.context_rows
-        self.stack = StackedNet(nets, context_rows=T, rows=rows, device=device)
+        self.stack = StackedNet(nets, device=device)
         self.one = StackedStep(self.stack, plans)
-        self.static = static
+        self.static: Rows | None = None
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        on_gpu = static is not None and self.stack.device.type == "cuda"
-        self.stream = torch.cuda.Stream() if on_gpu else None
+        self.stream = torch.cuda.Stream() if self.stack.device.type == "cuda" else None
         self.history: list[list[tuple[int, float]]] = [[] for _ in plans]
+
+    def fit(self, static: Rows) -> None:
+        """Take batches from these rows from now on: they are copied in, and a captured step reads them."""
+        self.static = static
+        self.graphs.clear()
+        self.one.fit(static)
 
     def advance(self, rows: Rows, step: int) -> None:
         """One step, the ``step``-th."""
         self.one.draw(self.plans)
         warm = step < self.one.warm_steps
-        if self.static is None or self.stack.device.type != "cuda":
+        if self.stream is None:
             self.one(rows, warm=warm)
             return
         if warm not in self.graphs:
@@ -258,8 +264,9 @@ class StackedTrainer:
             self.one(self.static, warm=warm)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self.one(self.static, warm=warm)
+        graph.capture_begin()
+        self.one(self.static, warm=warm)
+        graph.capture_end()
         for tensor, old in zip(kept, before, strict=True):
             tensor.copy_(old)
         return graph
@@ -275,8 +282,9 @@ class StackedTrainer:
         """Calibrate on a last batch and hand the networks back; ``seconds`` is what each took."""
         if self.one.follows:
             plain = Decisions.plain(
-                self.plans[0].critical_rows, networks=self.stack.S, context_rows=self.stack.T, device=self.stack.device
-            )
+                self.plans[0].critical_rows, networks=self.stack.S, context_rows=rows.context_rows,
+                device=self.stack.device,
+            )  # fmt: skip
             reading = stacked_read(self.stack, rows, plain)
             self.stack.follow(reading, 1.0)
         found = []
@@ -305,7 +313,7 @@ class Validation:
 @torch.no_grad()
 def validate(stack: StackedNet, check: Validation, rows: int) -> list[float]:
     """Error of every network's answers over that of the best floor."""
-    plain = Decisions.plain(rows, networks=stack.S, context_rows=stack.T, device=stack.device)
+    plain = Decisions.plain(rows, networks=stack.S, context_rows=check.rows.context_rows, device=stack.device)
     reading = stacked_read(stack, check.rows, plain)
     answers = stack.answers(reading, check.rows)[0]  # [S, B, Q, Y]
     errors = torch.stack([query_error(answer, check.batch).nanmean() for answer in answers])
@@ -324,15 +332,14 @@ def train_stacked(
         drawn = {seed: stream.next(step) for seed, stream in streams.items()}
         return Rows.of([drawn[plan.seed] for plan in plans], device)
 
-    trainer, steps = None, plans[0].steps
+    trainer, steps = StackedTrainer(plans), plans[0].steps
     for step in range(steps):
         rows = batch(step)
-        if trainer is None:
-            trainer = StackedTrainer(plans, rows=rows.inputs.shape[2])
+        if trainer.static is None or trainer.static.inputs.shape != rows.inputs.shape:
+            trainer.fit(rows)
         trainer.advance(rows, step)
         if (step + 1) % max(steps // CHECKS, 1) == 0 or step + 1 == steps:
             trainer.check(check, step + 1)
         if progress is not None:
             progress(step + 1, steps, trainer.history[0][-1][1] if trainer.history[0] else float("nan"))
-    assert trainer is not None
     return trainer.finish(batch(steps), seconds=(time.monotonic() - started) / len(plans))

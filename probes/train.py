@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hamts.nn.router import kept_probability
 from probes.contract import VALIDATION_SEED, ProbeBatch, ProbeConfig, generator
 from probes.models import NetConfig, ProbeNet
 from probes.registry import Probe
+from probes.runner_plan import critical_rows
 from probes.scores import query_error
 
 __all__ = ["Fitted", "TrainPlan", "forward", "make_net", "train"]
@@ -54,6 +56,34 @@ class TrainPlan:
     critical_rows: int
     echo: bool = False
     device: str = "cpu"
+
+    @cached_property
+    def stages(self) -> list[tuple[float, ProbeConfig]]:
+        """Share of the steps and configuration of each stage of the curriculum; the last is the task."""
+        return self.probe.stages(self.config)
+
+    @cached_property
+    def stage_rows(self) -> list[int]:
+        """Critical rows of each stage."""
+        same = [config == self.config for _, config in self.stages]
+        return [
+            self.critical_rows if known else critical_rows(self.probe, config)
+            for known, (_, config) in zip(same, self.stages, strict=True)
+        ]
+
+    def stage(self, step: int) -> int:
+        """Number of the stage of a step."""
+        done, total = step / max(self.steps, 1), 0.0
+        for number, (share, _) in enumerate(self.stages):
+            total += share
+            if done < total - 1e-9:
+                return number
+        return len(self.stages) - 1
+
+    def budget(self, step: int, gen: torch.Generator) -> int:
+        """Rows of a layer at a step, drawn."""
+        fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=gen))]
+        return max(round(fraction * self.stage_rows[self.stage(step)]), 1)
 
 
 @dataclass
@@ -93,8 +123,7 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
     check = Check(plan)
     for step in range(plan.steps):
         batch = stream.next(step)
-        fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=budgets))]
-        rows = max(round(fraction * plan.critical_rows), 1)
+        rows = plan.budget(step, budgets)
         # a reader that has never found anything in its scratchpad gives no router a reason to fill it
         given = everything(net, batch) if step < WARM_SHARE * plan.steps else None
         loss = training_loss(net, batch, batch.context_rows if given else rows, explore, given=given)
@@ -137,24 +166,14 @@ class Stream:
         self.place, self.stage = 0, -1
 
     def next(self, step: int) -> ProbeBatch:
-        stage = self._stage(step)
+        stage = self.plan.stage(step)
         if self.pool is None or stage != self.stage or self.place + BATCH_SEQUENCES > len(self.pool):
-            changes = self.plan.probe.curriculum[stage][1]
-            self.pool = sample(self.plan, self.gen, POOL_SEQUENCES, replace(self.plan.config, **changes))
+            self.pool = sample(self.plan, self.gen, POOL_SEQUENCES, self.plan.stages[stage][1])
             self.pool = self.pool.to(self.plan.device)
             self.place, self.stage = 0, stage
         batch = self.pool.select(slice(self.place, self.place + BATCH_SEQUENCES))
         self.place += BATCH_SEQUENCES
         return batch
-
-    def _stage(self, step: int) -> int:
-        done, total = step / max(self.plan.steps, 1), 0.0
-        curriculum = self.plan.probe.curriculum
-        for number, (share, _) in enumerate(curriculum):
-            total += share
-            if done < total - 1e-9:
-                return number
-        return len(curriculum) - 1
 
 
 class Check:

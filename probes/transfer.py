@@ -77,7 +77,7 @@ class Aligned(Probe):
 
     def __init__(self, probe: Probe, layout: Layout) -> None:
         self.inner, self.layout = probe, layout
-        self.curriculum = probe.curriculum  # type: ignore[misc]
+        self.curriculum, self.grows = probe.curriculum, probe.grows  # type: ignore[misc]
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         return self.layout.align(self.inner.sample(gen, n, config))

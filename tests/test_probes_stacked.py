@@ -63,8 +63,8 @@ def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router
         varied(net)
         for layer in net.layers:
             layer.thresholds.values.copy_(torch.linspace(1.5, 0.1, 6).expand_as(layer.thresholds.values))
-    T, N = batches[0].context_rows, batches[0].x.shape[1]
-    stack = StackedNet(nets, context_rows=T, rows=N, device="cpu")
+    T = batches[0].context_rows
+    stack = StackedNet(nets, device="cpu")
     budgets = [4, 9]
     decisions = Decisions.plain(budgets, networks=2, context_rows=T, device="cpu")
     if warm:
@@ -121,9 +121,7 @@ def test_scores_of_the_stacked_form_are_those_of_the_layers(model: str, router: 
     trained = train_stacked(plans)
     for each in trained:
         varied(each.net)
-    batch = sample(plans[0], generator(0), 2)
-    nets = [each.net for each in trained]
-    stack = StackedNet(nets, context_rows=batch.context_rows, rows=batch.x.shape[1], device="cpu")
+    stack = StackedNet([each.net for each in trained], device="cpu")
     data = EvaluationSet.of(plans[0], seeds=(0, 1), streams=1, sequences=48)
     for budget in (2, 7):
         for each, got in zip(trained, evaluate_stacked(stack, plans, data, budget_rows=budget), strict=True):
@@ -138,6 +136,21 @@ def test_scores_of_the_stacked_form_are_those_of_the_layers(model: str, router: 
             for mine, other in zip(got.by_layer, expected.by_layer, strict=True):
                 assert mine == pytest.approx(other, abs=2e-3)
             assert got.survival.keys() == expected.survival.keys()
+
+
+@pytest.mark.parametrize(("model", "router"), [("ham", "learned"), ("full", "none")])
+def test_sequences_that_grow_are_read_side_by_side_as_one_by_one(
+    model: str, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("probes.registry.GROWN_ROWS", 64)
+    monkeypatch.setattr("probes.registry.GROWTH", ((0.5, 2), (0.5, 1)))
+    plans = [plan(model, router, seed=seed) for seed in (0, 1)]
+    assert [config.context_rows for _, config in plans[0].stages] == [36, 72]
+    assert plans[0].stage_rows == [3, 6]
+    for each, got in zip(plans, train_stacked(plans), strict=True):
+        alone = train(each)
+        for (_, first), (_, second) in zip(got.losses, alone.losses, strict=True):
+            assert first == pytest.approx(second, rel=2e-3)
 
 
 def in_step(folder: Path, **changes: object) -> list[Path]:

@@ -37,6 +37,8 @@ class PbcConfig(ProbeConfig):
         announce: a column says how far away the next marker is.
         row_jitter: largest shift of a marker against its schedule.
         ahead_rows: of an announcement before its setpoint is reached.
+        fade: factor of the level on rows that are not critical; less than 1 in training's first stages alone, since
+            everything that is read beside a marker hides at first that reading it helps.
     """
 
     items: int = 9
@@ -46,6 +48,7 @@ class PbcConfig(ProbeConfig):
     announce: bool = False
     row_jitter: int = 1
     ahead_rows: int = 4
+    fade: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +63,7 @@ class PbcConfig(ProbeConfig):
         return self.items if self.distractors < 0 else self.distractors
 
 
-@register_probe("pbc", version=1, slot="benchmark hygiene")
+@register_probe("pbc", version=2, slot="benchmark hygiene")
 class PredictableButCritical(Probe):
     Config = PbcConfig
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -83,6 +86,10 @@ class PredictableButCritical(Probe):
         "announce": (False, True),
         "row_jitter": (0, 1, 3),
     }
+    # levels beside the markers, and alarms, hide at first that reading a marker helps
+    curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = (
+        (0.3, {"fade": 0.0, "distractors": 0}), (0.2, {"fade": 0.3}), (0.5, {}),
+    )  # fmt: skip
     matched_flags = False
     flags_note = "decoys are alarms: flagged as such, as critical rows are flagged as markers"
     echo_decay = 1.0
@@ -110,6 +117,9 @@ class PredictableButCritical(Probe):
             at = rows.clamp_min(0)
             fill(canvas.x, rows, take(clean, at))
         answer = take(canvas.x, rows.clamp_min(0))  # [B, N, C]: what the row itself says
+        if config.fade < 1:
+            canvas.x[:, : canvas.T] *= config.fade
+            fill(canvas.x, rows, answer)
         self._mark(canvas, config, rows=rows, code=table[types], answer=answer, period=period)
         self._decoys(canvas, draws, config)
         return self._ask(canvas, config, rows=rows, code=table[types], answer=answer, asked=asked)

@@ -87,6 +87,8 @@ class RareRegimeReplay(Probe):
     }
     # induction over three rows is learned late; numbers on the visits first make it start
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.25, {"cue_flag": True}), (0.75, {}))
+    # frequent regimes alone fill shorter sequences
+    grows = False
     echo_rows = 1
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
