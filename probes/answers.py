@@ -42,8 +42,11 @@ class Results:
     @classmethod
     def of(cls, documents: Sequence[dict[str, Any]]) -> Results:
         groups, tables = {}, {}
-        for (tier, rung, _, budget), group in seeds_of(documents).items():
-            if tier != "T1":
+        trained = {key: group for key, group in seeds_of(documents).items() if key[0] == "T1"}
+        most = max((len(group) for group in trained.values()), default=0)
+        for (_, rung, _, budget), group in trained.items():
+            if len(group) < most:
+                # a trial of learning rates, or a line that is not finished
                 continue
             ordered = sorted(group, key=lambda content: content["data_manifest"]["train_seed"])
             identity = ordered[0]["identity"]
@@ -128,12 +131,15 @@ def _runs(found: Results, documents: Sequence[dict[str, Any]]) -> str:
     steps = sorted({content["runtime"]["steps"] for content in trained})
     seeds = sorted({len(group) for group in found.groups.values()})
     unsolved = [rung for rung in found.rungs if found.at(rung, "full", 1.0) is not None and not found.solved(rung)]
+    short = sorted({content["identity"]["rung"] for content in trained} - set(found.rungs), key=str)
     bad = sum(content["runtime"]["status"] != "ok" for content in trained)
     text = (
         f"{len(trained)} documents, {_list(steps)} training steps, {_list(seeds)} seeds a line, {bad} diverged. Skill"
         " is 1 for the oracle answer and 0 for the best predictor without a memory of items; in brackets 95 % over"
         " seeds and sequences; k/n seeds reach 0.8."
     )
+    if short:
+        text += f" Of {_list(short)} there are trials of learning rates alone, which no table below shows."
     if unsolved:
         text += (
             f" **Full attention does not solve {_list(unsolved)} (gate G1, skill below {SOLVED:g})**: what other lines"

@@ -6,10 +6,11 @@ B sequences · Q queries · Y numbers in an answer
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
+from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ SLOTS = (
     "benchmark hygiene",
 )
 
+V = TypeVar("V")
 # presets of so many rows are grown into: share of the training steps, and into how many parts sizes are divided
 GROWN_ROWS = 256
 GROWTH = ((0.4, 4), (0.25, 2), (0.35, 1))
@@ -106,16 +108,14 @@ class Probe:
         that tells one of many rows from the others.
         """
         growth = GROWTH if config.context_rows >= GROWN_ROWS and self.grows else ((1.0, 1),)
-        found, first, second = [], list(self.curriculum), list(growth)
-        while first and second:
-            (share, changes), (part, parts) = first[0], second[0]
-            least = min(share, part)
+        ends = {round(end, 9) for shares in (self.curriculum, growth) for end in accumulate(s for s, _ in shares)}
+        found, before = [], 0.0
+        for end in sorted(ends):
+            middle = (before + end) / 2
+            changes, parts = _at(self.curriculum, middle), _at(growth, middle)
             stage = replace(config, **changes) if changes else config
-            found.append((least, self.shrunk(stage, parts) if parts > 1 else stage))
-            for queue, (left, what) in ((first, (share, changes)), (second, (part, parts))):
-                queue[0] = (left - least, what)
-                if left - least < 1e-9:
-                    queue.pop(0)
+            found.append((end - before, self.shrunk(stage, parts) if parts > 1 else stage))
+            before = end
         return found
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
@@ -149,6 +149,16 @@ class Probe:
         return replace(
             batch, y=echo(batch.y), y_mask=mask, floor={name: echo(answer) for name, answer in batch.floor.items()}
         )
+
+
+def _at(shares: Sequence[tuple[float, V]], place: float) -> V:
+    """What holds at a place in [0, 1] of a sequence of shares."""
+    total = 0.0
+    for share, what in shares:
+        total += share
+        if place < total:
+            return what
+    return shares[-1][1]
 
 
 P = TypeVar("P", bound=type[Probe])

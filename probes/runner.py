@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ __all__ = ["run_cell", "run_plan", "run_t0_folder"]
 Report = Callable[[str, int, int, float], None]
 # each fills about 10 GiB and half of the time of a GPU
 GPU_RUNGS = 4
-SWITCH_S = 2e-4
 
 
 def run_plan(
@@ -115,34 +114,50 @@ def _run_rungs(
     written: list[Path] = []
     failures: list[str] = []
     late: list[str] = []
-    context = multiprocessing.get_context("spawn")
-    devices = devices_of(device)
-    with bars(len(rungs), progress) as report, ExitStack() as open_pools:
-        running: dict[Future[list[Path]], str] = {}
-        for place, each in enumerate(devices):
-            own = rungs[place :: len(devices)]
-            if own:
-                pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
-                open_pools.enter_context(pool)
-                running |= {
-                    pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline, fused=fused): rung
-                    for probe, rung in own
-                }
-        for finished in as_completed(running):
-            error, rung = finished.exception(), running[finished]
-            if error is None:
-                found = finished.result()
+    with bars(len(rungs), progress) as report:
+        for rung, work in _rungs_done(plan, rungs, root, device, workers, deadline, fused):
+            try:
+                found = work()
                 written += found
                 start_folder(root, [str(path.relative_to(root)) for path in found], versions, done=False)
-            elif isinstance(error, OutOfTime):
+            except OutOfTime:
                 late.append(rung)
-            else:
+            except Exception as error:  # noqa: BLE001 - told at the end: the other rungs go on
                 failures.append(f"{rung}: {''.join(traceback.format_exception(error))}")
             report.finish(rung)
     if failures:
         raise RuntimeError(f"{len(failures)} rungs failed, first {failures[0]}")
     start_folder(root, [], versions, done=done and not late)
     return sorted(written)
+
+
+def _rungs_done(
+    plan: RunPlan,
+    rungs: list[tuple[str, str]],
+    root: Path,
+    device: str,
+    workers: int,
+    deadline: float | None,
+    fused: bool,
+) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
+    """Rungs as they are done, and what gives their documents, or raises: here, or in processes of their own."""
+    devices = devices_of(device)
+    if workers <= 1 and len(devices) == 1:
+        for probe, rung in rungs:
+            yield rung, partial(run_rung, plan, probe, rung, root, device=devices[0], deadline=deadline, fused=fused)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as pools:
+        running: dict[Future[list[Path]], str] = {}
+        for place, each in enumerate(devices):
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
+            pools.enter_context(pool)
+            running |= {
+                pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline, fused=fused): rung
+                for probe, rung in rungs[place :: len(devices)]
+            }
+        for finished in as_completed(running):
+            yield running[finished], finished.result
 
 
 def _run_cells(
@@ -290,8 +305,6 @@ def _run_in_time(cell: Cell, root: Path, device: str, deadline: float | None) ->
 def _quiet_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    # the thread that feeds a device must not wait for those that draw sequences
-    sys.setswitchinterval(SWITCH_S)
 
 
 # --- bars

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ __all__ = ["OutOfTime", "run_rung"]
 
 Say = Callable[[str], None]
 POOLS_AHEAD = 2
+SWITCH_S = 2e-4
 LOG_FILE = "log.txt"
 BATCHES = POOL_SEQUENCES // BATCH_SEQUENCES
 
@@ -55,6 +57,8 @@ def run_rung(
     """
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        # the thread that feeds a device must not wait for those that draw sequences
+        sys.setswitchinterval(SWITCH_S)
 
     def say(text: str) -> None:
         with (root / LOG_FILE).open("a", encoding="utf-8") as log:
