@@ -20,7 +20,8 @@ from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, RunPlan, critica
 from probes.stacked import StackedNet
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
-from probes.stacked_train import stacked_loss, train_stacked
+from probes.stacked_ops import compiled_ops
+from probes.stacked_train import StackedTrainer, stacked_loss, train_stacked
 from probes.summary import best_rates, score_table
 from probes.train import TrainPlan, everything, make_net, sample, train, training_loss
 
@@ -31,7 +32,7 @@ NETWORKS = [("ham", router) for router in ROUTERS] + [
 
 
 def plan(
-    model: str, router: str, *, seed: int = 0, steps: int = 6, suite: str = "derD", rate: float = 4e-3
+    model: str, router: str, *, seed: int = 0, steps: int = 4, suite: str = "derD", rate: float = 4e-3
 ) -> TrainPlan:
     probe, rung = get_probe(suite)
     config = probe.config("smoke", rung, missed_tags=0.2, false_tags=2.0, items=6, queries=6)
@@ -42,6 +43,12 @@ def plan(
     )
 
 
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps need no thousand sequences."""
+    monkeypatch.setattr("probes.train.POOL_SEQUENCES", 64)
+
+
 def varied(net: torch.nn.Module) -> None:
     """Parameters that start as zeros or ones take other values, so that none of them is tested at a special one."""
     with torch.no_grad(), torch.random.fork_rng():
@@ -50,12 +57,13 @@ def varied(net: torch.nn.Module) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("suite", ["derD", "rrr"])
-@pytest.mark.parametrize(("model", "router"), NETWORKS)
+@pytest.mark.parametrize(
+    ("model", "router", "suite"),
+    [(*network, "derD") for network in NETWORKS]
+    + [("ham", "learned", "rrr"), ("ham", "mix", "rrr"), ("full", "none", "rrr")],
+)
 @pytest.mark.parametrize("warm", [False, True])
-def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router: str, warm: bool, suite: str) -> None:
-    if suite != "derD" and router not in ("learned", "mix", "none"):
-        pytest.skip("other rows: the networks with most inputs will do")
+def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router: str, suite: str, warm: bool) -> None:
     plans = [plan(model, router, seed=seed, suite=suite) for seed in (0, 1)]
     nets = [make_net(each) for each in plans]
     batches = [sample(each, generator(5 + each.seed), 8) for each in plans]
@@ -151,6 +159,28 @@ def test_sequences_that_grow_are_read_side_by_side_as_one_by_one(
         alone = train(each)
         for (_, first), (_, second) in zip(got.losses, alone.losses, strict=True):
             assert first == pytest.approx(second, rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("model", "router"), [("ham", "learned"), ("ham", "shuffled"), ("full", "none")])
+def test_a_captured_step_is_the_step(model: str, router: str, fused: bool) -> None:
+    plans = [replace(plan(model, router, seed=seed), device="cuda") for seed in (0, 1)]
+    rows = Rows.of([sample(each, generator(each.seed), 32) for each in plans], "cuda")
+    eager, captured = StackedTrainer(plans), StackedTrainer(plans)
+    if fused:
+        captured.stack.ops = compiled_ops()
+    for trainer in (eager, captured):
+        trainer.one.explores = False
+        trainer.fit(rows)
+    assert captured.stream is not None
+    for step in range(4):
+        eager.one(rows, warm=step < eager.one.warm_steps)
+        with torch.cuda.stream(captured.stream):
+            captured.advance(rows, step)
+        captured.stream.synchronize()
+        torch.testing.assert_close(captured.one.losses, eager.one.losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captured.stack.flat, eager.stack.flat, rtol=1e-3, atol=1e-4)
 
 
 def in_step(folder: Path, **changes: object) -> list[Path]:

@@ -73,7 +73,7 @@ class ActConfig(ProbeConfig):
         return self.lag + self.lag_jitter + tail + 1
 
 
-@register_probe("act", version=2, slot="control and counterfactuals")
+@register_probe("act", version=1, slot="control and counterfactuals")
 class ActionEffectRecall(Probe):
     Config = ActConfig
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {"act": {}, "actS": {"dose": "same"}}
@@ -95,9 +95,7 @@ class ActionEffectRecall(Probe):
         "announce": (False, True),
         "shape": ("impulse", "decay", "second"),
     }
-    curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = (
-        (0.2, {"dose": "same", "lag": 0}), (0.1, {"dose": "same", "lag": 1}), (0.7, {}),
-    )  # fmt: skip
+    curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.3, {"dose": "same"}), (0.7, {}))
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, ActConfig)
