@@ -104,14 +104,16 @@ class SharedKeys(HAMLayer):
     The equations of the paper use one key and one value for both; ``HAMLayer`` keeps them from before the convolution.
     """
 
-    def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        queries, keys, values = super()._convolved(padded)
-        self.written = keys, values  # 2 x [B C, N, H, K]
-        return queries, keys, values
-
-    def _local(self, raw_keys: torch.Tensor, raw_values: torch.Tensor, *rest: Any) -> Any:
-        keys, values = (x.reshape(raw_keys.shape) for x in self.written)
-        return super()._local(keys, values, *rest)
+    def _inputs(self, mixed: torch.Tensor, tokens: Tokens, memory: Any, turn: Any) -> Any:
+        plain = super()._inputs(mixed, tokens, memory, turn)
+        grid = mixed.shape[:2]  # B, C
+        keys = self._turned_keys(plain.k.unflatten(0, grid), turn)  # [B, N, C, H, K]
+        values = plain.v.unflatten(0, grid).transpose(1, 2)  # [B, N, C, H, K]
+        return replace(
+            plain,
+            keys=torch.cat([memory.pending.keys, keys], 1),
+            values=torch.cat([memory.pending.values, values], 1),
+        )
 
 
 class TokenModel(nn.Module):

@@ -109,7 +109,7 @@ def plain_tokens(stream: Stream, items: list[Any], *, complete: bool = False) ->
 class _StaticKernels:
     """Recurrence and read without a size that depends on data."""
 
-    name, why = "static", "exported"
+    name, why, fused = "static", "exported", False
 
     @property
     def gated_delta(self) -> Any:

@@ -28,8 +28,15 @@ TOLERANCE = 2e-5
 B, C, W = 2, 3, 2
 
 
+def drawn_layer(config: ModelConfig) -> HAMLayer:
+    """The same weights in every run: a draw whose gradient nearly vanishes makes any rounding look large."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return HAMLayer(config)
+
+
 def make_layer(heads: int, head_width: int, generator: torch.Generator) -> HAMLayer:
-    layer = HAMLayer(ModelConfig(width=heads * head_width, heads=heads, layers=1, window_patches=W, patch_steps=1))
+    layer = drawn_layer(ModelConfig(width=heads * head_width, heads=heads, layers=1, window_patches=W, patch_steps=1))
     with torch.no_grad():
         for weight in layer.parameters():
             weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
@@ -176,7 +183,7 @@ def two_chunks(layer: HAMLayer, tokens: list[Any], inputs: list[torch.Tensor]) -
 @pytest.mark.parametrize("router", ["surprise+tags", "learned+innovation+tags"])
 def test_a_whole_layer(router: str, generator: torch.Generator) -> None:
     config = ModelConfig(width=32, heads=2, layers=1, window_patches=W, patch_steps=2, router=router)
-    layer = HAMLayer(config)
+    layer = drawn_layer(config)
     with torch.no_grad():
         for weight in layer.parameters():
             weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
