@@ -176,15 +176,18 @@ def read_once(
 def _fixed_room(room: int) -> Iterator[None]:
     """Lay scratchpads out in a fixed number of rows while a graph is traced, instead of as many as are alive."""
 
-    def append(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor]:
+    def append(kept: Entries, local: Entries, *, fused: bool) -> tuple[Entries, torch.Tensor]:
+        del fused
         both = _joined(kept, local)
         B, M = kept.alive.shape
         before = torch.full((B, M), -1, device=local.alive.device)  # [B, M]
         origin = torch.arange(local.alive.shape[1], device=local.alive.device).expand(B, -1)  # [B, L]
         return both, torch.cat([before, origin], 1)
 
-    def merge(kept: Entries, local: Entries, *, most: int | None = None) -> tuple[Entries, torch.Tensor]:
-        del most
+    def merge(
+        kept: Entries, local: Entries, *, most: int | None = None, fused: bool = False
+    ) -> tuple[Entries, torch.Tensor]:
+        del most, fused
         both = _joined(kept, local)
         order = torch.argsort((~both.alive).to(torch.uint8), dim=1, stable=True)[:, :room]  # [B, M]
 

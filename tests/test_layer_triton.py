@@ -13,6 +13,7 @@ from triton_on_cpu import DEVICE, INTERPRETED, RUNS, WHY_NOT
 from hamts.config import ModelConfig
 from hamts.nn.ham import HAMLayer
 from hamts.nn.heads import Turn
+from hamts.nn.rows import RowMove
 from hamts.nn.scores import surprise
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.ops.kernels import Kernels
@@ -146,6 +147,22 @@ def test_errors_and_surprise(generator: torch.Generator) -> None:
         assert torch.allclose(mine, truth, rtol=1e-4, atol=1e-5)
     delta = UnreadDelta(values, values, values, beta[..., None] * error, beta)
     assert torch.allclose(delta.error, error, atol=1e-6) and torch.allclose(delta.prediction, values - error, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(9, (3, 8)), (70, (2, 600)), (5, (3,)), (1, (1, 1030))])
+def test_rows_closed_up_by_a_kernel(rows: int, shape: tuple[int, ...], generator: torch.Generator) -> None:
+    alive = (torch.rand(B, rows, generator=generator) < 0.4).to(DEVICE)
+    alive[0] = False
+    wide = draw(generator, B, rows, *shape)
+    for places in (rows, max(1, rows // 3)):
+        results = []
+        for fused in (False, True):
+            move = RowMove.closing(alive, places, fused=fused)
+            got = torch.where(move.filled.view(B, places, *(1,) * len(shape)), move(wide), 0.0)
+            weight = torch.arange(got.numel(), device=DEVICE).view(got.shape).sin()
+            results.append((got, *torch.autograd.grad((got * weight).sum(), wide)))
+        for mine, truth in zip(*results, strict=True):
+            assert torch.equal(mine, truth)
 
 
 def test_half_precision_comes_near_to_single(generator: torch.Generator) -> None:

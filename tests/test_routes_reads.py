@@ -66,8 +66,8 @@ def test_read_mass_is_the_mean_attention_of_all_later_reads(here: World, monkeyp
     marks: list[tuple[int, float, int]] = []
     append = ham.append_candidates
 
-    def keep(kept: object, fresh: object) -> object:
-        entries, origin = append(kept, fresh)  # type: ignore[arg-type]
+    def keep(kept: object, fresh: object, **how: bool) -> object:
+        entries, origin = append(kept, fresh, **how)  # type: ignore[arg-type]
         ids.append([(float(p), int(c)) for p, c in zip(entries.position[0], entries.channel[0], strict=True)])
         return entries, origin
 

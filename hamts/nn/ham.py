@@ -49,6 +49,18 @@ FASTEST_TOKENS, SLOWEST_TOKENS = 4.0, 512.0
 
 
 @dataclass(frozen=True)
+class Products:
+    """A chunk's tokens, and what the layer's maps make of them."""
+
+    narrow: torch.Tensor  # [B, C, N, D] in what products run in
+    gates: torch.Tensor  # [B, C, N, 4 H] in full precision
+    mixed: torch.Tensor  # [B, C, N, 3 D] queries, keys and values of both branches' memory
+    queries: torch.Tensor  # [B, C, N, D] of the read
+    opened: torch.Tensor  # [B, C, N, D] of the output gate
+    begun: list[torch.Tensor] | None = None  # [B, C, N, hidden] what the router's learners make of it first
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What both branches take of a chunk's projections."""
 
@@ -149,26 +161,23 @@ class HAMLayer(nn.Module):
         after = memory
         memory = prepared(memory, tracked=policy.threshold != "fixed", types=types, scores=len(self.router.names))
         turn = self.turn_of(tokens.position)
-        # one cast for all that multiply it
-        kind = x.device.type
-        narrow = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # [B, C, N, D]
-        # also under mixed precision: a decay of 0.999 has no bfloat16
-        with torch.autocast(kind, enabled=False):
-            gates = self.to_gates(x.to(self.to_gates.weight.dtype)).reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
-        inputs = self._inputs(self.to_memory(narrow), tokens, memory, turn)
+        of = self._products(x)
+        gates = of.gates.reshape(B, C, N, 4, H)  # [B, C, N, 4, H]
+        inputs = self._inputs(of.mixed, tokens, memory, turn)
         recurrent, beta, carried = self._recurrent(inputs, gates, tokens, memory, stepwise=stepwise)
         scores = self.router(
             x, recurrent=recurrent, values=inputs.v.unflatten(0, (B, C)), beta=beta, tokens=tokens,
-            error_mean=memory.error_mean, carried=carried, narrow=narrow, fused=self.kernels.fused,
+            error_mean=memory.error_mean, carried=carried, narrow=of.narrow, begun=of.begun,
+            fused=self.kernels.fused,
         )  # fmt: skip
         local = self._local(inputs, scores, tokens, memory.pending)
         decision = decide(
             local, tokens=tokens, policy=policy, carried=scores.carried, router=self.router,
             thresholds=self.thresholds, frozen=not advance,
         )  # fmt: skip
-        queries = self._queries(self.to_query(narrow), turn)  # [B, N, C, H, K]
+        queries = self._queries(of.queries, turn)  # [B, N, C, H, K]
         read, entries, until, origin = self._read(queries, decision, memory.scratchpad, policy)
-        both = self._both(recurrent.output, read, tokens.marks, gates, self.to_output_gate(narrow))  # [B, C, N, D]
+        both = self._both(recurrent.output, read, tokens.marks, gates, of.opened)  # [B, C, N, D]
         output = self.to_output(both)  # [B, C, N, D]
         if advance:
             after = self._after(
@@ -180,6 +189,24 @@ class HAMLayer(nn.Module):
     def step(self, x: torch.Tensor, *, tokens: Tokens, memory: LayerMemory, policy: Policy) -> LayerOutput:
         """One patch, [B, C, 1, D], through the step-by-step recurrence: what a stream runs."""
         return self.forward(x, tokens=tokens, memory=memory, policy=policy, stepwise=True)
+
+    def _products(self, x: torch.Tensor) -> Products:
+        """What the maps of a token, [B, C, N, D], make of it."""
+        # one cast for all that multiply it
+        kind = x.device.type
+        narrow = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # [B, C, N, D]
+        if self.kernels.fused:
+            from hamts.ops.layer_products import products
+
+            maps = [(linear.weight, linear.bias) for linear in (self.to_memory, self.to_query, self.to_output_gate)]
+            gates, (mixed, queries, opened, *begun) = products(
+                x, narrow=narrow, precise=(self.to_gates.weight, self.to_gates.bias), maps=maps + self.router.maps()
+            )
+            return Products(narrow, gates, mixed, queries, opened, begun)
+        # also under mixed precision: a decay of 0.999 has no bfloat16
+        with torch.autocast(kind, enabled=False):
+            gates = self.to_gates(x.to(self.to_gates.weight.dtype))  # [B, C, N, 4 H]
+        return Products(narrow, gates, self.to_memory(narrow), self.to_query(narrow), self.to_output_gate(narrow))
 
     def turn_of(self, position: torch.Tensor) -> Turn:
         """Angles by which the read's queries and keys turn with time, position [B, N]."""
@@ -272,7 +299,7 @@ class HAMLayer(nn.Module):
         if self.steps is not None and gone.steps is not None:
             fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, L C P]
         kept = replace(kept, keys=kept.keys.to(fresh.keys.dtype), values=kept.values.to(fresh.values.dtype))
-        entries, origin = append_candidates(kept, fresh)  # [B, M']
+        entries, origin = append_candidates(kept, fresh, fused=self.kernels.fused)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
         until = end_times(entries, visible_from, policy)  # [B, M']
@@ -373,7 +400,8 @@ class HAMLayer(nn.Module):
         survives = entries.alive & (visible_from <= N - 1) & (until > N - 1)  # [B, M']
         nothing = map_tensors(entries, lambda tensor: tensor[:, :0])
         most = None if policy.cap_kept is None or policy.cap_must is None else policy.cap_kept + policy.cap_must
-        scratchpad, _ = merge_candidates(nothing, replace(entries, alive=survives), most=most)
+        survivors = replace(entries, alive=survives)
+        scratchpad, _ = merge_candidates(nothing, survivors, most=most, fused=self.kernels.fused)
         local = decision.local if decision.local.asked is None else replace(decision.local, asked=decision.asked)
         pending = map_tensors(local, lambda tensor: tensor[:, -self.window :])
         return LayerMemory(state, tail, error_mean, pending, scratchpad, decision.carried)

@@ -81,7 +81,7 @@ class Router(nn.Module):
         self.names = tuple(name for name in config.router_names if name != "tags")
         self.uses_tags = "tags" in config.router_names
         self.reduction, self.decision, self.allocation = config.head_reduction, config.decision, config.allocation
-        self.learned_features = config.learned_features
+        self.learned_features, self.width = config.learned_features, config.width
         hidden = max(config.width // 4, 8)
 
         def learner(features: int) -> nn.Sequential:
@@ -101,6 +101,12 @@ class Router(nn.Module):
         self.register_buffer("on_log_scale", on_log, persistent=False)
 
     raw_on_log_scale: torch.Tensor
+
+    def maps(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What each learner multiplies a token with first: weight [hidden, D] and bias."""
+        learners = [learner for learner in (self.learned, self.mixed) if learner is not None]
+        firsts = [cast(nn.Linear, learner[0]) for learner in learners]
+        return [(first.weight[:, : self.width], first.bias) for first in firsts]
 
     def empty_carried(self, items: int, channels: int, like: torch.Tensor) -> Carried:
         """What the routers remember of nothing."""
@@ -148,6 +154,7 @@ class Router(nn.Module):
         error_mean: torch.Tensor,
         carried: Carried,
         narrow: torch.Tensor | None = None,
+        begun: list[torch.Tensor] | None = None,
         fused: bool = False,
     ) -> Scores:
         """Score a chunk.
@@ -160,6 +167,7 @@ class Router(nn.Module):
             error_mean: running error sums, [B, C, H, 2].
             carried: what else the routers remember.
             narrow: x in the dtype of autocast, where it is on.
+            begun: what the learners' ``maps`` make of the tokens, [B, C, N, hidden] each; None: it is made here.
             fused: whether errors are compared by one kernel.
         """
         narrow = x if narrow is None else narrow
@@ -180,7 +188,8 @@ class Router(nn.Module):
         inner, carried = self._expect(x, recurrent, tokens, carried)
         if inner is not None:
             available |= self._doubts(inner, tokens)
-        logits = self._logits(narrow, available, beta, tokens, x.dtype)  # [B, C, N] each
+        first = [F.linear(narrow, *pair) for pair in self.maps()] if begun is None else begun  # each [B, C, N, hidden]
+        logits = self._logits(first, available, beta, tokens, x.dtype)  # [B, C, N] each
         columns = [(logits | available)[name].detach() for name in self.names]  # S x [B, C, N]
         scores = torch.stack(columns, -1) if columns else x.new_zeros(*x.shape[:3], 0)  # [B, C, N, S]
         bias = torch.zeros_like(available["surprise"])  # [B, C, N]
@@ -200,24 +209,26 @@ class Router(nn.Module):
 
     def _logits(
         self,
-        x: torch.Tensor,
+        begun: list[torch.Tensor],
         available: dict[str, torch.Tensor],
         beta: torch.Tensor,
         tokens: Tokens,
         kind: torch.dtype,
     ) -> dict[str, torch.Tensor]:
         """The learned scores, which have a gradient, [B, C, N] each."""
-        logits = {}
+        logits: dict[str, torch.Tensor] = {}
+        if not begun:
+            return logits
         facts = [beta.detach().mean(-1), tokens.observed.to(kind).mean(-1)]  # 2 x [B, C, N]
         facts += [tokens.tags.any(-1).to(kind), tokens.must_keep.to(kind)]  # 4 x [B, C, N]
         if self.learned is not None:
             features = [torch.log1p(available["innovation"]), available["surprise"], *facts]  # 6 x [B, C, N]
             chosen = features if self.learned_features == "state" else []
-            logits["learned"] = _logit(self.learned, x, chosen)  # [B, C, N]
+            logits["learned"] = _logit(self.learned, begun[0], chosen)  # [B, C, N]
         if self.mixed is not None:
             # errors have long tails
             features = [torch.log1p(available[name].detach()) for name in MIXED]  # 6 x [B, C, N]
-            logits["mix"] = _logit(self.mixed, x, [*features, *facts])  # [B, C, N]
+            logits["mix"] = _logit(self.mixed, begun[-1], [*features, *facts])  # [B, C, N]
         return logits
 
     def _expect(
@@ -255,17 +266,18 @@ class Router(nn.Module):
         return relative, replace(carried, streams=after)
 
 
-def _logit(learner: nn.Sequential, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+def _logit(learner: nn.Sequential, hidden: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
     """A learner's score of the token and some numbers about it, its last sum in full precision, [B, C, N].
 
-    The first map is taken in two: a token joined to a few numbers would be copied, and as wide as no fast product is.
+    The first map is taken in two, of the token before this, [B, C, N, hidden]: a token joined to a few numbers would be
+    copied, and as wide as no fast product is.
     """
-    first, last, D = cast(nn.Linear, learner[0]), cast(nn.Linear, learner[-1]), x.shape[-1]
-    hidden = F.linear(x, first.weight[:, :D], first.bias)  # [B, C, N, hidden]
+    first, last = cast(nn.Linear, learner[0]), cast(nn.Linear, learner[-1])
     if features:
-        hidden = hidden + F.linear(torch.stack(features, -1), first.weight[:, D:])  # [B, C, N, hidden]
+        beside = first.weight[:, first.in_features - len(features) :]  # [hidden, features]
+        hidden = hidden + F.linear(torch.stack(features, -1), beside)  # [B, C, N, hidden]
     hidden = learner[1:-1](hidden)  # [B, C, N, hidden]
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         return last(hidden.to(last.weight.dtype)).squeeze(-1)
 
 

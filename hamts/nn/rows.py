@@ -42,29 +42,38 @@ class RowMove:
     filled: torch.Tensor  # [B, M] bool
     place: torch.Tensor  # [B, J] int64: the place of each row; any where it has none
     kept: torch.Tensor  # [B, J] bool
+    fused: bool = False  # wide rows move by a kernel: one pass instead of two or three, for the same numbers
 
     @staticmethod
-    def closing(alive: torch.Tensor, rows: int) -> RowMove:
+    def closing(alive: torch.Tensor, rows: int, *, fused: bool = False) -> RowMove:
         """Rows that are alive, [B, J], in their order and without gaps; those beyond ``rows`` are left out."""
         packed = compact(alive, rows)
         place = alive.cumsum(1) - 1  # [B, J]
         kept = alive & (place < rows)  # [B, J]
-        return RowMove(packed.source, packed.filled, place.clamp(0, max(rows - 1, 0)), kept)
+        return RowMove(packed.source, packed.filled, place.clamp(0, max(rows - 1, 0)), kept, fused)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[B, J, ...] -> [B, M, ...]; padding holds some row of the item."""
+        """[B, J, ...] -> [B, M, ...]; padding holds some row of the item, or nothing."""
         if not rows.requires_grad:
-            return _take(rows, self.source)
-        moved: torch.Tensor = _MoveRows.apply(rows, self.source, self.place, self.kept)
+            return _take(rows, self.source, self.filled, fused=self.fused)
+        moved: torch.Tensor = _MoveRows.apply(rows, self.source, self.filled, self.place, self.kept, self.fused)
         return moved
 
 
-def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Row numbers [B, M] of rows [B, J, ...] -> [B, M, ...]."""
+def _take(
+    rows: torch.Tensor, index: torch.Tensor, there: torch.Tensor, *, fused: bool, clear: bool = False
+) -> torch.Tensor:
+    """Row numbers [B, M] of rows [B, J, ...] -> [B, M, ...]; where nothing is to be, any row, or with ``clear`` 0."""
+    if fused and rows.dim() > 2:
+        from hamts.ops.rows_triton import take_rows
+
+        return take_rows(rows, index, there)
     if rows.is_cuda and _of_words(rows):
         # four numbers of two bytes at once
-        return _gathered(rows.view(torch.int64), index).view(rows.dtype)
-    return _gathered(rows, index)
+        taken = _gathered(rows.view(torch.int64), index).view(rows.dtype)
+    else:
+        taken = _gathered(rows, index)
+    return torch.where(there.reshape(*there.shape, *(1,) * (rows.dim() - 2)), taken, 0.0) if clear else taken
 
 
 def _of_words(rows: torch.Tensor) -> bool:
@@ -84,18 +93,24 @@ class _MoveRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows: torch.Tensor, source: torch.Tensor, place: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        return _take(rows, source)
+    def forward(
+        rows: torch.Tensor,
+        source: torch.Tensor,
+        filled: torch.Tensor,
+        place: torch.Tensor,
+        kept: torch.Tensor,
+        fused: bool,
+    ) -> torch.Tensor:
+        return _take(rows, source, filled, fused=fused)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, _, place, kept = inputs
-        ctx.save_for_backward(place, kept)
+        ctx.save_for_backward(*inputs[3:5])
+        ctx.fused = inputs[5]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         place, kept = ctx.saved_tensors
-        mask = kept.reshape(*kept.shape, *(1,) * (grad.dim() - 2))  # [B, J, ...]
         if grad.shape[1] == 0:
-            return grad.new_zeros(*kept.shape, *grad.shape[2:]), None, None, None
-        return torch.where(mask, _take(grad, place), 0.0), None, None, None
+            return grad.new_zeros(*kept.shape, *grad.shape[2:]), None, None, None, None, None
+        return _take(grad, place, kept, fused=ctx.fused, clear=True), None, None, None, None, None

@@ -183,20 +183,23 @@ def empty_memory(
     )
 
 
-def merge_candidates(kept: Entries, local: Entries, *, most: int | None = None) -> tuple[Entries, torch.Tensor]:
+def merge_candidates(
+    kept: Entries, local: Entries, *, most: int | None = None, fused: bool = False
+) -> tuple[Entries, torch.Tensor]:
     """Append newly routed tokens to the kept entries and close the gaps, oldest first.
 
     Args:
         kept: entries from before, [B, M].
         local: tokens of the window and the chunk in time order, [B, N C]; ``alive`` says which are routed.
         most: more than so many are never alive in an item; None: all may be.
+        fused: whether a kernel moves wide rows.
 
     Returns:
         The merged entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before
         and padding). M' is the largest count of any item, or more where asking for it would wait for the device.
     """
     alive = torch.cat([kept.alive, local.alive], dim=1)  # [B, J]
-    moved = RowMove.closing(alive, rows_for(alive, most))
+    moved = RowMove.closing(alive, rows_for(alive, most), fused=fused)
     merged = {}
     for f in fields(Entries):
         if getattr(local, f.name) is None:
@@ -208,7 +211,7 @@ def merge_candidates(kept: Entries, local: Entries, *, most: int | None = None) 
     return Entries(**merged), origin
 
 
-def append_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor]:
+def append_candidates(kept: Entries, local: Entries, *, fused: bool = False) -> tuple[Entries, torch.Tensor]:
     """The kept entries as they are, followed by the routed tokens without gaps between them.
 
     What ``merge_candidates`` gives, but for padding in the middle: kept rows have no gradient and are not moved.
@@ -216,7 +219,7 @@ def append_candidates(kept: Entries, local: Entries) -> tuple[Entries, torch.Ten
     Returns:
         Entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before).
     """
-    fresh, origin = merge_candidates(map_tensors(kept, lambda tensor: tensor[:, :0]), local)
+    fresh, origin = merge_candidates(map_tensors(kept, lambda tensor: tensor[:, :0]), local, fused=fused)
     if kept.alive.shape[1] == 0:
         return fresh, origin
     names = [f.name for f in fields(Entries) if getattr(kept, f.name) is not None]
