@@ -401,7 +401,7 @@ def fit_steps(machine: MachineConfig) -> Callable[[], Any]:
     run = Run(task, quiet=True)
     windows = StreamWindows(
         store, history, ends=ends, horizon=HORIZON_STEPS, config=train, cross_chance=0.5, device=DEVICE,
-        same_sizes=machine.cuda_graphs,
+        same_sizes=machine.cuda_graphs, few_prefixes=True,
     )  # fmt: skip
     module = HAMTrainer(task, run, FitState(windows, torch.Generator(DEVICE).manual_seed(1)))
     network.train()

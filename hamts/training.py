@@ -29,12 +29,22 @@ from hamts.data.constants import chosen, constant
 from hamts.data.patches import Chunk, PatchStore
 from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
-from hamts.nn.tokens import Policy, map_tensors
+from hamts.nn.tokens import Policy
 from hamts.ops.kernels import KernelError, Kernels, resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import stack_memories
 from hamts.training_auxiliary import inner_loss, score_loss
-from hamts.training_graphs import Passes, StepGraph, StepInputs, check_graphs, side_by_side
+from hamts.training_graphs import (
+    Passes,
+    Restarted,
+    Restarts,
+    StepGraph,
+    StepInputs,
+    check_graphs,
+    filled_up,
+    restarted,
+    side_by_side,
+)
 from hamts.training_parallel import (
     follow_average,
     follow_scores,
@@ -66,6 +76,7 @@ class HAMTrainer(L.LightningModule):
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.sharded = False
         self.graph: StepGraph | None = None
+        self.restarts: Restarts | None = None
 
     def configure_model(self) -> None:
         if self.task.machine.strategy == "fsdp" and not self.sharded:
@@ -112,12 +123,9 @@ class HAMTrainer(L.LightningModule):
         inputs = StepInputs(batch.parts, batch.share, batch.cross)
         if self.task.machine.cuda_graphs and self.graph is None:
             policy = self._policy(batch.share, batch.cross)
-            self.graph = StepGraph(
-                self._passes,
-                list(self.network.parameters()),
-                rows=(policy.cap_kept or 0) + (policy.cap_must or 0),
-                generators=[self.state.explore],
-            )
+            rows, drawn = (policy.cap_kept or 0) + (policy.cap_must or 0), [self.state.explore]
+            self.graph = StepGraph(self._passes, list(self.network.parameters()), rows=rows, generators=drawn)
+            self.restarts = Restarts(self._read_prefix, rows=rows, generators=drawn)
         result = (self.graph or self._passes)(inputs, self._memory(batch))
         self.state.carried = result.memory
         # added up where it is: asking for the number would wait for the device at every step
@@ -161,6 +169,9 @@ class HAMTrainer(L.LightningModule):
         """The carried memory; streams that restart get a fresh one, filled from the patches before their window."""
         rows = torch.nonzero(batch.reset).squeeze(1)  # [b], on the CPU: nothing waits for the device
         carried = self.state.carried
+        if carried is not None and self.graph is not None and carried is self.graph.memory:
+            self._renew(batch, carried)
+            return carried
         if carried is not None and len(rows) == 0:
             if self.sharded:
                 # weights are gathered from all processes, so all of them read a prefix or none does
@@ -173,19 +184,28 @@ class HAMTrainer(L.LightningModule):
         taken[rows] = len(taken) + torch.arange(len(rows))
         return stack_memories([carried, fresh]).select(sent(taken, batch.share.device))
 
-    @torch.no_grad()
+    def _renew(self, batch: Windows, carried: StreamMemory) -> None:
+        """Give streams that restart their new memory where the old one lies."""
+        if not bool(batch.reset.any()):
+            return
+        assert self.restarts is not None
+        rows, taken = filled_up(batch.reset)  # [R], [B]
+        self.restarts(carried, restarted(batch, rows, taken), batch.prefix)
+
     def _fresh(self, batch: Windows, rows: torch.Tensor) -> StreamMemory:
-        """Memory of streams that restart: warm statistics, and everything kept of the prefix by the present weights."""
+        """Memory of streams that restart, rows [b]."""
+        return self._read_prefix(restarted(batch, rows, torch.zeros_like(batch.items)), batch.prefix)
+
+    @torch.no_grad()
+    def _read_prefix(self, streams: Restarted, prefix: int) -> StreamMemory:
+        """Warm statistics, and everything kept of the patches before the context by the present weights."""
         network, windows = self.network, self.state.windows
-        chosen = sent(rows, batch.share.device)  # [b]
-        memory = replace(network.empty_memory(len(rows)), scale=map_tensors(batch.scale, lambda t: t[chosen]))
-        policy = replace(self._policy(batch.share[chosen], batch.cross[chosen]), masses=False)
-        items, begins = (sent(x[rows], windows.device) for x in (batch.items, batch.first))  # 2 x [b]
+        memory = replace(network.empty_memory(len(streams.items)), scale=streams.scale)
+        policy = replace(self._policy(streams.share, streams.cross), masses=False)
         network.eval()
         most = PREFIX_CHUNK_PATCHES if windows.device.type == "cpu" else PREFIX_CHUNK_PATCHES_GPU
-        for low in range(0, batch.prefix, most):
-            size = min(most, batch.prefix - low)
-            chunk = windows.store.window(items, begins - batch.prefix + low, size)
+        for low in range(0, prefix, most):
+            chunk = windows.store.window(streams.items, streams.first - prefix + low, min(most, prefix - low))
             memory = network(chunk, memory, policy, decode=False).memory
         network.train()
         return memory
@@ -306,6 +326,7 @@ def fit_network(
     windows = StreamWindows(
         store, history, ends=ends, horizon=horizon, config=config,
         cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0, device=device, same_sizes=machine.cuda_graphs,
+        few_prefixes=gpu,
     )  # fmt: skip
     if not gpu:
         keep_freed_memory()

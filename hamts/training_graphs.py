@@ -1,10 +1,13 @@
-"""A training step as one CUDA graph: its passes, its loss and all gradients are recorded once, and replayed.
+"""A training step as CUDA graphs: its passes, its loss and all gradients are recorded once, and replayed.
 
-Launching thousands of small kernels takes the host longer than they run. What changes size or is decided on the host
-stays outside: drawing windows, filling the memory of streams that restart, the optimiser. For that every batch and
-every memory has the same sizes, ``StreamWindows(same_sizes=True)`` and scratchpads of as many rows as their caps allow.
+Launching thousands of small kernels takes the host longer than they run. What is decided on the host stays outside:
+drawing windows, the optimiser. For that every batch and every memory has the same sizes,
+``StreamWindows(same_sizes=True)`` and scratchpads of as many rows as their caps allow. What streams that restart read
+first is recorded once for each of a few lengths and numbers of streams, ``StreamWindows(few_prefixes=True)``.
 
-B streams side by side · M entries
+The memory lies in the same place from the first step on; a step and a restart change it there.
+
+B streams side by side · M entries · R streams that restart, some repeated to fill up
 """
 
 from __future__ import annotations
@@ -19,15 +22,30 @@ from torch.autograd.function import once_differentiable
 
 from hamts.config import MachineConfig
 from hamts.data.patches import Chunk
+from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.ops.kernels import KernelError, Kernels
 from hamts.reader import StreamMemory
 from hamts.rollout import stack_memories, stack_trees
+from hamts.windows import Windows, sent
 
-__all__ = ["Passes", "StepGraph", "StepInputs", "check_graphs", "roomy", "side_by_side"]
+__all__ = [
+    "Passes",
+    "Restarted",
+    "Restarts",
+    "StepGraph",
+    "StepInputs",
+    "check_graphs",
+    "filled_up",
+    "restarted",
+    "roomy",
+    "side_by_side",
+]
 
 # steps before recording: kernels are compiled and tuned, the memory has all its parts
 PLAIN_STEPS = 3
+# where fewer than one stream in so many restarts, only so many are read
+FEW_RESTART = 4
 
 
 def check_graphs(machine: MachineConfig, kernels: Kernels, device: torch.device) -> None:
@@ -115,6 +133,24 @@ def _overwrite(target: Any, source: Any) -> None:
             a.copy_(b, non_blocking=True)
 
 
+def recorded(run: Callable[[], None], generators: Sequence[torch.Generator]) -> torch.cuda.CUDAGraph:
+    """What ``run`` launches, as a graph; it is not run yet. Raises KernelError where it cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    # weights cast before the graph would be those of this step for ever
+    torch.clear_autocast_cache()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        raise KernelError(f"cuda_graphs=True cannot record this step: {error}. Use cuda_graphs=False.") from error
+    finally:
+        torch.clear_autocast_cache()
+    return graph
+
+
 class StepGraph:
     """Runs the passes of a step: plainly at first, then recorded, then replayed."""
 
@@ -137,47 +173,138 @@ class StepGraph:
         self.plain_steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: StepInputs
-        self.memory: StreamMemory
+        self.memory: StreamMemory | None = None
         self.loss: torch.Tensor
         self.task: torch.Tensor
         self.gradients: tuple[torch.Tensor | None, ...]
 
     def __call__(self, inputs: StepInputs, memory: StreamMemory) -> Passes:
-        """Loss of a step whose gradient reaches the parameters, and the memory after it."""
-        memory = roomy(memory, self.rows)
+        """Loss of a step whose gradient reaches the parameters, and the memory after it, which lies in its place."""
         if self.plain_steps < PLAIN_STEPS:
             self.plain_steps += 1
-            return self.passes(inputs, memory)
+            if memory is self.memory:
+                # a copy: its gradient comes when the memory has changed already
+                memory = map_tensors(memory, lambda tensor: tensor.clone())
+            result = self.passes(inputs, roomy(memory, self.rows))
+            return replace(result, memory=self._hold(result.memory))
+        held = self._hold(memory)
         if self.graph is None:
-            self._record(inputs, memory)
+            self.graph = self._record(inputs)
         else:
             _overwrite(self.inputs, inputs)
-            _overwrite(self.memory, memory)
-        assert self.graph is not None
         self.graph.replay()
         loss: torch.Tensor = _Replayed.apply(self.loss, self.gradients, *self.parameters)
-        return Passes(loss, self.task, self.memory)
+        return Passes(loss, self.task, held)
 
-    def _record(self, inputs: StepInputs, memory: StreamMemory) -> None:
+    def _hold(self, memory: StreamMemory) -> StreamMemory:
+        """The memory in its place; it stays there."""
+        if memory is self.memory:
+            return memory
+        memory = roomy(memory, self.rows)
+        if self.memory is None:
+            # as the passes make it: under mixed precision narrower than an empty one
+            self.memory = map_tensors(memory, lambda tensor: tensor.detach().clone())
+        else:
+            _overwrite(self.memory, memory)
+        return self.memory
+
+    def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph:
+        memory = self.memory
+        assert memory is not None
         self.inputs = map_tensors(inputs, lambda tensor: tensor.clone())
-        self.memory = map_tensors(memory, lambda tensor: tensor.detach().clone())
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        # weights cast before the graph would be those of this step for ever
-        torch.clear_autocast_cache()
-        torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph):
-                result = self.passes(self.inputs, self.memory)
-                self.gradients = torch.autograd.grad(result.loss, self.parameters, allow_unused=True)
-                self.loss, self.task = result.loss.detach(), result.task.detach()
-                _overwrite(self.memory, roomy(result.memory, self.rows))
-        except RuntimeError as error:
-            raise KernelError(f"cuda_graphs=True cannot record this step: {error}. Use cuda_graphs=False.") from error
-        finally:
-            torch.clear_autocast_cache()
-        self.graph = graph
+
+        def step() -> None:
+            result = self.passes(self.inputs, memory)
+            self.gradients = torch.autograd.grad(result.loss, self.parameters, allow_unused=True)
+            self.loss, self.task = result.loss.detach(), result.task.detach()
+            _overwrite(memory, roomy(result.memory, self.rows))
+
+        return recorded(step, self.generators)
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """Streams that restart, on the device."""
+
+    items: torch.Tensor  # [R] int64
+    first: torch.Tensor  # [R] int64: first patch of the context
+    scale: ScaleState  # of R streams
+    share: torch.Tensor  # [R]
+    cross: torch.Tensor  # [R] bool
+    taken: torch.Tensor  # [B] int64: which of the R each stream is
+    anew: torch.Tensor  # [B] bool: whether it is any
+
+
+def restarted(batch: Windows, rows: torch.Tensor, taken: torch.Tensor) -> Restarted:
+    """What is read of some streams of a batch, sent to the device; rows [R], taken [B], both on the CPU."""
+    device = batch.share.device
+    chosen = sent(rows, device)  # [R]
+    return Restarted(
+        items=sent(batch.items[rows], device),
+        first=sent(batch.first[rows], device),
+        scale=map_tensors(batch.scale, lambda tensor: tensor[chosen]),
+        share=batch.share[chosen],
+        cross=batch.cross[chosen],
+        taken=sent(taken, device),
+        anew=sent(batch.reset, device),
+    )
+
+
+def filled_up(reset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which streams to read a prefix of, in one of two numbers, and which of them each stream is: [R], [B].
+
+    reset [B] bool, some of them. Those that restart come first; to fill up, the first of them is read again.
+    """
+    B, rows = len(reset), torch.nonzero(reset).squeeze(1)  # [], [b]
+    few = max(1, B // FEW_RESTART)
+    padded = rows[:1].repeat(few if len(rows) <= few else B)  # [R]
+    padded[: len(rows)] = rows
+    taken = torch.zeros(B, dtype=torch.int64)  # [B]
+    taken[rows] = torch.arange(len(rows))
+    return padded, taken
+
+
+class Restarts:
+    """Gives streams a new memory where the old one lies: launched the first time, then recorded, then replayed."""
+
+    def __init__(
+        self,
+        read: Callable[[Restarted, int], StreamMemory],
+        *,
+        rows: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        """Read the patches before a context, by items and by how many, into memories of R streams.
+
+        Args:
+            rows: most entries of a scratchpad.
+            generators: of random numbers, on the device, that reading draws from beside the default one.
+        """
+        self.read, self.rows, self.generators = read, rows, list(generators)
+        self.known: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Restarted] | None] = {}
+
+    def __call__(self, memory: StreamMemory, streams: Restarted, prefix: int) -> None:
+        key = (len(streams.items), prefix)
+        if key not in self.known:
+            # kernels are compiled and tuned
+            self.known[key] = None
+            self._renew(memory, streams, prefix)
+            return
+        found = self.known[key]
+        if found is None:
+            inputs = map_tensors(streams, lambda tensor: tensor.clone())
+            found = recorded(lambda: self._renew(memory, inputs, prefix), self.generators), inputs
+            self.known[key] = found
+        graph, inputs = found
+        _overwrite(inputs, streams)
+        graph.replay()
+
+    @torch.no_grad()
+    def _renew(self, memory: StreamMemory, streams: Restarted, prefix: int) -> None:
+        fresh = roomy(self.read(streams, prefix), self.rows)
+        for mine, new in zip(_leaves(memory), _leaves(fresh), strict=True):
+            new = new.index_select(0, streams.taken).to(mine.dtype)  # [B, ...]
+            mine.copy_(torch.where(streams.anew.view(-1, *(1,) * (mine.dim() - 1)), new, mine))
 
 
 class _Replayed(torch.autograd.Function):

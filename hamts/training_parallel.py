@@ -124,17 +124,13 @@ def everyones(scores: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def follow_average(averaged: AveragedModel, network: nn.Module) -> None:
     """Move the averaged weights towards the network's, which may be spread over processes."""
-    parts = [p for p in network.parameters() if hasattr(p, "full_tensor")]
-    if not parts:
-        averaged.update_parameters(network)
-        return
     current: list[torch.Tensor] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in network.parameters()]
     mine: list[torch.Tensor] = list(averaged.module.parameters())
+    # not its own method: that sends the count to the device and asks for it back, a wait in every step
     if int(averaged.n_averaged) == 0:
         torch._foreach_copy_(mine, current)
     else:
         assert averaged.multi_avg_fn is not None
         averaged.multi_avg_fn(mine, current, averaged.n_averaged)
-    for buffer, value in zip(averaged.module.buffers(), network.buffers(), strict=True):
-        buffer.copy_(value)
+    torch._foreach_copy_(list(averaged.module.buffers()), list(network.buffers()))
     averaged.n_averaged += 1

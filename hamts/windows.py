@@ -26,6 +26,8 @@ __all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "scale_histo
 EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.75
 # chance that the targets of a training stream read one another, where validation is to decide
 CROSS_CHANCE = 0.5
+# where prefixes have few lengths: the longest, and so many more, each shorter by this factor
+PREFIX_LENGTHS, PREFIX_RATIO = 4, 4
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,14 @@ class StreamWindows(IterableDataset[Windows]):
         cross_chance: float,
         device: torch.device | str = "cpu",
         same_sizes: bool = False,
+        few_prefixes: bool = False,
     ) -> None:
         """Where streams are is kept on the CPU; rows and statistics on ``device``, where windows are cut.
 
-        With ``same_sizes`` every forecast has room for the longest, so that all batches have the same sizes.
+        With ``same_sizes`` every forecast has room for the longest, so that all batches have the same sizes. With
+        ``few_prefixes`` a prefix has one of five lengths: what depends on it is prepared once for each.
         """
-        self.cross_chance, self.same_sizes = cross_chance, same_sizes
+        self.cross_chance, self.same_sizes, self.few_prefixes = cross_chance, same_sizes, few_prefixes
         self.horizon, self.config, self.device = horizon, config, torch.device(device)
         self.host = store
         self.store, self.history = map_tensors((store, history), lambda tensor: tensor.to(device))
@@ -182,7 +186,11 @@ class StreamWindows(IterableDataset[Windows]):
     def _prefix(self) -> int:
         """How much restarted streams read first; one length a step, evenly spread in its logarithm."""
         longest = math.log(1 + self.config.prefix_patches)
-        return int(math.exp(float(self._uniform(1)) * longest)) - 1
+        drawn = float(self._uniform(1)) * longest
+        if not self.few_prefixes:
+            return int(math.exp(drawn)) - 1
+        lengths = {0, *(self.config.prefix_patches // PREFIX_RATIO**k for k in range(PREFIX_LENGTHS))}
+        return min(sorted(lengths), key=lambda length: abs(math.log(1 + length) - drawn))
 
     def _warm(self, prefix: int) -> ScaleState:
         """Statistics of each stream before its prefix, [B, C, ...]."""

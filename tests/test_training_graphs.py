@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import HORIZON, make_network, make_panel, make_store, policy_for, whole_chunk
+from networks import HORIZON, leaves, make_network, make_panel, make_store, policy_for, whole_chunk
+from torch.optim.swa_utils import AveragedModel
 
+from hamts import training, training_graphs
+from hamts import windows as windows_module
+from hamts.checks import moving_average
 from hamts.config import MachineConfig, TrainConfig
 from hamts.errors import DataError
 from hamts.forecaster import fit
 from hamts.nn.tokens import map_tensors
 from hamts.ops.kernels import KernelError, Kernels
+from hamts.reader import StreamMemory
 from hamts.resolve import Plan
-from hamts.training_graphs import check_graphs, roomy, side_by_side
+from hamts.training_graphs import Restarted, Restarts, check_graphs, filled_up, restarted, roomy, side_by_side
+from hamts.training_parallel import follow_average
 from hamts.windows import StreamWindows, scale_history
 
+STEPS = 40
 BOTH, CUDA = Kernels("fla+triton"), torch.device("cuda")
 
 
@@ -104,16 +112,146 @@ def test_forecasts_side_by_side_are_those_made_one_by_one() -> None:
     assert torch.allclose(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_prefixes_of_few_lengths_are_those_nearest_to_any() -> None:
+    store = make_store(make_panel((200, 160, 180)))
+    network = make_network(calibrate=False)
+    config = TrainConfig(batch_windows=4, context_patches=6, prefix_patches=512)
+    drawn = []
+    for few in (False, True):
+        windows = StreamWindows(
+            store, scale_history(network, store), ends=np.array([190, 150, 170]), horizon=HORIZON, config=config,
+            cross_chance=0.5, few_prefixes=few,
+        )  # fmt: skip
+        drawn.append([windows.draw().prefix for _ in range(60)])
+    assert set(drawn[1]) == {0, 8, 32, 128, 512}
+    for any_length, few_length in zip(*drawn, strict=True):
+        assert abs(np.log(1 + any_length) - np.log(1 + few_length)) <= np.log(9) / 2 + np.log(2)
+
+
+def test_streams_to_read_again_fill_up_to_one_of_two_numbers() -> None:
+    reset = torch.zeros(8, dtype=torch.bool)
+    reset[[6, 2]] = True
+    rows, taken = filled_up(reset)
+    assert rows.tolist() == [2, 6] and taken[[2, 6]].tolist() == [0, 1]
+    reset[[1, 3]] = True
+    rows, taken = filled_up(reset)
+    assert rows.tolist() == [1, 2, 3, 6, 1, 1, 1, 1] and rows[taken[reset]].tolist() == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize("restarting", [[1], [0, 2, 3]])
+def test_streams_restart_where_their_memory_lies(
+    prefix: int, restarting: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched, recorded, replayed: each stream has the memory that it would have been given."""
+    store = make_store(make_panel())
+    network = make_network(calibrate=False)
+    config = TrainConfig(batch_windows=4, context_patches=6, prefix_patches=8)
+    windows = StreamWindows(
+        store, scale_history(network, store), ends=store.lengths.numpy(), horizon=HORIZON, config=config,
+        cross_chance=0.5,
+    )  # fmt: skip
+    read: list[int] = []
+
+    def read_prefix(streams: Restarted, patches: int) -> StreamMemory:
+        read.append(len(streams.items))
+        memory = replace(network.empty_memory(len(streams.items)), scale=streams.scale)
+        if patches == 0:
+            return memory
+        policy = policy_for(network, len(streams.items), cap_kept=5, cap_must=3)
+        chunk = store.window(streams.items, streams.first - patches, patches)
+        return network(chunk, memory, policy, decode=False).memory
+
+    monkeypatch.setattr(training_graphs, "recorded", lambda run, _: SimpleNamespace(replay=run))
+    restarts = Restarts(read_prefix, rows=12, generators=[])
+    everyone, held = torch.arange(4), None
+    with torch.no_grad():
+        for _ in range(3):
+            batch = replace(windows.draw(), prefix=prefix, reset=torch.zeros(4, dtype=torch.bool))
+            batch.reset[restarting] = True
+            held = held or roomy(read_prefix(restarted(batch, everyone, everyone), 5), 12)
+            before = map_tensors(held, lambda tensor: tensor.clone())
+            rows, taken = filled_up(batch.reset)
+            restarts(held, restarted(batch, rows, taken), prefix)
+            assert read[-1] == (1 if len(restarting) == 1 else 4)
+            alone = roomy(read_prefix(restarted(batch, torch.tensor(restarting), taken), prefix), 12)
+            for b in range(4):
+                wanted = before.select(torch.tensor([b]))
+                if b in restarting:
+                    wanted = alone.select(torch.tensor([restarting.index(b)]))
+                found = leaves(held.select(torch.tensor([b])))
+                for name, truth in leaves(wanted).items():
+                    assert torch.allclose(found[name].double(), truth.double(), rtol=1e-5, atol=1e-5), name
+    assert list(restarts.known) == [(1 if len(restarting) == 1 else 4, prefix)]
+
+
+def test_a_fit_whose_memory_stays_in_its_place_is_the_plain_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the recording itself, on a CPU: what would be recorded is run instead."""
+    ran = []
+
+    def record(run: Any, generators: Any) -> Any:
+        ran.append(run)
+        return SimpleNamespace(replay=run)
+
+    monkeypatch.setattr(training_graphs, "recorded", record)
+    monkeypatch.setattr(training, "check_graphs", lambda *_: None)
+    # a longer forecast is another loss of the scores
+    monkeypatch.setattr(training, "StreamWindows", lambda *a, **k: StreamWindows(*a, **{**k, "same_sizes": True}))
+    options = {"preset": "tiny", "h": 6, "max_steps": 12, "accelerator": "cpu", "batch_windows": 8}
+    options["routing"] = {"explore_share": 0.0}
+    plain, in_graphs = (
+        fit(frame(), **options, verbose=False, progress=False, machine={"cuda_graphs": graphs}).report
+        for graphs in (False, True)
+    )
+    assert len(ran) > 1
+    for before, after in zip(plain.history, in_graphs.history, strict=True):
+        assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-3)
+    assert in_graphs.best_score == pytest.approx(plain.best_score, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_step_waits_for_the_device(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait in every step leaves the device idle for as long as the host takes to go on."""
+    watched = []
+
+    class Watching(training.Checks):
+        def on_train_batch_end(self, *given: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+            super().on_train_batch_end(*given)
+            # what is made or recorded once, is by now: from here to the next call a wait is an error
+            if given[-1] == STEPS - 2:
+                watched.append(given[-1])
+                torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(training, "Checks", Watching)
+    options = {"h": 6, "max_steps": STEPS, "accelerator": "gpu", "precision": "bf16-mixed", "kernel": "fla+triton"}
+    monkeypatch.setattr(windows_module, "PREFIX_LENGTHS", 1)
+    try:
+        fit(frame(), **options, verbose=False, progress=False, machine={"cuda_graphs": graphs})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched == [STEPS - 2]
+    network = torch.nn.Linear(3, 3).to("cuda")
+    averaged = AveragedModel(network, multi_avg_fn=moving_average(0.9))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            follow_average(averaged, network)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_recorded_fit_is_the_plain_fit(precision: str) -> None:
     options = {"h": 6, "max_steps": 12, "accelerator": "gpu", "precision": precision, "kernel": "fla+triton"}
-    plain, recorded = (
+    plain, in_graphs = (
         fit(frame(), **options, verbose=False, progress=False, machine={"cuda_graphs": graphs}).report
         for graphs in (False, True)
     )
-    assert recorded.steps == plain.steps == 12
-    assert recorded.best_score == pytest.approx(plain.best_score, rel=0.02)
+    assert in_graphs.steps == plain.steps == 12
+    assert in_graphs.best_score == pytest.approx(plain.best_score, rel=0.02)
 
 
 def test_a_plan_says_that_steps_are_recorded_and_otherwise_is_what_it_always_was() -> None:
