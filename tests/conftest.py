@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_data)
 
 
+@pytest.fixture(autouse=True)
+def _drawn_alike() -> None:
+    """The weights of layers that a test makes are the same in every run."""
+    torch.manual_seed(SEED)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(SEED)

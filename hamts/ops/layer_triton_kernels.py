@@ -22,6 +22,8 @@ __all__ = [
     "inputs_kernel",
     "queries_grad_kernel",
     "queries_kernel",
+    "unit_rows",
+    "unit_rows_grad",
     "written_grad_kernel",
 ]
 
@@ -81,14 +83,28 @@ def _partner(units, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def unit_rows(x, K: tl.constexpr):
+    """Rows of root mean square 1, [BT, BK], and the factors, [BT], that made them so."""
+    factor = tl.rsqrt(tl.sum(x * x, 1) / K + NORM_EPS)
+    return x * factor[:, None], factor
+
+
+@triton.jit
+def unit_rows_grad(inner, normed, factor, K: tl.constexpr):
+    """Gradient of the rows before ``unit_rows``, from that of the rows after it, [BT, BK]."""
+    mean = tl.sum(inner * normed, 1) / K
+    return factor[:, None] * (inner - normed * mean[:, None])
+
+
+@triton.jit
 def _turned(
     raw_ptr, raw, gain_ptr, base, cos_ptr, sin_ptr, item, rows, units, inside, good, n_tokens, head, K: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Head norm and rotation of raw vectors, [BT, BK], whose rows begin at ``base``, [BT]."""
-    factor = tl.rsqrt(tl.sum(raw * raw, 1) / K + NORM_EPS)
+    normed, factor = unit_rows(raw, K)
     gain = tl.load(gain_ptr + head * K + units, mask=good, other=0.0)
-    value = raw * factor[:, None] * gain[None, :]
+    value = normed * gain[None, :]
     if PAIRS:
         partner = _partner(units, PAIRS)
         cosine, sine = _angles(cos_ptr, sin_ptr, item, rows, units, inside, n_tokens, PAIRS)
@@ -113,12 +129,9 @@ def _turned_grad(
         other = tl.load(grad_ptr + base[:, None] + partner[None, :], mask=there, other=0.0).to(tl.float32)
         grad = grad * cosine - other * sine
     grad *= scale
-    factor = tl.rsqrt(tl.sum(raw * raw, 1) / K + NORM_EPS)
-    normed = raw * factor[:, None]
+    normed, factor = unit_rows(raw, K)
     gain = tl.load(gain_ptr + head * K + units, mask=good, other=0.0)
-    inner = grad * gain[None, :]
-    mean = tl.sum(inner * normed, 1) / K
-    return factor[:, None] * (inner - normed * mean[:, None]), tl.sum(grad * normed, 0)
+    return unit_rows_grad(grad * gain[None, :], normed, factor, K), tl.sum(grad * normed, 0)
 
 
 @triton.jit(do_not_specialize=VARYING)

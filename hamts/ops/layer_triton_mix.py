@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hamts.ops.layer_triton_kernels import NORM_EPS, UNIT_EPS, VARYING
+from hamts.ops.layer_triton_kernels import UNIT_EPS, VARYING, unit_rows, unit_rows_grad
 
 __all__ = ["compared_kernel", "mix_grad_kernel", "mix_kernel"]
 
@@ -36,8 +36,8 @@ def _level(marks_ptr, now_ptr, exact_row, token, inside):
 @triton.jit
 def _branch(x, gain_ptr, head, units, good, K: tl.constexpr):
     """Head norm without its gain, the gain, and its factor: [BT, BK], [BK], [BT]."""
-    factor = tl.rsqrt(tl.sum(x * x, 1) / K + NORM_EPS)
-    return x * factor[:, None], tl.load(gain_ptr + head * K + units, mask=good, other=0.0), factor
+    normed, factor = unit_rows(x, K)
+    return normed, tl.load(gain_ptr + head * K + units, mask=good, other=0.0), factor
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -117,14 +117,11 @@ def mix_grad_kernel(
         tl.store(dgates_ptr + gate_place + H, tl.sum(grad * of_exact, 1) * exact_gate * (1.0 - exact_gate), mask=inside)
         of_gain = gate[:, None] * grad
         sum_gain += of_gain * normed
-        inner = of_gain * gain[None, :]
-        mean = tl.sum(inner * normed, 1) / K
-        tl.store(drecurrent_ptr + place, factor[:, None] * (inner - normed * mean[:, None]), mask=there)
+        drecurrent = unit_rows_grad(of_gain * gain[None, :], normed, factor, K)
+        tl.store(drecurrent_ptr + place, drecurrent, mask=there)
         of_gain = exact_gate[:, None] * grad
         sum_exact_gain += of_gain * exact_normed
-        inner = of_gain * exact_gain[None, :]
-        mean = tl.sum(inner * exact_normed, 1) / K
-        dexact = exact_factor[:, None] * (inner - exact_normed * mean[:, None])
+        dexact = unit_rows_grad(of_gain * exact_gain[None, :], exact_normed, exact_factor, K)
         tl.store(dexact_ptr + exact_place, dexact, mask=there)
         sum_level += dexact * level[:, None]
         sum_spread += dexact * spread[:, None]
