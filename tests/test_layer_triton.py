@@ -11,10 +11,12 @@ from networks import random_tokens
 from triton_on_cpu import DEVICE, INTERPRETED, RUNS, WHY_NOT
 
 from hamts.config import ModelConfig
+from hamts.nn.eviction import end_times
 from hamts.nn.ham import HAMLayer
 from hamts.nn.heads import Turn
 from hamts.nn.rows import RowMove
 from hamts.nn.scores import surprise
+from hamts.nn.scratchpad import Entries
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.ops.kernels import Kernels
 from hamts.ops.types import UnreadDelta
@@ -163,6 +165,23 @@ def test_rows_closed_up_by_a_kernel(rows: int, shape: tuple[int, ...], generator
             results.append((got, *torch.autograd.grad((got * weight).sum(), wide)))
         for mine, truth in zip(*results, strict=True):
             assert torch.equal(mine, truth)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, 40, 1100])
+def test_places_and_ends_of_entries(rows: int, share: float, generator: torch.Generator) -> None:
+    alive, must = (torch.rand(2, B, rows, generator=generator) < torch.tensor([share, 0.3])[:, None, None]).to(DEVICE)
+    for places in (rows, max(1, rows // 5), rows + 3):
+        ours, theirs = (RowMove.closing(alive, places, fused=fused) for fused in (True, False))
+        for name in ("source", "filled", "place", "kept"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    appears = torch.arange(rows, device=DEVICE).expand(B, -1) // 3
+    nothing = {name: torch.zeros(B, rows, 1, device=DEVICE) for name in Entries.__dataclass_fields__}
+    entries = Entries(**{**nothing, "alive": alive, "must_keep": must})
+    for caps in ((None, None), (7, None), (0, 2), (40, 5)):
+        policy = Policy(torch.ones(B), torch.ones(B, 1, 1, dtype=torch.bool), cap_kept=caps[0], cap_must=caps[1])
+        ours, theirs = (end_times(entries, appears, policy, fused=fused) for fused in (True, False))
+        assert torch.equal(ours, theirs), caps
 
 
 def test_half_precision_comes_near_to_single(generator: torch.Generator) -> None:

@@ -30,13 +30,16 @@ both = layer.layer_triton.mixed_branches(
 )
 layer.layer_triton.compared(v, v)
 (q.sum() + k.sum() + keys.sum() + values.sum() + both.sum()).backward()
-from hamts.ops.rows_triton import take_rows
+from hamts.ops.rows_triton import close_rows, end_rows, take_rows
 
 take_rows(torch.zeros(2, 9, 2, width, **half), torch.zeros(2, 4, dtype=torch.int64), present[:, :4])
+close_rows(present, 5)
+end_rows(present, present, torch.zeros(2, 9, dtype=torch.int64), cap_kept=3, cap_must=2)
 """
 KERNELS = {
     "inputs_kernel", "written_grad_kernel", "inputs_grad_kernel", "queries_kernel", "queries_grad_kernel",
     "mix_kernel", "mix_grad_kernel", "compared_kernel", "rows_kernel",
+    "closing_kernel", "rank_kernel", "end_kernel",
 }  # fmt: skip
 
 

@@ -42,14 +42,21 @@ def whole_numbers(scores: torch.Tensor) -> torch.Tensor:
     return torch.round(scores.double() / STEP).clamp(-LARGEST_KEY, LARGEST_KEY).long()
 
 
-def end_times(entries: Entries, visible_from: torch.Tensor, policy: Policy) -> torch.Tensor:
+def end_times(entries: Entries, visible_from: torch.Tensor, policy: Policy, *, fused: bool = False) -> torch.Tensor:
     """First query that no longer sees each entry, [B, M] int64.
 
     Args:
         visible_from: first query of this chunk that sees the entry, [B, M] int64, rising; the entries' order is that of
             time.
+        fused: whether kernels work out the rule of the newest.
     """
     if policy.eviction == "fifo" and policy.tags is None:
+        if fused and policy.cap_each is None:
+            from hamts.ops.rows_triton import end_rows
+
+            return end_rows(
+                entries.must_keep, entries.alive, visible_from, cap_kept=policy.cap_kept, cap_must=policy.cap_must
+            )
         room = policy.cap_kept if policy.cap_each is None else _caps(entries, policy)[0]
         return lifetimes(entries, visible_from, cap_kept=room, cap_must=policy.cap_must)
     until = torch.full_like(visible_from, NEVER)  # [B, M]

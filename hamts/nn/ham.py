@@ -302,7 +302,7 @@ class HAMLayer(nn.Module):
         entries, origin = append_candidates(kept, fresh, fused=self.kernels.fused)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
-        until = end_times(entries, visible_from, policy)  # [B, M']
+        until = end_times(entries, visible_from, policy, fused=self.kernels.fused)  # [B, M']
         scratch = ScratchKeys(
             keys=entries.keys,
             values=entries.values,

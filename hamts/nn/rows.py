@@ -47,6 +47,10 @@ class RowMove:
     @staticmethod
     def closing(alive: torch.Tensor, rows: int, *, fused: bool = False) -> RowMove:
         """Rows that are alive, [B, J], in their order and without gaps; those beyond ``rows`` are left out."""
+        if fused:
+            from hamts.ops.rows_triton import close_rows
+
+            return RowMove(*close_rows(alive, rows), fused)
         packed = compact(alive, rows)
         place = alive.cumsum(1) - 1  # [B, J]
         kept = alive & (place < rows)  # [B, J]
