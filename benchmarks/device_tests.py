@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,10 @@ FILES = (
     "tests/test_attend_triton.py",
     "tests/test_compact.py",
 )
-OPTIONS = ("-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "--tb=short", "-rfE")
+# without the configuration that needs plugins
+OPTIONS = (
+    "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", "-rfE",
+)  # fmt: skip
 ENDED = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE)
 
 
@@ -41,7 +45,10 @@ def collected(file: str, only: str) -> list[str]:
     """Tests of a file whose name fits."""
     command = pytest_command("--collect-only", "-q", *(["-k", only] if only else []), file)
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return [line for line in ran.stdout.splitlines() if line.startswith(f"{file}::")]
+    tests = [line for line in ran.stdout.splitlines() if line.startswith(f"{file}::")]
+    if not tests:
+        raise RuntimeError(f"No test of {file} could be found: {(ran.stdout + ran.stderr)[-1500:]}")
+    return tests
 
 
 def run(file: str, only: str, processes: int, seconds: float) -> dict[str, Any]:

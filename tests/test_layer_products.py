@@ -19,15 +19,18 @@ def maps(generator: torch.Generator, kind: torch.dtype) -> list[nn.Linear]:
     return made
 
 
+def pair(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer.weight, layer.bias
+
+
 @pytest.mark.parametrize("unused", [(), (0,), (1,), (1, 2), (0, 1, 2)])
 def test_gradients_add_up_as_those_of_separate_maps(unused: tuple[int, ...], generator: torch.Generator) -> None:
     layers = maps(generator, torch.float64)
     x = torch.randn(2, 3, 5, D, generator=generator, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(weight for one in layers for weight in one.parameters())]
     seeds = [torch.randn(2, 3, 5, one.out_features, generator=generator, dtype=torch.float64) for one in layers]
-    first, others = products(
-        x, narrow=x, precise=(layers[0].weight, layers[0].bias), maps=[(one.weight, one.bias) for one in layers[1:]]
-    )
+    narrow, first, others = products(x, kind=x.dtype, precise=pair(layers[0]), maps=[pair(one) for one in layers[1:]])
+    assert torch.equal(narrow, x) and not narrow.requires_grad
     plain = [one(x) for one in layers]
     used = [n for n in range(3) if n not in unused]
     found = []
@@ -48,10 +51,10 @@ def test_under_mixed_precision_one_map_is_taken_in_full(generator: torch.Generat
     x = torch.randn(4, 7, D, generator=generator, requires_grad=True)
     leaves = [x, *(weight for one in layers for weight in one.parameters())]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        first, others = products(
-            x, narrow=x.bfloat16(), precise=(layers[0].weight, layers[0].bias),
-            maps=[(one.weight, one.bias) for one in layers[1:]],
-        )  # fmt: skip
+        narrow, first, others = products(
+            x, kind=torch.bfloat16, precise=pair(layers[0]), maps=[pair(one) for one in layers[1:]]
+        )
+    assert torch.equal(narrow, x.bfloat16())
     assert first.dtype == torch.float32 and all(one.dtype == torch.bfloat16 for one in others)
     assert torch.allclose(first, layers[0](x), rtol=1e-6, atol=1e-6)
     found = []
@@ -70,8 +73,8 @@ def test_nothing_is_worked_out_for_what_has_no_gradient(generator: torch.Generat
     layers = maps(generator, torch.float64)
     layers[0].requires_grad_(False)
     x = torch.randn(3, D, generator=generator, dtype=torch.float64)
-    first, (mixed, opened) = products(
-        x, narrow=x, precise=(layers[0].weight, layers[0].bias), maps=[(one.weight, one.bias) for one in layers[1:]]
+    _, first, (mixed, opened) = products(
+        x, kind=x.dtype, precise=pair(layers[0]), maps=[pair(one) for one in layers[1:]]
     )
     (first.sum() + mixed.sum() + opened.sum()).backward()
     assert x.grad is None and layers[0].weight.grad is None

@@ -19,6 +19,7 @@ from hamts.nn.scores import surprise
 from hamts.nn.scratchpad import Entries
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.ops.kernels import Kernels
+from hamts.ops.layer_products import products
 from hamts.ops.types import UnreadDelta
 
 pytest.importorskip("triton", reason="needs triton: pip install 'hamts[gpu]'")
@@ -167,6 +168,24 @@ def test_rows_closed_up_by_a_kernel(rows: int, shape: tuple[int, ...], generator
             assert torch.equal(mine, truth)
 
 
+@pytest.mark.parametrize(("n_tokens", "width", "outputs"), [(70, 96, 24), (5, 16, 8), (64, 128, 128)])
+def test_the_precise_map_beside_a_cast(n_tokens: int, width: int, outputs: int, generator: torch.Generator) -> None:
+    x, weight = draw(generator, 2, n_tokens, width), draw(generator, outputs, width)
+    leaves = [x, weight, draw(generator, outputs), draw(generator, 32, width)]
+    found = []
+    for fused in (True, False):
+        narrow, first, (other,) = products(
+            x, kind=torch.float16, precise=(weight, leaves[2]), maps=[(leaves[3], None)], fused=fused
+        )
+        seed = torch.arange(first.numel(), device=DEVICE).view(first.shape).sin()
+        grads = torch.autograd.grad((first * seed).sum() + other.float().square().sum(), leaves)
+        found.append((narrow, first, *grads))
+    for mine, truth in zip(*found, strict=True):
+        assert mine.dtype == truth.dtype
+        mine, truth = mine.detach().float(), truth.detach().float()
+        assert float((mine - truth).norm() / truth.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [1, 40, 1100])
 def test_places_and_ends_of_entries(rows: int, share: float, generator: torch.Generator) -> None:
@@ -182,6 +201,20 @@ def test_places_and_ends_of_entries(rows: int, share: float, generator: torch.Ge
         policy = Policy(torch.ones(B), torch.ones(B, 1, 1, dtype=torch.bool), cap_kept=caps[0], cap_must=caps[1])
         ours, theirs = (end_times(entries, appears, policy, fused=fused) for fused in (True, False))
         assert torch.equal(ours, theirs), caps
+
+
+def test_rows_that_stay_and_move_share_a_gradient(generator: torch.Generator) -> None:
+    alive = (torch.rand(B, 30, generator=generator) < 0.4).to(DEVICE)
+    rows = draw(generator, B, 30, 2, 40)
+    move = RowMove.closing(alive, 30, fused=True)
+    weights = [torch.randn(B, 30, 2, 40, generator=generator).to(DEVICE) for _ in range(2)]
+    mask = move.filled[..., None, None]
+    for used in ((0,), (1,), (0, 1)):
+        results = []
+        for same, moved in (move.shared(rows), (rows, move(rows))):
+            parts = [same * weights[0], torch.where(mask, moved, 0.0) * weights[1]]
+            results.append(torch.autograd.grad(sum(parts[n].sum() for n in used), rows)[0])
+        assert torch.allclose(*results, rtol=1e-6, atol=1e-6)
 
 
 def test_half_precision_comes_near_to_single(generator: torch.Generator) -> None:

@@ -30,16 +30,24 @@ both = layer.layer_triton.mixed_branches(
 )
 layer.layer_triton.compared(v, v)
 (q.sum() + k.sum() + keys.sum() + values.sum() + both.sum()).backward()
-from hamts.ops.rows_triton import close_rows, end_rows, take_rows
+from hamts.ops.layer_triton_gates import cast_and_map, widened_sum
 
-take_rows(torch.zeros(2, 9, 2, width, **half), torch.zeros(2, 4, dtype=torch.int64), present[:, :4])
+wide, weight = torch.zeros(9, width), torch.zeros(8, width)
+narrow, made = cast_and_map(wide, weight, torch.zeros(8), torch.bfloat16)
+widened_sum(narrow, made, weight)
+from hamts.ops.rows_triton import add_rows_, close_rows, end_rows, take_rows
+
+with torch.no_grad():
+    rows, index = torch.zeros(2, 9, 2, width, **half), torch.zeros(2, 4, dtype=torch.int64)
+    add_rows_(rows, take_rows(rows, index, present[:, :4]), index, present[:, :4])
 close_rows(present, 5)
 end_rows(present, present, torch.zeros(2, 9, dtype=torch.int64), cap_kept=3, cap_must=2)
 """
 KERNELS = {
     "inputs_kernel", "written_grad_kernel", "inputs_grad_kernel", "queries_kernel", "queries_grad_kernel",
-    "mix_kernel", "mix_grad_kernel", "compared_kernel", "rows_kernel",
+    "mix_kernel", "mix_grad_kernel", "compared_kernel", "rows_kernel", "add_kernel",
     "closing_kernel", "rank_kernel", "end_kernel",
+    "cast_and_map_kernel", "widened_sum_kernel",
 }  # fmt: skip
 
 

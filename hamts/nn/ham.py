@@ -11,7 +11,7 @@ S score routers
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -30,10 +30,12 @@ from hamts.nn.scratchpad import (
     LayerMemory,
     Pending,
     append_candidates,
+    append_shared,
     as_entries,
     empty_memory,
     merge_candidates,
 )
+from hamts.nn.stages import Inputs, Products
 from hamts.nn.steps import StepEntries, step_features
 from hamts.nn.tokens import Policy, Tokens, map_tensors
 from hamts.nn.trace import LayerOutput, LayerTrace, layer_trace
@@ -46,32 +48,6 @@ CONV_WIDTH = 4
 MARKS = 3
 SCRATCH_BIAS = -4.0
 FASTEST_TOKENS, SLOWEST_TOKENS = 4.0, 512.0
-
-
-@dataclass(frozen=True)
-class Products:
-    """A chunk's tokens, and what the layer's maps make of them."""
-
-    narrow: torch.Tensor  # [B, C, N, D] in what products run in
-    gates: torch.Tensor  # [B, C, N, 4 H] in full precision
-    mixed: torch.Tensor  # [B, C, N, 3 D] queries, keys and values of both branches' memory
-    queries: torch.Tensor  # [B, C, N, D] of the read
-    opened: torch.Tensor  # [B, C, N, D] of the output gate
-    begun: list[torch.Tensor] | None = None  # [B, C, N, hidden] what the router's learners make of it first
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What both branches take of a chunk's projections."""
-
-    # of the recurrence: convolved queries and keys of length 1, values
-    q: torch.Tensor  # [B C, N, H, K]
-    k: torch.Tensor  # [B C, N, H, K]
-    v: torch.Tensor  # [B C, N, H, K]
-    # of the read: keys, normed and turned, and values, of the window and the chunk
-    keys: torch.Tensor  # [B, W + N, C, H, K]
-    values: torch.Tensor  # [B, W + N, C, H, K]
-    tail: torch.Tensor  # [B, C, taps - 1, 3 D] to carry on
 
 
 class HAMLayer(nn.Module):
@@ -192,17 +168,19 @@ class HAMLayer(nn.Module):
 
     def _products(self, x: torch.Tensor) -> Products:
         """What the maps of a token, [B, C, N, D], make of it."""
-        # one cast for all that multiply it
         kind = x.device.type
-        narrow = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # [B, C, N, D]
+        products_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.kernels.fused:
             from hamts.ops.layer_products import products
 
             maps = [(linear.weight, linear.bias) for linear in (self.to_memory, self.to_query, self.to_output_gate)]
-            gates, (mixed, queries, opened, *begun) = products(
-                x, narrow=narrow, precise=(self.to_gates.weight, self.to_gates.bias), maps=maps + self.router.maps()
-            )
+            narrow, gates, (mixed, queries, opened, *begun) = products(
+                x, kind=products_in, precise=(self.to_gates.weight, self.to_gates.bias), fused=True,
+                maps=maps + self.router.maps(),
+            )  # fmt: skip
             return Products(narrow, gates, mixed, queries, opened, begun)
+        # one cast for all that multiply it
+        narrow = x.to(products_in)  # [B, C, N, D]
         # also under mixed precision: a decay of 0.999 has no bfloat16
         with torch.autocast(kind, enabled=False):
             gates = self.to_gates(x.to(self.to_gates.weight.dtype))  # [B, C, N, 4 H]
@@ -299,7 +277,11 @@ class HAMLayer(nn.Module):
         if self.steps is not None and gone.steps is not None:
             fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, L C P]
         kept = replace(kept, keys=kept.keys.to(fresh.keys.dtype), values=kept.values.to(fresh.values.dtype))
-        entries, origin = append_candidates(kept, fresh, fused=self.kernels.fused)  # [B, M']
+        if self.kernels.fused and fresh.keys.requires_grad and self.steps is None:
+            entries, origin, keys, values = append_shared(kept, fresh)  # [B, M'], [B, M'], 2 x [B, L C, H, K]
+            local = replace(local, keys=keys.view(local.keys.shape), values=values.view(local.values.shape))
+        else:
+            entries, origin = append_candidates(kept, fresh, fused=self.kernels.fused)  # [B, M']
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
         until = end_times(entries, visible_from, policy, fused=self.kernels.fused)  # [B, M']

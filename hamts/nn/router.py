@@ -166,7 +166,7 @@ class Router(nn.Module):
             beta: write gates, [B, C, N, H].
             error_mean: running error sums, [B, C, H, 2].
             carried: what else the routers remember.
-            narrow: x in the dtype of autocast, where it is on.
+            narrow: x in the dtype of autocast, where it is on; without a gradient where ``begun`` is given.
             begun: what the learners' ``maps`` make of the tokens, [B, C, N, hidden] each; None: it is made here.
             fused: whether errors are compared by one kernel.
         """
@@ -198,7 +198,7 @@ class Router(nn.Module):
         if self.relative:
             scores, carried = self._against_own_past(scores, tokens, carried)
         if self.spend is not None:
-            level = self.spend(narrow).squeeze(-1)  # [B, C, N]
+            level = self.spend(narrow if begun is None else x).squeeze(-1)  # [B, C, N]
             bias = log_bias(scores.amax(-1) + level)  # [B, C, N]
             scores = scores + level.detach()[..., None]  # [B, C, N, S]
         if self.decision == "step":

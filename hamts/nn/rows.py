@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hamts.ops.compact import bucket, compact
 
@@ -62,6 +63,14 @@ class RowMove:
             return _take(rows, self.source, self.filled, fused=self.fused)
         moved: torch.Tensor = _MoveRows.apply(rows, self.source, self.filled, self.place, self.kept, self.fused)
         return moved
+
+    def shared(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows themselves, for another reader, and as ``__call__`` moves them; by kernels only.
+
+        Gradients of both readers then meet in one pass over the rows that moved.
+        """
+        same, moved = _ShareRows.apply(rows, self.source, self.filled, self.place, self.kept)
+        return same, moved
 
 
 def _take(
@@ -118,3 +127,33 @@ class _MoveRows(torch.autograd.Function):
         if grad.shape[1] == 0:
             return grad.new_zeros(*kept.shape, *grad.shape[2:]), None, None, None, None, None
         return _take(grad, place, kept, fused=ctx.fused, clear=True), None, None, None, None, None
+
+
+class _ShareRows(torch.autograd.Function):
+    """Rows as they are, and moved: the gradient of what moved is added to that of what stayed, where it lies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        source: torch.Tensor,
+        filled: torch.Tensor,
+        place: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(source, filled, place, kept)
+        ctx.set_materialize_grads(False)
+        return rows.view_as(rows), _take(rows, source, filled, fused=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, stayed: torch.Tensor | None, moved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        from hamts.ops.rows_triton import add_rows_
+
+        source, filled, place, kept = ctx.saved_tensors
+        if moved is None or moved.shape[1] == 0:
+            return stayed, None, None, None, None
+        if stayed is None:
+            return _take(moved, place, kept, fused=True, clear=True), None, None, None, None
+        # the read made this gradient for these rows alone, so nobody else looks at it
+        return add_rows_(stayed.contiguous(), moved, source, filled), None, None, None, None

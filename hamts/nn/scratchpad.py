@@ -20,6 +20,7 @@ __all__ = [
     "LayerMemory",
     "Pending",
     "append_candidates",
+    "append_shared",
     "as_entries",
     "empty_memory",
     "lifetimes",
@@ -220,6 +221,26 @@ def append_candidates(kept: Entries, local: Entries, *, fused: bool = False) -> 
         Entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before).
     """
     fresh, origin = merge_candidates(map_tensors(kept, lambda tensor: tensor[:, :0]), local, fused=fused)
+    return _behind(kept, fresh, origin)
+
+
+def append_shared(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``append_candidates`` by kernels, for tokens whose keys and values are read where they lie as well.
+
+    Returns:
+        Entries and origin; also keys and values of all tokens, [B, N C, ...], for the other reader.
+    """
+    moved = RowMove.closing(local.alive, rows_for(local.alive), fused=True)
+    (same_keys, keys), (same_values, values) = moved.shared(local.keys), moved.shared(local.values)
+    names = [f.name for f in fields(Entries) if getattr(local, f.name) is not None]
+    rest = {name: moved(getattr(local, name)) for name in names if name not in ("keys", "values", "alive")}
+    fresh = Entries(keys=keys, values=values, alive=moved.filled, **rest)
+    origin = torch.where(moved.filled, moved.source, -1)  # [B, M']
+    return *_behind(kept, fresh, origin), same_keys, same_values
+
+
+def _behind(kept: Entries, fresh: Entries, origin: torch.Tensor) -> tuple[Entries, torch.Tensor]:
+    """New entries behind those from before, and where each came from."""
     if kept.alive.shape[1] == 0:
         return fresh, origin
     names = [f.name for f in fields(Entries) if getattr(kept, f.name) is not None]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["close_rows", "end_rows", "take_rows"]
+__all__ = ["add_rows_", "close_rows", "end_rows", "take_rows"]
 
 # numbers of a program, and most of one row that it takes at once
 TILE, WIDEST = 4096, 1024
@@ -78,6 +78,34 @@ def take_rows(rows: torch.Tensor, index: torch.Tensor, there: torch.Tensor) -> t
         BM=BM,
     )  # fmt: skip
     return taken
+
+
+def add_rows_(sums: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Rows [B, M, ...] added in place to those of ``sums``, [B, J, ...], that ``take_rows`` took them from."""
+    (B, M), width = rows.shape[:2], rows.shape[2:].numel()
+    if rows.numel():
+        BW = min(WIDEST, triton.next_power_of_2(width))
+        BM = max(1, TILE // BW)
+        add_kernel[(triton.cdiv(B * M, BM), triton.cdiv(width, BW))](
+            rows.contiguous(), index.contiguous(), there.contiguous().view(torch.uint8), sums, sums.shape[1], M, B * M,
+            R=width, BW=BW, BM=BM,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit(do_not_specialize=VARYING)
+def add_kernel(
+    rows_ptr, index_ptr, there_ptr, sums_ptr, n_rows, n_places, n_all, R: tl.constexpr, BW: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BW + tl.arange(0, BW)
+    there = tl.load(there_ptr + place, mask=place < n_all, other=0) != 0
+    target = tl.load(index_ptr + place, mask=there, other=0) + place // n_places * n_rows
+    use = there[:, None] & (column < R)[None, :]
+    row = tl.load(rows_ptr + place[:, None] * R + column[None, :], mask=use, other=0.0)
+    target = sums_ptr + target[:, None] * R + column[None, :]
+    tl.store(target, tl.load(target, mask=use, other=0.0) + row, mask=use)
 
 
 @triton.jit(do_not_specialize=VARYING)
