@@ -125,7 +125,7 @@ def kernel_table(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor]
     for event in profile.key_averages():
         spent[event.key[:90]] = spent.get(event.key[:90], 0.0) + event.self_device_time_total / 1e3
     ordered = dict(sorted(spent.items(), key=lambda pair: -pair[1]))
-    return {"sum": sum(ordered.values()), **dict(list(ordered.items())[:rows])}
+    return {"sum": sum(ordered.values()), "ran": idle(profile, 1)["ran"], **dict(list(ordered.items())[:rows])}
 
 
 def idle(profile: Any, steps: int) -> dict[str, Any]:

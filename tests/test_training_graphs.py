@@ -225,7 +225,8 @@ def test_no_step_waits_for_the_device(graphs: bool, monkeypatch: pytest.MonkeyPa
                 torch.cuda.set_sync_debug_mode("error")
 
     monkeypatch.setattr(training, "Checks", Watching)
-    options = {"h": 6, "max_steps": STEPS, "accelerator": "gpu", "precision": "bf16-mixed", "kernel": "fla+triton"}
+    options = {"h": 6, "preset": "base", "max_steps": STEPS, "accelerator": "gpu", "precision": "bf16-mixed"}
+    options["kernel"] = "fla+triton"
     monkeypatch.setattr(windows_module, "PREFIX_LENGTHS", 1)
     try:
         fit(frame(), **options, verbose=False, progress=False, machine={"cuda_graphs": graphs})
@@ -245,7 +246,8 @@ def test_no_step_waits_for_the_device(graphs: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_recorded_fit_is_the_plain_fit(precision: str) -> None:
-    options = {"h": 6, "max_steps": 12, "accelerator": "gpu", "precision": precision, "kernel": "fla+triton"}
+    options = {"h": 6, "preset": "base", "max_steps": 12, "accelerator": "gpu", "precision": precision}
+    options["kernel"] = "fla+triton"
     plain, in_graphs = (
         fit(frame(), **options, verbose=False, progress=False, machine={"cuda_graphs": graphs}).report
         for graphs in (False, True)

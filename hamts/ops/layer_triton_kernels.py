@@ -35,32 +35,38 @@ UNIT_EPS: tl.constexpr = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, index, columns, good, n_tokens, width):
-    """Rows ``index`` of a stream's projections, the carried ones at -3 .. -1; absent tokens are 0."""
+def _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, low, BT: tl.constexpr, columns, good, n_tokens, width):
+    """BT rows of a stream's projections from ``low`` on, the carried ones at -3 .. -1; absent tokens are 0."""
+    index = low + tl.arange(0, BT)
     inside = (index >= 0) & (index < n_tokens)
     here = inside[:, None] & good[None, :]
     x = tl.load(mixed_ptr + (stream * n_tokens + index)[:, None] * width + columns[None, :], mask=here, other=0.0)
     there = tl.load(present_ptr + item * n_tokens + index, mask=inside, other=0) != 0
-    carried = (index < 0) & (index >= 1 - TAPS)
-    old = tl.load(
-        tail_ptr + (stream * (TAPS - 1) + index + TAPS - 1)[:, None] * width + columns[None, :],
-        mask=carried[:, None] & good[None, :],
-        other=0.0,
-    )
-    return tl.where(there[:, None], x.to(tl.float32), 0.0) + old.to(tl.float32)
+    rows = tl.where(there[:, None], x.to(tl.float32), 0.0)
+    # the first tile alone reaches back
+    if low < 0:
+        carried = (index < 0) & (index >= 1 - TAPS)
+        old = tl.load(
+            tail_ptr + (stream * (TAPS - 1) + index + TAPS - 1)[:, None] * width + columns[None, :],
+            mask=carried[:, None] & good[None, :],
+            other=0.0,
+        )
+        rows += old.to(tl.float32)
+    return rows
 
 
 @triton.jit
-def _convolved(mixed_ptr, tail_ptr, present_ptr, conv_ptr, stream, item, rows, columns, good, n_tokens, width):
-    """Sum over taps, [BT, BK]."""
+def _convolved(
+    mixed_ptr, tail_ptr, present_ptr, conv_ptr, stream, item, start, BT: tl.constexpr, columns, good, n_tokens, width
+):
+    """Sum over taps of BT rows from ``start`` on, [BT, BK]."""
     weight = tl.load(conv_ptr + columns * TAPS, mask=good, other=0.0).to(tl.float32)
-    index = rows - (TAPS - 1)
-    z = weight[None, :] * _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, index, columns, good, n_tokens, width)
+    low = start - (TAPS - 1)
+    z = weight[None, :] * _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, low, BT, columns, good, n_tokens, width)
     for tap in tl.static_range(1, TAPS):
         weight = tl.load(conv_ptr + columns * TAPS + tap, mask=good, other=0.0).to(tl.float32)
-        index = rows - (TAPS - 1) + tap
         z += weight[None, :] * _tap(
-            mixed_ptr, tail_ptr, present_ptr, stream, item, index, columns, good, n_tokens, width
+            mixed_ptr, tail_ptr, present_ptr, stream, item, low + tap, BT, columns, good, n_tokens, width
         )  # fmt: skip
     return z
 
@@ -150,10 +156,11 @@ def inputs_kernel(
     there = inside[:, None] & good[None, :]
     width = 3 * H * K
     columns = (part * H + head) * K + units
-    z = _convolved(mixed_ptr, tail_ptr, present_ptr, conv_ptr, stream, item, rows, columns, good, n_tokens, width)
+    start = tile * BT
+    z = _convolved(mixed_ptr, tail_ptr, present_ptr, conv_ptr, stream, item, start, BT, columns, good, n_tokens, width)
     y = z * tl.sigmoid(z)
     place = ((stream * n_tokens + rows) * H + head)[:, None] * K + units[None, :]
-    raw = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows, columns, good, n_tokens, width)
+    raw = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, start, BT, columns, good, n_tokens, width)
     row = ((item * (window + n_tokens) + window + rows) * C + channel) * H + head
     target = row[:, None] * K + units[None, :]
     if part == 2:
@@ -200,10 +207,10 @@ def written_grad_kernel(
     for start in tl.range(first, tl.minimum(first + BT * LOOP, n_tokens), BT):
         rows = start + tl.arange(0, BT)
         there = (rows < n_tokens)[:, None] & good[None, :]
-        x0 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows - 3, columns, good, n_tokens, width)
-        x1 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows - 2, columns, good, n_tokens, width)
-        x2 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows - 1, columns, good, n_tokens, width)
-        x3 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, rows, columns, good, n_tokens, width)
+        x0 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, start - 3, BT, columns, good, n_tokens, width)
+        x1 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, start - 2, BT, columns, good, n_tokens, width)
+        x2 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, start - 1, BT, columns, good, n_tokens, width)
+        x3 = _tap(mixed_ptr, tail_ptr, present_ptr, stream, item, start, BT, columns, good, n_tokens, width)
         z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
         open = tl.sigmoid(z)
         place = ((stream * n_tokens + rows) * H + head)[:, None] * K + units[None, :]
