@@ -35,7 +35,7 @@ from hamts.ops.layer_triton_gates import cast_and_map, widened_sum
 wide, weight = torch.zeros(9, width), torch.zeros(8, width)
 narrow, made = cast_and_map(wide, weight, torch.zeros(8), torch.bfloat16)
 widened_sum(narrow, made, weight)
-from hamts.ops.rows_triton import add_rows_, close_rows, end_rows, take_rows
+from hamts.ops.layer_triton_rows import add_rows_, close_rows, end_rows, take_rows
 
 with torch.no_grad():
     rows, index = torch.zeros(2, 9, 2, width, **half), torch.zeros(2, 4, dtype=torch.int64)

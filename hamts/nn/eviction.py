@@ -52,7 +52,7 @@ def end_times(entries: Entries, visible_from: torch.Tensor, policy: Policy, *, f
     """
     if policy.eviction == "fifo" and policy.tags is None:
         if fused and policy.cap_each is None:
-            from hamts.ops.rows_triton import end_rows
+            from hamts.ops.layer_triton_rows import end_rows
 
             return end_rows(
                 entries.must_keep, entries.alive, visible_from, cap_kept=policy.cap_kept, cap_must=policy.cap_must

@@ -49,7 +49,7 @@ class RowMove:
     def closing(alive: torch.Tensor, rows: int, *, fused: bool = False) -> RowMove:
         """Rows that are alive, [B, J], in their order and without gaps; those beyond ``rows`` are left out."""
         if fused:
-            from hamts.ops.rows_triton import close_rows
+            from hamts.ops.layer_triton_rows import close_rows
 
             return RowMove(*close_rows(alive, rows), fused)
         packed = compact(alive, rows)
@@ -78,7 +78,7 @@ def _take(
 ) -> torch.Tensor:
     """Row numbers [B, M] of rows [B, J, ...] -> [B, M, ...]; where nothing is to be, any row, or with ``clear`` 0."""
     if fused and rows.dim() > 2:
-        from hamts.ops.rows_triton import take_rows
+        from hamts.ops.layer_triton_rows import take_rows
 
         return take_rows(rows, index, there)
     if rows.is_cuda and _of_words(rows):
@@ -148,7 +148,7 @@ class _ShareRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, stayed: torch.Tensor | None, moved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        from hamts.ops.rows_triton import add_rows_
+        from hamts.ops.layer_triton_rows import add_rows_
 
         source, filled, place, kept = ctx.saved_tensors
         if moved is None or moved.shape[1] == 0:
