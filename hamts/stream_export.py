@@ -176,7 +176,7 @@ def read_once(
 def _fixed_room(room: int) -> Iterator[None]:
     """Lay scratchpads out in a fixed number of rows while a graph is traced, instead of as many as are alive."""
 
-    def append(kept: Entries, local: Entries, *, fused: bool) -> tuple[Entries, torch.Tensor]:
+    def append(kept: Entries, local: Entries, *, fused: bool = False) -> tuple[Entries, torch.Tensor]:
         del fused
         both = _joined(kept, local)
         B, M = kept.alive.shape
