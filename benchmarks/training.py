@@ -111,16 +111,22 @@ def table(results: Path) -> str:
     lines += ["", *ratios(found)]
     lines += [
         "",
-        "| fit | steps/s | patches/s | kernels / wall | events of a trace | peak GiB |",
-        "|---|---|---|---|---|---|",
+        "| fit | steps/s | patches/s | kernels / wall | kernels, wall, host ms | ran"
+        " | idle under 5, to 100, above us: ms | peak GiB | reserved GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in cells():
         cell = found.get(name)
         if cell is None or "steps_per_s" not in cell:
             continue
+        times = [cell.get(name) for name in ("kernel_ms", "wall_ms", "host_ms")]
+        spent = ", ".join("-" if ms is None else f"{ms:.0f}" for ms in times)
+        ran = f"{cell['ran']:,.0f}" if "ran" in cell else "-"
+        idle = ", ".join(f"{ms:.1f}" for ms in cell["idle_ms"].values()) if "idle_ms" in cell else "-"
+        reserved = f"{cell['reserved_gib']:.1f}" if "reserved_gib" in cell else "-"
         lines.append(
             f"| {name} | {cell['steps_per_s']:.2f} | {cell['patches_per_s']:,.0f} | {cell['kernel_share']:.0%}"
-            f" | {cell['launches']:,.0f} | {cell['peak_gib']:.1f} |"
+            f" | {spent} | {ran} | {idle} | {cell['peak_gib']:.1f} | {reserved} |"
         )
     missing = [name for name in cells() if name not in found]
     return "\n".join([*lines, *([f"\nNot run: {', '.join(missing)}."] if missing else [])])

@@ -185,6 +185,8 @@ def fit_cell(kind: str, most: dict[str, float]) -> dict[str, Any]:
         "steps_per_s": 1 / statistics.median(times),
         "patches_per_s": patches / statistics.median(times),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        # also what recorded graphs hold for themselves
+        "reserved_gib": torch.cuda.memory_reserved() / 2**30,
         "steps_a_repeat": steps,
         "first_steps_s": warm,
         "weights": weights,
