@@ -39,6 +39,8 @@ RESULTS = Path(__file__).parent / "results" / "training"
 DELTA_LENGTHS, LAYER_LENGTHS, LAYER_SHARES = (4_096, 16_384, 65_536), (8_192, 16_384, 65_536), (0.25, 0.10)
 FITS = ("kernels-graphs", "kernels", "torch-bf16", "torch-fp32", "patchtst")
 
+# folders of earlier measured versions
+EARLIER = ("first", "second")
 LAYER_BOUNDS = {"layer-n8192-share25": 1.0, "layer-n16384-share25": 0.75, "layer-n65536-share25": 0.45}
 
 
@@ -152,6 +154,27 @@ def ratios(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def attempts(results: Path) -> str:
+    """Every measured version of the layer and of a recorded fit, the last one in the folder itself."""
+    folders = [results / name for name in EARLIER if (results / name).is_dir()] + [results]
+    plain, fused = "cudnn attention", "cudnn attention, norms fused"
+    lines = [
+        "| version | " + " | ".join(f"{name}, against plain / fused norms" for name in LAYER_BOUNDS)
+        + " | kernels / wall | steps/s |",
+        "|" + "---|" * (len(LAYER_BOUNDS) + 3),
+    ]  # fmt: skip
+    for folder in folders:
+        found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        row = [folder.name if folder != results else "last"]
+        for name in LAYER_BOUNDS:
+            replayed = found[name]["recorded_both_ms"]
+            row.append(f"{replayed['ham'] / replayed[plain]:.3f} / {replayed['ham'] / replayed[fused]:.3f}")
+        fit = found["fit-kernels-graphs"]
+        lines.append(f"| {' | '.join(row)} | {fit['kernel_share']:.1%} | {fit['steps_per_s']:.2f} |")
+    bounds = " | ".join(f"{bound:.2f}" for bound in LAYER_BOUNDS.values())
+    return "\n".join([*lines, f"| asked | {bounds} | 85% | |"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--again", action="store_true", help="measure cells that are there already")
@@ -164,6 +187,7 @@ def main() -> None:
     if not args.table:
         measure(args)
     print(table(args.results))
+    print(f"\n{attempts(args.results)}")
 
 
 if __name__ == "__main__":
