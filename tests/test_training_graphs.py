@@ -197,7 +197,7 @@ def test_a_fit_whose_memory_stays_in_its_place_is_the_plain_fit(monkeypatch: pyt
     monkeypatch.setattr(training, "check_graphs", lambda *_: None)
     # a longer forecast is another loss of the scores
     monkeypatch.setattr(training, "StreamWindows", lambda *a, **k: StreamWindows(*a, **{**k, "same_sizes": True}))
-    options = {"preset": "tiny", "h": 6, "max_steps": 12, "accelerator": "cpu", "batch_windows": 8}
+    options = {"preset": "tiny", "h": 6, "max_steps": 8, "accelerator": "cpu", "batch_windows": 8}
     options["routing"] = {"explore_share": 0.0}
     plain, in_graphs = (
         fit(frame(), **options, verbose=False, progress=False, machine={"cuda_graphs": graphs}).report
