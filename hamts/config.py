@@ -50,6 +50,8 @@ class ModelConfig:
 
     Attributes:
         width: D, of the residual stream. Divides into ``heads``.
+        state_width: K and V of a head's recurrent state; 0: those of a head of the exact branch, whose keys and values
+            it then shares. Another width has keys and values of its own: a narrow state beside wide entries, say.
         patch_steps: P, steps in a token; 1 gives step-level routing.
         window_patches: W, the last patches of the own channel that are read exactly.
         cross_span_patches: how many of the last patches of other channels are read exactly (1 = the same step only).
@@ -79,6 +81,7 @@ class ModelConfig:
     width: int = 128
     layers: int = 2
     heads: int = 4
+    state_width: int = 0
     patch_steps: int = 12
     window_patches: int = 2
     cross_span_patches: int = 1
@@ -116,6 +119,8 @@ class ModelConfig:
                 f"cross_span_patches must lie in 1..window_patches. Got {self.cross_span_patches}"
                 f" with window_patches={self.window_patches}."
             )
+        if self.state_width < 0:
+            raise ValueError(f"state_width must be 0 (that of a head) or more. Got {self.state_width}.")
         unknown = [name for name in self.router_names if name not in ROUTERS]
         if unknown or not self.router_names:
             raise ValueError(f"Unknown router {self.router!r}. Available: {sorted(ROUTERS)}, joined by '+'.")
@@ -131,6 +136,11 @@ class ModelConfig:
             raise ValueError(f"write_clip must be 0 (no limit) or more. Got {self.write_clip}.")
         if 0.5 not in self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
             raise ValueError(f"quantiles must rise and hold 0.5. Got {self.quantiles}.")
+
+    @property
+    def head_state_width(self) -> int:
+        """K and V of a head's state."""
+        return self.state_width or self.width // self.heads
 
     @property
     def entries_per_token(self) -> int:

@@ -136,7 +136,7 @@ def run(  # noqa: PLR0913 - one option for each argument
     smoke = preset == "smoke"
     options: dict[str, Any] = {}
     if tier == "T1":
-        options = {"readout": readout, "steps": steps, "fused": fused, "memory_width": state_width}
+        options = {"readout": readout, "steps": steps, "fused": fused, "state_width": state_width}
     with usage():
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")

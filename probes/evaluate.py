@@ -109,6 +109,7 @@ def _score_stream(fitted: Fitted, stream: int, sequences: int, out: Evaluation, 
         "close_share": close_share(answer, batch), "ms_per_row": 1000 * seconds / (len(batch) * batch.x.shape[1]),
     }  # fmt: skip
     fixed, exact = kept_bytes(context.memory, out.precision)
+    fixed += fitted.net.tail_bytes
     metrics |= {"bytes_state": fixed, "bytes_kv": exact, "bytes_total": fixed + exact}
     if "baseline" in batch.extra:
         metrics |= _counterfactual(answer, batch)

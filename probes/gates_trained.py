@@ -78,7 +78,7 @@ class GateFit:
             return NetConfig(model="full", layers=layers)
         if self.fit == "oracle":
             return NetConfig(router="oracle", layers=layers)
-        return NetConfig(model="recurrent", layers=layers, memory_width=self.key_width)
+        return NetConfig(model="recurrent", layers=layers, state_width=self.key_width)
 
     def __call__(self) -> dict[str, Any]:
         """Train and score it; what is on disk for this version of the suite is taken from there."""

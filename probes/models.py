@@ -24,7 +24,7 @@ from hamts.nn.scratchpad import Entries
 from hamts.nn.tokens import Policy, Tokens
 from probes.contract import ProbeBatch
 
-__all__ = ["MODELS", "NetConfig", "ProbeNet", "Reading", "ROUTERS_T1", "kept_rows", "memory_bytes"]
+__all__ = ["MODELS", "NetConfig", "ProbeNet", "Reading", "ROUTERS_T1", "kept_rows", "memory_bytes", "recent_rows"]
 
 # names in results, and the mixer each stands for
 MODELS = {"ham": "ham", "full": "attention", **{name: name for name in MIXERS if name not in ("ham", "attention")}}
@@ -42,8 +42,11 @@ class NetConfig:
     Attributes:
         model: one of ``MODELS``.
         router: of ``ham``: one of ``ROUTERS_T1``, several joined by "+".
-        width, memory_width: of the residual stream, and of the memory layers, which read a projection of it. A narrow
-            memory holds few items in its state (heads x key width of them), so that what is kept exactly matters.
+        width, memory_width: of the residual stream, and of the memory layers, which read a projection of it.
+        state_width: K and V of a head's recurrent state. A narrow one holds few items (heads x key width of them), so
+            that what is kept exactly matters; entries are as wide as the memory layers.
+        embed_rows: rows that the embedding sees: a row and those before it, so that what belongs together within a few
+            rows (an action and its effect, the rows of a waveform) is one thing to match. The same for all models.
         budget_rows: entries of a layer that rivals are sized by.
         eviction: what leaves a full list kept by score: ``lowest`` or ``fifo``.
     """
@@ -51,10 +54,12 @@ class NetConfig:
     model: str = "ham"
     router: str = "learned"
     width: int = 32
-    memory_width: int = 8
+    memory_width: int = 32
+    state_width: int = 8
     heads: int = 1
     layers: int = 2
     window_rows: int = 2
+    embed_rows: int = 4
     budget_rows: int = 16
     eviction: str = "lowest"
     write_clip: float = 0.0
@@ -84,8 +89,9 @@ class NetConfig:
         # a control decides; a score without a learned bias stands below it
         router = "learned" if self.control == "shuffled" else "innovation" if self.control else self.router
         return ModelConfig(
-            width=self.memory_width, layers=self.layers, heads=self.heads, patch_steps=channels,
-            window_patches=self.window_rows, router=router, mixer=MODELS[self.model], write_clip=self.write_clip,
+            width=self.memory_width, layers=self.layers, heads=self.heads, state_width=self.state_width,
+            patch_steps=channels, window_patches=self.window_rows, router=router, mixer=MODELS[self.model],
+            write_clip=self.write_clip,
         )  # fmt: skip
 
 
@@ -140,7 +146,9 @@ class ProbeNet(nn.Module):
         # what the clock showed at the first row; nothing but rotary positions reads it
         self.origin_rows = 0
         D = config.width
-        self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
+        self.embed = nn.Sequential(nn.Linear(config.embed_rows * inputs, D), nn.SiLU(), nn.Linear(D, D))
+        # of the rows that the embedding carries along
+        self.tail_bytes = (config.embed_rows - 1) * inputs * torch.get_default_dtype().itemsize
         layer_config = config.layer_config(channels)
         with torch.device("meta"):
             entry = HAMLayer(replace(layer_config, mixer="ham"))
@@ -175,7 +183,8 @@ class ProbeNet(nn.Module):
     ) -> Reading:
         """Read some rows of a batch, going on from a memory."""
         tokens = row_tokens(batch, rows, origin=self.origin_rows)
-        x = self.embed(batch.inputs()[:, rows])[:, None]  # [B, 1, N, D]
+        told = recent_rows(batch.inputs(), batch.query, self.config.embed_rows)  # [B, L, embed rows x I]
+        x = self.embed(told[:, rows])[:, None]  # [B, 1, N, D]
         after, traces = [], []
         for block, before, policy in zip(self.blocks, memory, policies, strict=True):
             x, now, trace = block(x, tokens, before, policy, stepwise=stepwise, advance=advance)
@@ -246,6 +255,17 @@ class ProbeNet(nn.Module):
 
 
 EXPLORE_SHARE = 0.05
+
+
+def recent_rows(inputs: torch.Tensor, asks: torch.Tensor, count: int) -> torch.Tensor:
+    """Every row with those before it, the newest first: inputs [..., N, I], asks [..., N] -> [..., N, count I].
+
+    What a query row shows is seen by no other row.
+    """
+    told = inputs * ~asks[..., None]  # [..., N, I]
+    N = inputs.shape[-2]
+    earlier = [F.pad(told, (0, 0, back, 0))[..., :N, :] for back in range(1, count)]
+    return torch.cat([inputs, *earlier], -1)
 
 
 def row_tokens(batch: ProbeBatch, rows: slice, *, origin: int = 0) -> Tokens:

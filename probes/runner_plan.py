@@ -17,7 +17,7 @@ __all__ = ["Cell", "RunPlan", "budget_rows", "critical_rows", "model_cells"]
 # 2: learning rates are tried once for an architecture, and controls decide about the last rows of the context too
 RUN_VERSION = 2
 CRITICAL_SEQUENCES = 64
-MEMORY_WIDTH = NetConfig().memory_width
+STATE_WIDTH = NetConfig().state_width
 DEFAULT_MODELS = ("ham", "full", "recurrent", "recurrent_wide", "window")
 DEFAULT_ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
 DEFAULT_BUDGETS = (0.5, 1.0, 2.0)
@@ -68,7 +68,7 @@ class Cell:
         budgets: as multiples of the critical rows.
         overrides: axes that differ from the preset's.
         axis: what else differs, in a word; part of the line's name.
-        memory_width: of the memory layers: heads x key width, so how many items a state can hold apart.
+        state_width: of the recurrent state: heads x key width, so how many items it can hold apart.
     """
 
     probe: str
@@ -87,7 +87,7 @@ class Cell:
     overrides: tuple[tuple[str, Any], ...] = ()
     axis: str = ""
     suite_version: int = 1
-    memory_width: int = MEMORY_WIDTH
+    state_width: int = STATE_WIDTH
 
     @property
     def config(self) -> ProbeConfig:
@@ -97,9 +97,9 @@ class Cell:
     def identity(self) -> dict[str, Any]:
         """All that decides the numbers."""
         content = asdict(self)
-        if self.memory_width == MEMORY_WIDTH:
+        if self.state_width == STATE_WIDTH:
             # the name of a run is that from before there was this axis
-            del content["memory_width"]
+            del content["state_width"]
         return {**content, "contract_version": CONTRACT_VERSION, "run_version": RUN_VERSION}
 
     @property
@@ -119,7 +119,7 @@ class Cell:
     def net(self, rows: int) -> NetConfig:
         router = self.router if self.model == "ham" else "learned"
         return NetConfig(
-            model=self.model, router=router, layers=self.layers, budget_rows=rows, memory_width=self.memory_width
+            model=self.model, router=router, layers=self.layers, budget_rows=rows, state_width=self.state_width
         )
 
 
@@ -135,7 +135,7 @@ class RunPlan:
         learning_rates: tried with the first seed, as many for every architecture and rung: with one router of HAM
             (``TRIAL_ROUTER``) and one size of a sized rival. The best on validation serves all seeds, routers and
             sizes of the architecture, and all trials are kept.
-        memory_width: of the memory layers; other widths than the usual one are lines of their own.
+        state_width: of the recurrent state; other widths than the usual one are lines of their own.
     """
 
     probes: tuple[str, ...]
@@ -152,11 +152,11 @@ class RunPlan:
     streams: int | None = None
     sequences: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
-    memory_width: int = MEMORY_WIDTH
+    state_width: int = STATE_WIDTH
 
     def __post_init__(self) -> None:
-        if self.memory_width < 2 or self.memory_width % 2:
-            raise ValueError(f"memory_width must be even, and at least 2. Got {self.memory_width}.")
+        if self.state_width < 2 or self.state_width % 2:
+            raise ValueError(f"state_width must be even, and at least 2. Got {self.state_width}.")
         if self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}. Available: {sorted(PRESETS)}.")
         if PRESETS[self.preset].train_steps == 0:
@@ -178,7 +178,7 @@ class RunPlan:
     @property
     def axis(self) -> str:
         """What makes these lines others than the usual ones."""
-        return "" if self.memory_width == MEMORY_WIDTH else f"width{self.memory_width}"
+        return "" if self.state_width == STATE_WIDTH else f"width{self.state_width}"
 
     def trial_cells(self) -> list[Cell]:
         """The first seed at every learning rate: the same trials for every architecture."""
@@ -239,7 +239,7 @@ class RunPlan:
             probe=probe.name, rung=rung, preset=self.preset, model=model, router=router, budgets=budgets, seed=seed,
             learning_rate=rate, steps=self.steps or size.train_steps, streams=self.streams or size.eval_streams,
             sequences=self.sequences or size.eval_sequences, layers=probe.layers, readout=self.readout,
-            overrides=tuple(sorted(overrides.items())), suite_version=probe.version, memory_width=self.memory_width,
+            overrides=tuple(sorted(overrides.items())), suite_version=probe.version, state_width=self.state_width,
             axis=self.axis,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from hamts.nn.budget import SHARES
 from hamts.nn.controls import counted_uniform
 from hamts.nn.eviction import whole_numbers
 from hamts.nn.inner import INNER_LEVELS
-from probes.models import EXPLORE_SHARE, ProbeNet
+from probes.models import EXPLORE_SHARE, ProbeNet, recent_rows
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_ops import EAGER, Ops, linear, product
@@ -105,7 +105,8 @@ class StackedNet:
         """
         self._fit(rows)
         ops = self.ops if training else EAGER
-        x = F.silu(self.linear(rows.inputs.expand(self.S, -1, -1, -1), "embed.0"))
+        told = recent_rows(rows.inputs, rows.asks, self.config.embed_rows)  # [S, B, N, embed rows x I]
+        x = F.silu(self.linear(told.expand(self.S, -1, -1, -1), "embed.0"))
         x = self.linear(x, "embed.2")  # [S, B, N, D]
         found, leaf = [], self.leaves
         for number, kind in enumerate(self.kind):

@@ -203,7 +203,7 @@ def _selection_metrics(
 
 def layer_bytes(net: ProbeNet, kept: list[torch.Tensor]) -> tuple[float, float]:
     """``models.memory_bytes`` of a sequence, from how many rows each layer keeps (L of [B, T] bool)."""
-    fixed, exact = 0.0, 0.0
+    fixed, exact = float(net.tail_bytes), 0.0
     for number, memory in enumerate(net.empty_memory(1)):
         rows = getattr(memory, "scratchpad", None) or getattr(memory, "kept", None)
         fixed += sum(t[0].numel() * t.element_size() for t in _tensors(memory))

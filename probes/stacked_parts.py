@@ -44,7 +44,7 @@ class LayerKind:
         projected = tuple(name for name in PROJECTED if names.get(name) is not None)
         widths = tuple(names[name].out_features for name in projected)
         if isinstance(layer, HAMLayer):
-            return cls(True, layer.window, True, None, layer.head_width, projected, widths, "", "")
+            return cls(True, layer.window, True, None, layer.state_width, projected, widths, "", "")
         rows = float(layer.patches) if isinstance(layer, SlidingLayer) else None
         width = 0 if layer.recurrent is None else layer.recurrent.head_width
         return cls(

@@ -63,8 +63,8 @@ def call(*arguments: str) -> None:
     ("model", "router", "width"), [("ham", "tags", 8), ("full", "none", 8), ("recurrent", "none", 16)]
 )
 def test_a_network_comes_back_as_it_was(tmp_path: Path, model: str, router: str, width: int) -> None:
-    cell = cell_of(model=model, router=router, memory_width=width) if model == "ham" else cell_of(
-        model=model, memory_width=width
+    cell = cell_of(model=model, router=router, state_width=width) if model == "ham" else cell_of(
+        model=model, state_width=width
     )  # fmt: skip
     fitted = fit_cell(cell, device="cpu")
     path = save_network(cell, tmp_path, fitted)
@@ -97,13 +97,13 @@ def test_a_network_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_width_of_the_state_is_an_axis_that_leaves_other_names_alone() -> None:
-    usual, wide = cell_of(memory_width=8), cell_of(memory_width=16)
-    assert "memory_width" not in usual.identity
+    usual, wide = cell_of(state_width=8), cell_of(state_width=16)
+    assert "state_width" not in usual.identity
     assert wide.hash != usual.hash
     assert wide.axis == "width16"
-    assert wide.net(9).memory_width == 16
+    assert wide.net(9).state_width == 16
     with pytest.raises(ValueError, match="even, and at least 2. Got 3"):
-        RunPlan(probes=("der",), memory_width=3)
+        RunPlan(probes=("der",), state_width=3)
 
 
 # --- reading in chunks

@@ -5,7 +5,7 @@ the sparse cache (Eq. 11), two independent gates (Eqs 12-13), the learned router
 window, the union of reads, tags, caps and the level features are ours.
 
 B items · C channels · N patches · D width · H heads · K key · V value (= K) · W window patches · M entries · R marks
-S score routers
+S score routers · G width of a head's state (K unless it has one of its own)
 """
 
 from __future__ import annotations
@@ -57,19 +57,23 @@ class HAMLayer(nn.Module):
         super().__init__()
         D, H = config.width, config.heads
         K = D // H
-        self.heads, self.head_width = H, K
+        G = config.head_state_width
+        self.heads, self.head_width, self.state_width = H, K, G
+        # both branches share keys and values, unless the state has a width of its own
+        self.shared = G == K
         self.window, self.cross_span = config.window_patches, config.cross_span_patches
         self.write_clip = config.write_clip
-        self.to_memory = nn.Linear(D, 3 * D, bias=False)
+        self.to_memory = nn.Linear(D, 3 * D if self.shared else 3 * H * G + 2 * D, bias=False)
         self.to_query = nn.Linear(D, D, bias=False)
-        self.conv = nn.Parameter(torch.empty(3 * D, CONV_WIDTH))  # [3 D, taps]
+        self.conv = nn.Parameter(torch.empty(3 * H * G, CONV_WIDTH))  # [3 H G, taps]
         # decay, write gate, recurrent gate, scratchpad gate
         self.to_gates = nn.Linear(D, 4 * H)
         self.to_output_gate = nn.Linear(D, D)
         self.to_output = nn.Linear(D, D, bias=False)
         self.decay_rate = nn.Parameter(torch.empty(H))  # [H] log of the decay per patch
         self.query_norm, self.key_norm = HeadNorm(H, K), HeadNorm(H, K)
-        self.recurrent_norm, self.exact_norm = HeadNorm(H, K), HeadNorm(H, K)
+        self.recurrent_norm, self.exact_norm = HeadNorm(H, G), HeadNorm(H, K)
+        self.narrow = None if self.shared else nn.Linear(H * G, D, bias=False)
         self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
         self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
         # hundreds of entries share one softmax with a handful of fresh keys, which they must not drown
@@ -90,6 +94,11 @@ class HAMLayer(nn.Module):
             self.decay_rate.copy_(torch.log(torch.expm1(1.0 / tau)))
             nn.init.zeros_(self.to_gates.bias)
 
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels surround the branches: they know layers whose branches share keys and values."""
+        return self.kernels.fused and self.shared
+
     def empty_memory(self, items: int, channels: int, like: torch.Tensor) -> LayerMemory:
         """A memory that has read nothing, for so many items of so many channels."""
         memory = empty_memory(
@@ -97,6 +106,7 @@ class HAMLayer(nn.Module):
             channels=channels,
             heads=self.heads,
             head_width=self.head_width,
+            state_width=self.state_width,
             window=self.window,
             taps=CONV_WIDTH - 1,
             scores=len(self.router.names),
@@ -143,8 +153,7 @@ class HAMLayer(nn.Module):
         recurrent, beta, carried = self._recurrent(inputs, gates, tokens, memory, stepwise=stepwise)
         scores = self.router(
             x, recurrent=recurrent, values=inputs.v.unflatten(0, (B, C)), beta=beta, tokens=tokens,
-            error_mean=memory.error_mean, carried=carried, narrow=of.narrow, begun=of.begun,
-            fused=self.kernels.fused,
+            error_mean=memory.error_mean, carried=carried, narrow=of.narrow, begun=of.begun, fused=self.fused,
         )  # fmt: skip
         local = self._local(inputs, scores, tokens, memory.pending)
         decision = decide(
@@ -170,7 +179,7 @@ class HAMLayer(nn.Module):
         """What the maps of a token, [B, C, N, D], make of it."""
         kind = x.device.type
         products_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if self.kernels.fused:
+        if self.fused:
             from hamts.ops.layer_products import products
 
             maps = [(linear.weight, linear.bias) for linear in (self.to_memory, self.to_query, self.to_output_gate)]
@@ -191,12 +200,12 @@ class HAMLayer(nn.Module):
         return angles(position, self.head_width, self.conv.dtype)
 
     def _inputs(self, mixed: torch.Tensor, tokens: Tokens, memory: LayerMemory, turn: Turn) -> Inputs:
-        """What both branches take of the projections, [B, C, N, 3 D]."""
+        """What both branches take of the projections, [B, C, N, 3 D] or [B, C, N, 3 H G + 2 D]."""
         (B, C, N, _), H, K = mixed.shape, self.heads, self.head_width
         # an absent token is as if it had never been: no trace in the convolution either
         present = tokens.present[:, None, :, None].to(mixed.dtype)  # [B, 1, N, 1]
-        before = memory.conv_tail.to(mixed.dtype)  # [B, C, taps - 1, 3 D]
-        if self.kernels.fused:
+        before = memory.conv_tail.to(mixed.dtype)  # [B, C, taps - 1, 3 H G]
+        if self.fused:
             from hamts.ops import layer_triton
 
             last = mixed[:, :, 1 - CONV_WIDTH :] * present[:, :, 1 - CONV_WIDTH :]  # [B, C, up to taps - 1, 3 D]
@@ -208,9 +217,11 @@ class HAMLayer(nn.Module):
                 ),
                 tail,
             )  # fmt: skip
-        mixed = mixed * present  # [B, C, N, 3 D]
-        padded = torch.cat([before, mixed], dim=2)  # [B, C, taps - 1 + N, 3 D]
-        raw_keys, raw_values = mixed.reshape(B, C, N, 3, H, K)[:, :, :, 1:].unbind(3)  # 2 x [B, C, N, H, K]
+        mixed = mixed * present  # [B, C, N, 3 D] or [B, C, N, 3 H G + 2 D]
+        units = mixed[..., : 3 * H * self.state_width]  # [B, C, N, 3 H G]
+        padded = torch.cat([before, units], dim=2)  # [B, C, taps - 1 + N, 3 H G]
+        pair = mixed[..., -2 * H * K :].reshape(B, C, N, 2, H, K)
+        raw_keys, raw_values = pair.unbind(3)  # 2 x [B, C, N, H, K]
         keys = torch.cat([memory.pending.keys, self._turned_keys(raw_keys, turn)], 1)  # [B, W + N, C, H, K]
         values = torch.cat([memory.pending.values, raw_values.transpose(1, 2)], 1)  # [B, W + N, C, H, K]
         return Inputs(*self._convolved(padded), keys, values, padded[:, :, N:])
@@ -220,29 +231,31 @@ class HAMLayer(nn.Module):
     ) -> tuple[GatedDelta, torch.Tensor, Carried]:
         """The gated delta rule, [B, C, ...]; also the write gates, and what is usual."""
         B, C, N, _, H = gates.shape
-        K, kind = self.head_width, inputs.v.dtype
+        G, kind = self.state_width, inputs.v.dtype
         beta = gates[..., 1, :].sigmoid() * tokens.heard[..., None]  # [B, C, N, H]
         elapsed = (tokens.elapsed * tokens.present)[:, None, :, None].to(kind)  # [B, 1, N, 1]
         log_decay = -F.softplus(gates[..., 0, :] + self.decay_rate) * elapsed  # [B, C, N, H]
-        rule, carried = self.kernels.gated_delta_step if stepwise else self.kernels.gated_delta, memory.carried
+        # other widths than a head's were not asked about when kernels were chosen
+        kernels, carried = self.kernels if self.shared else TORCH, memory.carried
+        rule = kernels.gated_delta_step if stepwise else kernels.gated_delta
         if carried.write_scale is not None:
             rule = Clipped(self.write_clip, carried.write_scale.reshape(B * C, H, 2))
         result = rule(
             inputs.q, inputs.k, inputs.v, log_decay=log_decay.reshape(B * C, N, H), beta=beta.reshape(B * C, N, H),
-            initial_state=memory.state.reshape(B * C, H, K, K),
+            initial_state=memory.state.reshape(B * C, H, G, G),
         )  # fmt: skip
         if isinstance(rule, Clipped):
             carried = replace(carried, write_scale=rule.scale.reshape(B, C, H, 2))
         return result.over(B, C), beta, carried
 
     def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Short convolution: [B, C, taps - 1 + N, 3 D] -> queries and keys of length 1, values, 3 x [B C, N, H, K]."""
+        """Short convolution: [B, C, taps - 1 + N, 3 H G] -> queries and keys of length 1, values, 3 x [B C, N, H, G]."""
         B, C, N = padded.shape[0], padded.shape[1], padded.shape[2] - (CONV_WIDTH - 1)
-        taps = self.conv.to(padded.dtype)  # [3 D, taps]
-        convolved = padded[:, :, :N] * taps[:, 0]  # [B, C, N, 3 D]
+        taps = self.conv.to(padded.dtype)  # [3 H G, taps]
+        convolved = padded[:, :, :N] * taps[:, 0]  # [B, C, N, 3 H G]
         for tap in range(1, CONV_WIDTH):
-            convolved = convolved + padded[:, :, tap : tap + N] * taps[:, tap]  # [B, C, N, 3 D]
-        q, k, v = F.silu(convolved).reshape(B * C, N, 3, self.heads, self.head_width).unbind(2)  # 3 x [B C, N, H, K]
+            convolved = convolved + padded[:, :, tap : tap + N] * taps[:, tap]  # [B, C, N, 3 H G]
+        q, k, v = F.silu(convolved).reshape(B * C, N, 3, self.heads, self.state_width).unbind(2)  # 3 x [B C, N, H, G]
         return F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v
 
     def _local(self, inputs: Inputs, scores: Scores, tokens: Tokens, pending: Pending) -> Pending:
@@ -310,7 +323,7 @@ class HAMLayer(nn.Module):
 
     def _queries(self, raw: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Queries of the read: [B, C, N, D] -> [B, N, C, H, K], normed, turned and scaled."""
-        if self.kernels.fused:
+        if self.fused:
             from hamts.ops import layer_triton
 
             return layer_triton.turned_queries(
@@ -330,7 +343,7 @@ class HAMLayer(nn.Module):
         self, recurrent: torch.Tensor, read: Attended, now: torch.Tensor, gates: torch.Tensor, opened: torch.Tensor
     ) -> torch.Tensor:
         """Two independent head-wise gates over both branches, and an output gate: [B, C, N, D]."""
-        if self.kernels.fused and read.marks is not None:
+        if self.fused and read.marks is not None:
             from hamts.ops import layer_triton
 
             return layer_triton.mixed_branches(
@@ -352,7 +365,10 @@ class HAMLayer(nn.Module):
         if marks is not None:
             exact = exact + self._relative_level(marks.transpose(1, 2), now)  # [B, C, N, H, V]
         gate_recurrent, gate_exact = gates[..., 2, :, None].sigmoid(), gates[..., 3, :, None].sigmoid()
-        both = gate_recurrent * self.recurrent_norm(recurrent) + gate_exact * self.exact_norm(exact)
+        past = self.recurrent_norm(recurrent)  # [B, C, N, H, G]
+        if self.narrow is not None:
+            past = self.narrow(past.flatten(-2)).reshape(exact.shape)  # [B, C, N, H, V]
+        both = gate_recurrent * past + gate_exact * self.exact_norm(exact)
         return (both.flatten(-2) * opened.sigmoid()).to(opened.dtype)
 
     def _relative_level(self, read: torch.Tensor, now: torch.Tensor) -> torch.Tensor:

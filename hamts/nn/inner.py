@@ -41,7 +41,7 @@ class InnerHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head = QuantileHead(2 * config.width, config.patch_steps, INNER_LEVELS)
+        self.head = QuantileHead(config.width + config.heads * config.head_state_width, config.patch_steps, INNER_LEVELS)
 
     def forward(
         self, x: torch.Tensor, recalled: torch.Tensor, tokens: Tokens, before: torch.Tensor, before_known: torch.Tensor
@@ -50,7 +50,7 @@ class InnerHead(nn.Module):
 
         Args:
             x: normalised input of the layer, [B, C, N, D].
-            recalled: read from the state, [B, C, N, H V] with H V = D.
+            recalled: read from the state, [B, C, N, H V].
             before: what was expected of the first token, [B, C, P, Q], and whether there was anything, [B, C].
         """
         ahead = self.head(torch.cat([x.detach(), recalled.detach()], -1))  # [B, C, N, P, Q]

@@ -156,7 +156,7 @@ def _sized(allowance: _Allowance) -> list[Callable[[], nn.Module]]:
         entries = allowance.fill(lambda n: PooledLayer(config, pools, entries=n))
         return [lambda: PooledLayer(config, pools, entries=entries)] * L
     if config.mixer == "recurrent_wide":
-        head = config.width // H
+        head = config.head_state_width
 
         def wide(width: int) -> MixerLayer:
             return MixerLayer(config, Parts(recurrent=True, window=1, keeps=False, state_width=width))

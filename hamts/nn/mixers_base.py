@@ -42,7 +42,7 @@ class Parts:
         keeps: whether tokens that leave the window stay readable.
         branch_gates: whether both branches are mixed by gates of their own, as in HAM.
         output_gate: whether the output is gated.
-        state_width: K and V of the state; 0: as wide as a head.
+        state_width: K and V of the state; 0: as wide as HAM's.
         carried: patches carried from chunk to chunk; 0: those of the window.
     """
 
@@ -63,8 +63,8 @@ class MixerLayer(nn.Module):
         D, H = config.width, config.heads
         K = D // H
         self.parts, self.heads, self.head_width = parts, H, K
-        state_width = parts.state_width or K
-        # keys and values are shared by both branches, as in HAM, unless the state is wider than a head
+        state_width = parts.state_width or config.head_state_width
+        # keys and values are shared by both branches, as in HAM, unless the state has another width than a head
         self.shared = parts.recurrent and state_width == K
         self.recurrent = RecurrentBranch(H, state_width) if parts.recurrent else None
         self.to_memory = nn.Linear(D, self.memory_units(D), bias=False)

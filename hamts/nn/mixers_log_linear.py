@@ -151,7 +151,7 @@ class LogLinearLayer(MixerLayer):
         nn.init.zeros_(self.to_levels.bias)
 
     def state_shape(self) -> tuple[int, ...]:
-        return (self.levels, self.heads, self.head_width, self.head_width)
+        return (self.levels, *super().state_shape())
 
     def _recurrent(
         self,

@@ -125,8 +125,8 @@ class Carried:
 class LayerMemory:
     """All that one layer knows of the past of B items."""
 
-    state: torch.Tensor  # [B, C, H, K, V]
-    conv_tail: torch.Tensor  # [B, C, taps, 3 D] inputs of the short convolution
+    state: torch.Tensor  # [B, C, H, G, G]; G is K unless the state has a width of its own
+    conv_tail: torch.Tensor  # [B, C, taps, 3 H G] inputs of the short convolution
     error_mean: torch.Tensor  # [B, C, H, 2] running sum of squared error and its weight
     pending: Pending
     scratchpad: Entries
@@ -139,6 +139,7 @@ def empty_memory(
     channels: int,
     heads: int,
     head_width: int,
+    state_width: int,
     window: int,
     taps: int,
     scores: int,
@@ -175,8 +176,8 @@ def empty_memory(
         alive=zeros(items, 0, kind=torch.bool),
     )
     return LayerMemory(
-        state=zeros(items, channels, heads, head_width, head_width),
-        conv_tail=zeros(items, channels, taps, 3 * heads * head_width),
+        state=zeros(items, channels, heads, state_width, state_width),
+        conv_tail=zeros(items, channels, taps, 3 * heads * state_width),
         error_mean=zeros(items, channels, heads, 2),
         pending=pending,
         scratchpad=scratchpad,

@@ -18,7 +18,7 @@ class Products:
 
     narrow: torch.Tensor  # [B, C, N, D] in what products run in
     gates: torch.Tensor  # [B, C, N, 4 H] in full precision
-    mixed: torch.Tensor  # [B, C, N, 3 D] queries, keys and values of both branches' memory
+    mixed: torch.Tensor  # [B, C, N, 3 D or 3 H G + 2 D] queries, keys and values of both branches' memory
     queries: torch.Tensor  # [B, C, N, D] of the read
     opened: torch.Tensor  # [B, C, N, D] of the output gate
     begun: list[torch.Tensor] | None = None  # [B, C, N, hidden] what the router's learners make of it first
@@ -29,10 +29,10 @@ class Inputs:
     """What both branches take of a chunk's projections."""
 
     # of the recurrence: convolved queries and keys of length 1, values
-    q: torch.Tensor  # [B C, N, H, K]
-    k: torch.Tensor  # [B C, N, H, K]
-    v: torch.Tensor  # [B C, N, H, K]
+    q: torch.Tensor  # [B C, N, H, G]
+    k: torch.Tensor  # [B C, N, H, G]
+    v: torch.Tensor  # [B C, N, H, G]
     # of the read: keys, normed and turned, and values, of the window and the chunk
     keys: torch.Tensor  # [B, W + N, C, H, K]
     values: torch.Tensor  # [B, W + N, C, H, K]
-    tail: torch.Tensor  # [B, C, taps - 1, 3 D] to carry on
+    tail: torch.Tensor  # [B, C, taps - 1, 3 H G] to carry on
