@@ -41,7 +41,9 @@ class InnerHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head = QuantileHead(config.width + config.heads * config.head_state_width, config.patch_steps, INNER_LEVELS)
+        self.head = QuantileHead(
+            config.width + config.heads * config.head_state_width, config.patch_steps, INNER_LEVELS
+        )
 
     def forward(
         self, x: torch.Tensor, recalled: torch.Tensor, tokens: Tokens, before: torch.Tensor, before_known: torch.Tensor
