@@ -249,7 +249,7 @@ class HAMLayer(nn.Module):
         return result.over(B, C), beta, carried
 
     def _convolved(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Short convolution: [B, C, taps - 1 + N, 3 H G] -> queries and keys of length 1, values, each [B C, N, H, G]."""
+        """Short convolution: [B, C, taps - 1 + N, 3 H G] -> queries and keys of length 1, values, [B C, N, H, G]."""
         B, C, N = padded.shape[0], padded.shape[1], padded.shape[2] - (CONV_WIDTH - 1)
         taps = self.conv.to(padded.dtype)  # [3 H G, taps]
         convolved = padded[:, :, :N] * taps[:, 0]  # [B, C, N, 3 H G]

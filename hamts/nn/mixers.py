@@ -138,7 +138,7 @@ def layer_makers(config: ModelConfig, *, channels: int, budget_bytes: int) -> li
 def _sized(allowance: _Allowance) -> list[Callable[[], nn.Module]]:
     """Rivals that are as large as the bytes allow."""
     config, C = allowance.config, allowance.channels
-    L, W, H = config.layers, config.window_patches, config.heads
+    L, W = config.layers, config.window_patches
     if config.mixer in ("window", "recurrent_window"):
         parts = Parts(recurrent=config.mixer == "recurrent_window", window=W, keeps=True)
 
