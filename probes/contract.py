@@ -27,8 +27,9 @@ __all__ = [
 ]
 
 FAMILY = "hamts_probes/v1"
-# 2: networks of the preset small take 1,500 steps (3,000 before); 3: long sequences are grown into
-CONTRACT_VERSION = 3
+# 2: networks of the preset small take 1,500 steps (3,000 before); 3: long sequences are grown into; 4: entries are 32
+# wide beside a state of 8, an embedding sees four rows, HAM keeps everything for longer
+CONTRACT_VERSION = 4
 # training draws from its own seed (0, 1, ...); these offsets keep the three kinds of streams apart
 VALIDATION_SEED = 5_000
 EVALUATION_SEED = 10_000
@@ -170,6 +171,7 @@ class ProbeBatch:
         tags: rows that carry a tag, with the configured tag noise; what a tag router sees.
         key, value: what a memory without training works with: the key of each row and what was bound to it.
         key_direct: the answer is the value of the one row whose key is the query's.
+        queries_follow: query rows go on from one another, as a replayed waveform does; else each stands alone.
         aux: a training target that is never scored.
         floor: answers of predictors without a memory of single items.
         slices: labels of queries, -1 for none; results are also reported by label.
@@ -200,6 +202,7 @@ class ProbeBatch:
     need_role: tuple[str, ...] = ("item",)
     need_any: bool = False
     key_direct: bool = True
+    queries_follow: bool = False
     aux: torch.Tensor | None = None  # [B, Q, X]
     edge_index: torch.Tensor | None = None  # [B, E, 2] int64
     edge_time: torch.Tensor | None = None  # [B, E] float64
@@ -240,6 +243,11 @@ class ProbeBatch:
     def asked(self) -> torch.Tensor:
         """Queries that count, [B, Q] bool."""
         return self.y_mask.any(-1)
+
+    @property
+    def unseen(self) -> torch.Tensor:
+        """Rows that the embedding of later rows does not see, [B, L] bool: other questions."""
+        return torch.zeros_like(self.query) if self.queries_follow else self.query
 
     @property
     def delay(self) -> torch.Tensor:

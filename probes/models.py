@@ -183,7 +183,7 @@ class ProbeNet(nn.Module):
     ) -> Reading:
         """Read some rows of a batch, going on from a memory."""
         tokens = row_tokens(batch, rows, origin=self.origin_rows)
-        told = recent_rows(batch.inputs(), batch.query, self.config.embed_rows)  # [B, L, embed rows x I]
+        told = recent_rows(batch.inputs(), batch.unseen, self.config.embed_rows)  # [B, L, embed rows x I]
         x = self.embed(told[:, rows])[:, None]  # [B, 1, N, D]
         after, traces = [], []
         for block, before, policy in zip(self.blocks, memory, policies, strict=True):
@@ -257,12 +257,13 @@ class ProbeNet(nn.Module):
 EXPLORE_SHARE = 0.05
 
 
-def recent_rows(inputs: torch.Tensor, asks: torch.Tensor, count: int) -> torch.Tensor:
-    """Every row with those before it, the newest first: inputs [..., N, I], asks [..., N] -> [..., N, count I].
+def recent_rows(inputs: torch.Tensor, unseen: torch.Tensor, count: int) -> torch.Tensor:
+    """Every row with those before it, the newest first: inputs [..., N, I] -> [..., N, count I].
 
-    What a query row shows is seen by no other row.
+    Args:
+        unseen: rows that no later row sees, [..., N] bool (``ProbeBatch.unseen``).
     """
-    told = inputs * ~asks[..., None]  # [..., N, I]
+    told = inputs * ~unseen[..., None]  # [..., N, I]
     N = inputs.shape[-2]
     earlier = [F.pad(told, (0, 0, back, 0))[..., :N, :] for back in range(1, count)]
     return torch.cat([inputs, *earlier], -1)

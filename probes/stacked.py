@@ -105,7 +105,7 @@ class StackedNet:
         """
         self._fit(rows)
         ops = self.ops if training else EAGER
-        told = recent_rows(rows.inputs, rows.asks, self.config.embed_rows)  # [S, B, N, embed rows x I]
+        told = recent_rows(rows.inputs, rows.unseen, self.config.embed_rows)  # [S, B, N, embed rows x I]
         x = F.silu(self.linear(told.expand(self.S, -1, -1, -1), "embed.0"))
         x = self.linear(x, "embed.2")  # [S, B, N, D]
         found, leaf = [], self.leaves

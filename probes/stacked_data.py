@@ -26,6 +26,7 @@ class Rows:
     inputs: torch.Tensor  # [S, B, N, I]
     heard: torch.Tensor  # [S, B, N] 1 where a row may be written, else 0
     asks: torch.Tensor  # [S, B, N] bool
+    unseen: torch.Tensor  # [S, B, N] bool
     tags: torch.Tensor  # [S, B, T] bool
     crit: torch.Tensor  # [S, B, T] bool
     q_index: torch.Tensor  # [S, B, Q]
@@ -47,6 +48,7 @@ class Rows:
             found["inputs"].append(batch.inputs())
             found["heard"].append((told & ~asks).float())
             found["asks"].append(asks)
+            found["unseen"].append(batch.unseen)
             found["tags"].append((batch.tags & ~asks)[:, :T])
             found["crit"].append(batch.crit[:, :T])
             for name in ("q_index", "y", "y_mask"):

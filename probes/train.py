@@ -31,7 +31,7 @@ NEXT_ROW_WEIGHT, TARGET_WEIGHT, ROUTER_WEIGHT, INNER_WEIGHT = 0.2, 0.2, 0.02, 0.
 BUDGET_FRACTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
 CHECKS = 10
 # share of the steps in which HAM keeps everything, whatever its router
-WARM_SHARE = 0.4
+WARM_SHARE = 0.6
 SOLVED = 0.8
 
 

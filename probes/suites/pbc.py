@@ -37,8 +37,9 @@ class PbcConfig(ProbeConfig):
         announce: a column says how far away the next marker is.
         row_jitter: largest shift of a marker against its schedule.
         ahead_rows: of an announcement before its setpoint is reached.
-        fade: factor of the level on rows that are not critical; less than 1 in training's first stages alone, since
-            everything that is read beside a marker hides at first that reading it helps.
+        fade: factor of the level, and of a silent schedule's calendar, on rows that are not critical; less than 1 in
+            training's first stages alone, since everything that is read beside a marker hides at first that reading it
+            helps.
     """
 
     items: int = 9
@@ -63,7 +64,7 @@ class PbcConfig(ProbeConfig):
         return self.items if self.distractors < 0 else self.distractors
 
 
-@register_probe("pbc", version=2, slot="benchmark hygiene")
+@register_probe("pbc", version=3, slot="benchmark hygiene")
 class PredictableButCritical(Probe):
     Config = PbcConfig
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -183,6 +184,9 @@ class PredictableButCritical(Probe):
             canvas.flag(every, "phase_sin", angle.sin())
             canvas.flag(every, "phase_cos", angle.cos())
             canvas.code(every, take(code, current.clamp_min(0)))
+            if config.fade < 1:
+                beside = ~canvas.crit & ~canvas.query  # [B, L]
+                canvas.events = torch.where(beside[..., None], config.fade * canvas.events, canvas.events)
             return
         ones = torch.ones_like(rows, dtype=torch.bool)
         canvas.flag(rows, "marker")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +64,7 @@ class RrrConfig(ProbeConfig):
         return self.items * self.visits + shadows + self.frequent * self.frequent_visits
 
 
-@register_probe("rrr", version=1, slot="streaming state")
+@register_probe("rrr", version=2, slot="streaming state")
 class RareRegimeReplay(Probe):
     Config = RrrConfig
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {"rrr": {}}
@@ -87,9 +87,17 @@ class RareRegimeReplay(Probe):
     }
     # induction over three rows is learned late; numbers on the visits first make it start
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.25, {"cue_flag": True}), (0.75, {}))
-    # frequent regimes alone fill shorter sequences
-    grows = False
     echo_rows = 1
+
+    def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
+        """Two rare regimes at least, and frequent ones that come as many times less often: they fill most rows."""
+        assert isinstance(config, RrrConfig)
+        return replace(
+            config,
+            context_rows=config.context_rows // parts,
+            items=max(config.items // parts, 2),
+            frequent_visits=max(config.frequent_visits // parts, 1),
+        )
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, RrrConfig)
@@ -179,7 +187,7 @@ class RareRegimeReplay(Probe):
         plain = carrier(draws("floor carrier"), n, 1, CHANNELS, config).expand(n, Q, CHANNELS)
         return canvas.batch(
             q_index=q_index, q_item=item, y=y, need=need, x_names=("ch_0", "ch_1"), items=config.items,
-            need_role=("row before", "row asked"), key_direct=False,
+            need_role=("row before", "row asked"), key_direct=False, queries_follow=True,
             floor={
                 "set_mean": set_mean,
                 "last_rare": last_rare[:, 0, offsets].repeat(1, A, 1),
