@@ -277,6 +277,8 @@ class StackedNet:
         sums = self.frame.left_sum[kind.window]
         count = torch.matmul(sums, (order[:, :, None] > order[:, None, :]).to(sums.dtype))  # [S B, N, T]
         later = (count < roomier[:, None]) & left & (order >= 0)[:, None]
+        # what had left before the queries does not come back
+        later = later & (there[:, T - 1 : T] | ~left[T - 1])
         return torch.where(self.frame.queried[:, None], later, there)
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:

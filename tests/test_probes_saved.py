@@ -138,8 +138,8 @@ def test_entries_at_a_lower_precision_are_smaller_and_nearly_the_same(precision:
         assert torch.equal(rounded(second, precision).scratchpad.values, b.values)
     plain, small = kept_bytes(exact, "float32")[1], kept_bytes(coarse, precision)[1]
     count = sum(float(part.scratchpad.alive.sum(1).float().mean()) for part in exact)
-    # a key and a value of 8 numbers each; int8 has a scale for each
-    saved = 16 * (4 - PRECISIONS[precision]) - (8 if precision == "int8" else 0)
+    # a key and a value of 32 numbers each; int8 has a scale for each
+    saved = 64 * (4 - PRECISIONS[precision]) - (8 if precision == "int8" else 0)
     assert plain - small == pytest.approx(count * saved)
 
 
