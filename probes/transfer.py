@@ -24,11 +24,9 @@ from probes.models import NetConfig
 from probes.registry import Probe, get_probe
 from probes.results import machine
 from probes.runner_plan import critical_rows
-from probes.train import BUDGET_FRACTIONS, Fitted, Stream, TrainPlan, calibrate, everything, make_net, training_loss
+from probes.train import WARM_SHARE, Fitted, Stream, TrainPlan, calibrate, everything, make_net, training_loss
 
 __all__ = ["Aligned", "Layout", "TransferPlan", "run_transfer", "score_transfer", "train_transfer"]
-
-WARM_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,9 @@ class Aligned(Probe):
         self.inner, self.layout = probe, layout
         self.curriculum, self.grows = probe.curriculum, probe.grows  # type: ignore[misc]
 
+    def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
+        return self.inner.shrunk(config, parts)
+
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         return self.layout.align(self.inner.sample(gen, n, config))
 
@@ -126,8 +127,7 @@ def train_transfer(plan: TransferPlan) -> Fitted:
         place = step % len(plans)
         tested = place == len(plans) - 1
         batch = streams[place].next(step)
-        fraction = BUDGET_FRACTIONS[int(torch.randint(len(BUDGET_FRACTIONS), (), generator=budgets))]
-        rows = max(round(fraction * plans[place].critical_rows), 1)
+        rows = plans[place].budget(step, budgets)
         given = everything(net, batch) if tested or step < WARM_SHARE * plan.steps else None
         for parameter in routers:
             parameter.requires_grad_(not tested)
