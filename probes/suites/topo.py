@@ -61,7 +61,7 @@ class TopoConfig(ProbeConfig):
         return self.edges + self.items + self.updates + self.distractors
 
 
-@register_probe("topo", version=1, slot="multivariate encoding")
+@register_probe("topo", version=2, slot="multivariate encoding")
 class TopologyLookup(Probe):
     Config = TopoConfig
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -86,7 +86,10 @@ class TopologyLookup(Probe):
     }
     layers = 3
     headline = "topo"
-    curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.2, {"form": "graph"}), (0.8, {}))
+    # a lookup, then that of a node that is named, then through an edge: each is found on the way from the one before
+    curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = (
+        (0.2, {"form": "graph", "hop0_share": 1.0}), (0.2, {"form": "graph"}), (0.6, {}),
+    )  # fmt: skip
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, TopoConfig)
