@@ -50,6 +50,9 @@ class Results:
                 continue
             ordered = sorted(group, key=lambda content: content["data_manifest"]["train_seed"])
             identity = ordered[0]["identity"]
+            if identity.get("axis"):
+                # another width, say: a line of its own, which no question here is about
+                continue
             key = (rung, identity["router"] if identity["model"] == "ham" else identity["model"], budget)
             errors = [sequence_errors(content) for content in ordered]
             if any(part is None for part in errors):

@@ -23,7 +23,7 @@ from probes.evaluate import evaluate
 from probes.gates import GateResult
 from probes.models import NetConfig
 from probes.registry import Probe, get_probe
-from probes.runner_plan import critical_rows
+from probes.runner_plan import STATE_WIDTH, critical_rows
 from probes.train import TrainPlan, train
 
 __all__ = ["FITS", "GateFit", "TrainedGates", "gates_of_runs", "train_side_by_side"]
@@ -194,30 +194,51 @@ def one_thread() -> None:
 
 
 def gates_of_runs(documents: Sequence[dict[str, Any]]) -> list[GateResult]:
-    """G1 and G5 as the runs of a table show them: means over training seeds, at the size and rates of the runs.
+    """G1, G2 and G5 as the runs of a table show them: means over training seeds, at the size and rates of the runs.
 
-    Runs on tags with noise serve too: neither full attention nor the list of the critical rows reads tags.
+    Runs on tags with noise serve too: neither full attention nor the list of the critical rows, nor a state reads tags.
+    G2 needs the recurrent model with a roomy state too: ``run --models recurrent --state-width``, 4 x the items.
     """
     from probes.summary import best_rates, value
 
     skills: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for content in best_rates(documents):
-        identity = content["identity"]
-        fit = {"full": "full", "ham": "oracle"}.get(identity["model"]) if identity["tier"] == "T1" else None
-        usual = not identity.get("axis") and identity["readout"] == "query" and content["budget"]["frac"] == 1.0
-        if fit is None or not usual or (fit == "oracle" and identity["router"] != "oracle"):
-            continue
-        key = (identity["suite"], identity["rung"], str(content["config"].get("preset")))
-        skills.setdefault(key, {}).setdefault(fit, []).append(value(content, "skill"))
+        fit = _fit_of_run(content)
+        if fit is not None:
+            identity = content["identity"]
+            key = (identity["suite"], identity["rung"], str(content["config"].get("preset")))
+            skills.setdefault(key, {}).setdefault(fit, []).append(value(content, "skill"))
     found = []
     for (suite, rung, preset), fits in sorted(skills.items()):
         if "full" not in fits:
             continue
-        full = sum(fits["full"]) / len(fits["full"])
-        told = f"mean of {len(fits['full'])} training seeds at {preset}, from the runs"
+        means = {fit: sum(numbers) / len(numbers) for fit, numbers in fits.items()}
+        full, told = means["full"], f"mean of {len(fits['full'])} training seeds at {preset}, from the runs"
         found.append(GateResult(suite, rung, "G1", full >= SOLVED, full, SOLVED, f"full attention, {told}"))
-        if "oracle" in fits:
-            oracle, limit = sum(fits["oracle"]) / len(fits["oracle"]), ORACLE_SHARE * full
+        if "narrow" in means and "wide" in means:
+            small, roomy = means["narrow"], means["wide"]
+            passed = small <= SMALL_STATE and roomy >= ROOMY_STATE and roomy >= small
+            note = f"recurrent skill at rho 2 or more; at 1/4 it is {roomy:.3f}, must be {ROOMY_STATE}; {told}"
+            found.append(GateResult(suite, rung, "G2", passed, small, SMALL_STATE, note))
+        if "oracle" in means:
+            oracle, limit = means["oracle"], ORACLE_SHARE * full
             note = f"cache of the critical rows, against full attention at {full:.3f}; {told}"
             found.append(GateResult(suite, rung, "G5", oracle >= limit, oracle, limit, note))
     return found
+
+
+def _fit_of_run(content: dict[str, Any]) -> str | None:
+    """What a run is to the gates; None for all others."""
+    identity, config = content["identity"], content["config"]
+    if identity["tier"] != "T1" or identity["readout"] != "query" or content["budget"]["frac"] != 1.0:
+        return None
+    usual = not identity.get("axis")
+    if identity["model"] == "full" and usual:
+        return "full"
+    if identity["model"] == "ham" and identity["router"] == "oracle" and usual:
+        return "oracle"
+    if identity["model"] != "recurrent":
+        return None
+    items = get_probe(identity["suite"])[0].config(str(config.get("preset")), identity["rung"]).items
+    rho = items / int(config.get("state_width", STATE_WIDTH))
+    return "narrow" if rho >= 2 else "wide" if rho <= 0.25 else None

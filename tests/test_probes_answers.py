@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from probes.answers import Results, answers_markdown, write_between
+from probes.gates_trained import gates_of_runs
 
 SKILLS = {"full": 1.0, "learned": 0.97, "surprise": 0.2, "oracle": 1.0, "random": 0.1, "recurrent_wide": 0.6}
 
@@ -62,3 +63,26 @@ def test_tables_are_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold the lines"):
         write_between(page, "new")
+
+
+def test_gates_are_read_off_the_runs_of_a_table(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    for content in documents:
+        content["config"]["preset"] = "small"
+    found = {gate.gate: gate for gate in gates_of_runs(documents)}
+    assert set(found) == {"G1", "G5"}
+    assert found["G1"].passed and found["G5"].passed
+    # a state of 8 for 16 items, and one of 64, whose lines leave those of the table alone
+    plain = next(content for content in documents if content["identity"]["model"] == "full")
+    for width, axis, level in ((8, "", 0.3), (64, "width64", 0.9)):
+        path = tmp_path / f"recurrent_{width}.json"
+        np.savez(path.with_suffix(".npz"), errors=np.ones((2, 8)))
+        documents.append({
+            **plain, "identity": {**plain["identity"], "model": "recurrent", "axis": axis}, "path": str(path),
+            "config": {"learning_rate": 1e-3, "preset": "small", "state_width": width},
+            "results": {"skill": {"median": level}},
+        })  # fmt: skip
+    gate = {gate.gate: gate for gate in gates_of_runs(documents)}["G2"]
+    assert gate.passed and gate.value == 0.3
+    assert "0.900" in gate.note
+    assert ("pbcD", "recurrent", 1.0) not in Results.of(documents).groups
