@@ -236,7 +236,7 @@ class StackedTrainer:
     def fit(self, static: Rows) -> None:
         """Take batches from these rows from now on: they are copied in, and a captured step reads them."""
         self.static = static
-        self.graphs.clear()
+        self._forget_graphs()
         self.one.fit(static)
 
     def advance(self, rows: Rows, step: int) -> None:
@@ -248,9 +248,15 @@ class StackedTrainer:
             return
         if warm not in self.graphs:
             # the graph of the phase before is not needed any more
-            self.graphs.clear()
+            self._forget_graphs()
             self.graphs[warm] = self._capture(warm)
         self.graphs[warm].replay()
+
+    def _forget_graphs(self) -> None:
+        """Give back the memory of recorded steps, which no other stack could use."""
+        if self.graphs:
+            self.graphs.clear()
+            torch.cuda.empty_cache()
 
     def _capture(self, warm: bool) -> torch.cuda.CUDAGraph:
         """Record the step on the static rows, so that it is replayed from now on; nothing is trained by it."""
@@ -263,6 +269,8 @@ class StackedTrainer:
             # libraries choose and allocate before anything is recorded
             self.one(self.static, warm=warm)
         stream.synchronize()
+        # a graph has memory of its own: what these runs took would lie idle, as much again for every stack
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin()
         self.one(self.static, warm=warm)
