@@ -6,20 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 __all__ = [
-    "ALLOCATIONS",
-    "AUXILIARY_TARGETS",
-    "EVICTIONS",
-    "MIXERS",
-    "MachineConfig",
-    "PRESETS",
-    "ROUTERS",
-    "THRESHOLDS",
-    "MemoryConfig",
-    "ModelConfig",
-    "Preset",
-    "TagType",
-    "TrainConfig",
-]
+    "ALLOCATIONS", "AUXILIARY_TARGETS", "EVICTIONS", "MIXERS", "MachineConfig", "PRESETS", "ROUTERS", "THRESHOLDS",
+    "MemoryConfig", "ModelConfig", "Preset", "TagType", "TrainConfig",
+]  # fmt: skip
 
 ROUTERS = ("surprise", "error", "innovation", "write", "uncertainty", "residual", "learned", "mix", "tags")
 ALLOCATIONS = ("uniform", "pooled", "normalised", "learned")
