@@ -1,6 +1,6 @@
 """What a layer makes of its tokens before its two branches.
 
-B items · C channels · N patches · D width · H heads · K key (= V value) · W window patches
+B items · C channels · N patches · D width · H heads · K key (= V value) · G width of a head's state · W window patches
 """
 
 from __future__ import annotations
