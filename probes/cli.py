@@ -106,7 +106,7 @@ def run(  # noqa: PLR0913 - one option for each argument
     readout: Annotated[str, typer.Option(help="query or echo.")] = "query",
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
     state_width: Annotated[
-        int, typer.Option(help="Heads x key width of the memory layers: how many items a state holds apart.")
+        int, typer.Option(help="Key width of the recurrent state: how many items it holds apart.")
     ] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[
