@@ -38,7 +38,7 @@ from benchmarks.frontier_sets import SETS, SMOKE, Carrier, Set, load, smoke_carr
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import PRESETS, MachineConfig, ModelConfig
 from hamts.data.frame import to_panel
-from hamts.fitting import Trained, train_panel, validation_tail
+from hamts.fitting import Trained, ValidationTail, train_panel, validation_tail
 from hamts.frontier import Point, measure_points, windows_at
 from hamts.nn.ham import HAMLayer
 from hamts.resolve import FitOptions, make_plan
@@ -52,8 +52,13 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
-# of every fit here: a step that starts fewer kernels, over more streams; few checks
-TRAINING = {"batch_windows": 64, "origins": 1, "prefix_patches": 256, "checks": 4, "patience": 4}
+# of every fit here: few streams, read far in one pass and never carried on, asked at most of what they have seen before
+TRAINING = {
+    "batch_windows": 8, "context_patches": 256, "origins": 1, "prefix_patches": 1024, "reset_share": 1.0,
+    "recall_share": 0.7, "checks": 4, "patience": 4,
+}  # fmt: skip
+# validation forecasts of an item: at so many moments evenly apart, and at so many echoes
+REGULAR_CHECKS, ECHO_CHECKS = 8, 16
 # of a GPU's memory; the rest is the processes' own
 USED_GPU = 0.93
 BLOCKS = 20
@@ -105,17 +110,42 @@ def fit(
     )  # fmt: skip
     plan = make_plan(panel, options)
     plan = replace(plan, model=replace(plan.model, **SIZES[size]), train=replace(plan.train, **TRAINING))
-    tail = validation_tail(panel.lengths, h=plan.h, patch_steps=spec.patch_steps, val_size=plan.val_size)
-    return train_panel(panel, plan, tail=tail, verbose=False, progress=False)
+    return train_panel(panel, plan, tail=checked_tail(panel, plan, carrier, spec), verbose=False, progress=False)
+
+
+def checked_tail(panel: Any, plan: Any, carrier: Carrier, spec: Set) -> ValidationTail:
+    """The validation rows, with forecasts at echoes among the moments that are checked."""
+    judged = panel.n_items if spec.judged is None else spec.judged
+    # every item is cut off alike, and the others are not looked at
+    most = REGULAR_CHECKS * panel.n_items
+    tail = validation_tail(panel.lengths, h=plan.h, patch_steps=spec.patch_steps, val_size=plan.val_size, most=most)
+    cutoffs = []
+    rows = zip(panel.item_ids[:judged], tail.ends, panel.lengths, tail.cutoffs, strict=False)
+    for item, end, length, regular in rows:
+        cuts = asked_of(carrier, item)["asked"].to_numpy(int) + 1
+        inside = cuts[(cuts >= end) & (cuts + spec.h <= length)]
+        chosen = inside[np.linspace(0, len(inside) - 1, min(ECHO_CHECKS, len(inside))).round().astype(int)]
+        cutoffs.append(np.unique(np.concatenate([regular, chosen])))
+    return replace(tail, cutoffs=cutoffs + [regular[:0] for regular in tail.cutoffs[judged:]])
+
+
+def asked_of(carrier: Carrier, item: Any) -> pd.DataFrame:
+    """The echoes of an item, or the moments that its labels name; of a carrier without either none."""
+    if carrier.events.empty:
+        return pd.DataFrame({"asked": [], "age": []})
+    return carrier.events[carrier.events["unique_id"] == item]
 
 
 def judged(trained: Trained, carrier: Carrier, spec: Set) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """Panel, test windows, and which of them each part holds, [X] bool: all that are regular, and those at events."""
-    panel = to_panel(carrier.frame, schema=trained.panel.schema)
+    frame = carrier.frame
+    if spec.judged is not None:
+        frame = frame[frame["unique_id"].isin(trained.panel.item_ids[: spec.judged])]
+    panel = to_panel(frame, schema=trained.panel.schema)
     regular = np.arange(carrier.rows - carrier.test_rows, carrier.rows - spec.h + 1, spec.stride)
     asked: list[dict[str, np.ndarray]] = []
     for item in panel.item_ids:
-        own = carrier.events[carrier.events["unique_id"] == item]
+        own = asked_of(carrier, item)
         # the step of the event itself has been seen, what follows it has not
         cuts = own["asked"].to_numpy(int) + 1
         inside = (cuts >= carrier.rows - carrier.test_rows) & (cuts + spec.h <= carrier.rows)

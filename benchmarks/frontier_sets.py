@@ -1,10 +1,11 @@
 """The carriers of the frontier: real streams long enough to forget, with events that come back.
 
-Events with an echo are injected into real carriers: a flag in a column of its own says that a shape is added to the
-target, and, a day, a week, a month or a year later (within a fifth), that the same shape comes back. Times are random,
-so that no clock tells them; a type is asked before it is stored again. ``epf-flat`` has shapes of size 0.
+Events with an echo are injected into real carriers: a column reports a name, two letters in the first two steps of a
+patch, and a shape is added to the target for the rest of that patch. A day, a week, a month or a year later (within a
+fifth) the same name is reported, and the same shape comes back. Times are random, so that no clock tells them; no item
+uses a name twice. ``epf-flat`` has shapes of size 0.
 
-T steps
+T steps · P steps in a patch
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ import hamts
 
 __all__ = ["AGES", "SETS", "SMOKE", "Carrier", "Set", "load", "smoke_carrier", "with_echoes"]
 
-# twice the typical step of the target
-AMPLITUDE = 2.0
+# times the typical step of the target
+AMPLITUDE = 8.0
 MAD_TO_DEVIATION = 1.48
+# patches from one new event to the next, on average; as many echoes follow
+APART_PATCHES = 10
+# steps that name an event, by a letter each; levels of a shape
+NAMED_STEPS, LEVELS = 2, 5
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+EVENT = "event"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Set:
     past: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
     copies: int = 1
+    judged: int | None = None  # items that are validated and judged; the others are fitted on alone
     amplitude: float | None = AMPLITUDE  # None: events are labels of the set
     core: bool = False
     most_items: int | None = None
@@ -46,12 +54,12 @@ class Set:
 
 SETS = {
     "epf": Set(
-        "epf/NP", ("price",), 24, 12, 0.2, 192, 24,
-        futr=("grid_load_forecast", "wind_power_forecast"), copies=4, core=True,
+        "epf/NP", ("price",), 12, 12, 0.2, 192, 24,
+        futr=("grid_load_forecast", "wind_power_forecast"), copies=16, judged=4, core=True,
     ),
     "household": Set(
-        "household_power", ("Global_active_power",), 96, 24, 0.2, 192, 96,
-        past=("Sub_metering_1", "Sub_metering_2", "Sub_metering_3"), copies=2, core=True,
+        "household_power", ("Global_active_power",), 24, 24, 0.2, 480, 96,
+        past=("Sub_metering_3",), copies=16, judged=4, core=True,
     ),
     "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),
     "flights": Set(
@@ -64,7 +72,7 @@ SETS = {
 }  # fmt: skip
 SETS["epf-flat"] = replace(SETS["epf"], amplitude=0.0, core=False)
 AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
-SMOKE = Set("", ("y",), 6, 3, 0.3, 6, 24, copies=2)
+SMOKE = Set("", ("y",), 8, 8, 0.3, 8, 24, copies=2)
 
 
 @dataclass(frozen=True)
@@ -93,48 +101,78 @@ def load(name: str, *, flat: bool = False) -> Carrier:
 
 
 def with_echoes(frame: pd.DataFrame, spec: Set, *, freq: Any) -> Carrier:
-    """Copies of every item, each with echoed events of its own."""
+    """Copies of every item, with echoed events; copies have the same times, and names and shapes of their own."""
     parts, events = [], []
     for copy in range(spec.copies):
         for number, (item, own) in enumerate(frame.groupby("unique_id", sort=False)):
             one = own.assign(unique_id=f"{item}#{copy}" if spec.copies > 1 else item).reset_index(drop=True)
-            one, asked = _echo(one, spec, np.random.default_rng([copy, number]))
+            pairs = _places(len(one), _lead(one, spec), spec, np.random.default_rng([number]))
+            one, asked = _echo(one, pairs, spec, np.random.default_rng([copy, number]))
             parts.append(one)
             events.append(asked.assign(unique_id=one["unique_id"].iloc[0]))
     whole = pd.concat(parts, ignore_index=True)
     rows = int(whole.groupby("unique_id").size().min())
     roles = {
         "target": list(spec.target), "futr_cols": list(spec.futr), "past_cols": list(spec.past),
-        "action_cols": list(spec.actions), "event_cols": [f"echo_{age}" for age in AGES], "freq": freq,
+        "action_cols": list(spec.actions), "event_cols": [EVENT], "freq": freq,
     }  # fmt: skip
     return Carrier(whole, roles, rows, int(spec.test_share * rows), pd.concat(events, ignore_index=True))
 
 
-def _echo(one: pd.DataFrame, spec: Set, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One item with shapes added where they are stored (flag 1) and where they are asked (flag 2)."""
-    T, length = len(one), max(spec.h // 2, 1)
+def _lead(one: pd.DataFrame, spec: Set) -> int:
+    """Steps from the midnight at which the grid of patches begins to the first row."""
+    first = pd.Timestamp(one["ds"].iloc[0])
+    return round((first - first.normalize()) / pd.Timedelta(days=1) * spec.day)
+
+
+def _places(rows: int, lead: int, spec: Set, rng: np.random.Generator) -> list[tuple[int, int, str]]:
+    """First rows of an event and of its echo, and its age; one event to a patch. An echo may lie beyond the end."""
+    P = spec.patch_steps
+    patches = (lead + rows) // P
+    taken = np.zeros(patches, dtype=bool)
+    taken[0] = lead > 0  # begun before the first row
+    pairs = []
+    for patch in range(patches):
+        if len(pairs) == len(LETTERS) ** NAMED_STEPS:
+            break
+        # so many of the patches that are no echo
+        if taken[patch] or rng.uniform() * (APART_PATCHES - 1) > 1:
+            continue
+        age = str(rng.choice(list(AGES)))
+        echo = patch + max(1, round(AGES[age] * spec.day / P * rng.uniform(0.8, 1.2)))
+        while echo < patches and taken[echo]:
+            echo += 1
+        taken[patch] = True
+        taken[echo : echo + 1] = True
+        pairs.append((patch * P - lead, echo * P - lead, age))
+    return pairs
+
+
+def _echo(
+    one: pd.DataFrame, pairs: list[tuple[int, int, str]], spec: Set, rng: np.random.Generator
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One item with shapes added where they are stored and where they are asked."""
+    T, length = len(one), spec.patch_steps - NAMED_STEPS
     values = one[spec.target[0]].to_numpy(float).copy()
     train = values[: int((1 - spec.test_share) * T)]
     typical = MAD_TO_DEVIATION * np.nanmedian(np.abs(np.diff(train)))
+    size = (AMPLITUDE if spec.amplitude is None else spec.amplitude) * typical
+    column = np.full(T, None, dtype=object)
+    names = rng.permutation(len(LETTERS) ** NAMED_STEPS)
+    level = np.arange(length) * LEVELS // length
     asked = []
-    for age, days in AGES.items():
-        flags = np.zeros(T)
-        steps = days * spec.day
-        at = int(rng.uniform(0, min(steps, T // 2)))
-        while True:
-            echo = at + round(steps * rng.uniform(0.8, 1.2))
-            if echo + length >= T:
-                break
-            shape = (spec.amplitude or 0.0) * typical * rng.uniform(-1.7, 1.7, size=length)
-            for place, flag in ((at, 1.0), (echo, 2.0)):
-                flags[place] = flag
-                values[place + 1 : place + 1 + length] += shape
-            asked.append({"asked": echo, "age": age})
-            # ten days apart on average, so that most rows are the carrier's own
-            at = echo + length + round(rng.exponential(10 * spec.day))
-        one[f"echo_{age}"] = flags
-    one[spec.target[0]] = values
-    return one, pd.DataFrame(asked, columns=["asked", "age"])
+    for name, (at, echo, age) in zip(names, pairs, strict=False):
+        letters = [LETTERS[name // len(LETTERS)], LETTERS[name % len(LETTERS)]]
+        shape = (size * rng.uniform(-1.7, 1.7, size=LEVELS))[level]
+        for place in (at, echo):
+            if place + spec.patch_steps > T:
+                continue
+            column[place : place + NAMED_STEPS] = letters
+            values[place + NAMED_STEPS : place + spec.patch_steps] += shape
+        if echo + spec.patch_steps <= T:
+            # the forecast begins when the name is known
+            asked.append({"asked": echo + NAMED_STEPS - 1, "age": age})
+    return one.assign(**{EVENT: column, spec.target[0]: values}), pd.DataFrame(asked, columns=["asked", "age"])
 
 
 def _runs_in_sequence(frame: pd.DataFrame, labels: pd.DataFrame, spec: Set) -> Carrier:

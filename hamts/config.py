@@ -255,6 +255,8 @@ class TrainConfig:
         reset_share: chance that a stream restarts elsewhere after a step; it bounds how stale a carried entry can be.
         prefix_patches: most patches that a restarted stream reads before its first window, so that entries are old.
         span_share: chance that a training window hides a random span of its context.
+        recall_share: chance that what follows an event in its patch is hidden where the stream has read the same event
+            before, so that the loss asks what followed then.
         auxiliary_weight: weight of what teaches the learned scores beside the task.
         auxiliary_target: what that is: ``attention``, the mass an entry received; ``gain``, what dropping the entry
             would cost, to first order; ``none``.
@@ -276,6 +278,7 @@ class TrainConfig:
     reset_share: float = 0.08
     prefix_patches: int = 512
     span_share: float = 0.25
+    recall_share: float = 0.0
     auxiliary_weight: float = 0.02
     auxiliary_target: str = "attention"
     inner_weight: float = 0.1

@@ -28,6 +28,7 @@ EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.7
 CROSS_CHANCE = 0.5
 # where prefixes have few lengths: the longest, and so many more, each shorter by this factor
 PREFIX_LENGTHS, PREFIX_RATIO = 4, 4
+NEVER = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,24 @@ def scale_history(network: HAMNetwork, store: PatchStore) -> ScaleState:
     return ScaleState(sums, reference, known, extreme, atoms)
 
 
+def patches_since(store: PatchStore) -> torch.Tensor:
+    """For every patch with events, how many patches ago its item had the same events, int64 [R]; ``NEVER`` where it had
+    not, and where there are none."""
+    since = torch.full((len(store.values),), NEVER)  # [R]
+    event = [i for i, role in enumerate(store.roles) if role == "event"]
+    tags = store.tags[:, :, event]  # [R, P, E]
+    named = torch.where(tags, store.values[:, :, event], 0.0).numpy()  # [R, P, E]
+    rows = tags.flatten(1).any(1)  # [R]
+    for item in range(store.n_items):
+        first, count = int(store.first_row[item]), int(store.row_count[item])
+        last: dict[bytes, int] = {}
+        for row in (first + torch.nonzero(rows[first : first + count]).squeeze(1)).tolist():
+            name = named[row].tobytes()
+            since[row] = row - last.get(name, row - NEVER)
+            last[name] = row
+    return since
+
+
 class StreamWindows(IterableDataset[Windows]):
     """Endless batches of consecutive windows of B streams; each restarts elsewhere now and then."""
 
@@ -123,6 +142,8 @@ class StreamWindows(IterableDataset[Windows]):
         self.cross = torch.zeros(B, dtype=torch.bool)
         self._restart(torch.ones(B, dtype=torch.bool))
         self.reset = torch.ones(B, dtype=torch.bool)
+        # patches since the same events were read last, of every row, [R]
+        self.since = patches_since(store) if config.recall_share > 0 else None
 
     def _uniform(self, n: int) -> torch.Tensor:
         return torch.rand(n, generator=self.generator)
@@ -158,7 +179,7 @@ class StreamWindows(IterableDataset[Windows]):
         for k in range(self.config.origins):
             size = N * (k + 1) // self.config.origins - done
             if size:
-                parts.append(self._part(self.at + done, size))
+                parts.append(self._part(self.at + done, size, torch.where(self.reset, prefix, 0) + done))
             done += size
         batch = Windows(parts, self.reset, self.items, self.at, prefix, self._warm(prefix), self.share, self.cross)
         self.at = self.at + N
@@ -167,11 +188,12 @@ class StreamWindows(IterableDataset[Windows]):
         self._restart(self.reset)
         return batch
 
-    def _part(self, first: torch.Tensor, patches: int) -> tuple[Chunk, Chunk]:
-        """Some patches of every stream, and a forecast after them."""
+    def _part(self, first: torch.Tensor, patches: int, read: torch.Tensor) -> tuple[Chunk, Chunk]:
+        """Some patches of every stream, and a forecast after them; ``read`` [B] patches before them at least."""
         store, B = self.store, len(self.items)
         items = sent(self.items, self.device)  # [B]
-        context = self._hide_spans(store.window(items, sent(first, self.device), patches))
+        context = store.window(items, sent(first, self.device), patches)
+        context = self._hide_spans(context, self._recalled(context, first, read))
         # half of all forecasts start on a patch boundary: scheduled forecasts do
         inside = float(self._uniform(1)) < 0.5
         begun = (self._uniform(B) * store.patch_steps).long() if inside else torch.zeros(B, dtype=torch.int64)  # [B]
@@ -199,23 +221,41 @@ class StreamWindows(IterableDataset[Windows]):
         rows = sent(rows, self.device)  # [B]
         return map_tensors(self.history, lambda tensor: tensor[rows])
 
-    def _hide_spans(self, context: Chunk) -> Chunk:
-        """Hide one span of targets and past channels in some windows; what is hidden becomes part of the task."""
+    def _recalled(self, context: Chunk, first: torch.Tensor, read: torch.Tensor) -> torch.Tensor | None:
+        """Steps to hide because they follow an event that the stream has read before, [B, N, P]; None: none."""
+        if self.since is None:
+            return None
+        B, _, N, P = context.values.shape
+        local = (first - self.host.first_patch[self.items])[:, None] + torch.arange(N)  # [B, N]
+        count = self.host.row_count[self.items][:, None]  # [B, 1]
+        rows = self.host.first_row[self.items][:, None] + local.clamp_min(0).minimum(count - 1)  # [B, N]
+        known = (self.since[rows] <= read[:, None] + torch.arange(N)) & (local >= 0) & (local < count)  # [B, N]
+        known &= torch.rand(B, N, generator=self.generator) < self.config.recall_share
+        event = constant([role == "event" for role in self.store.roles], torch.bool, self.device)[:, None, None]
+        tagged = (context.tags & event).any(1)  # [B, N, P]
+        later = tagged.flip(-1).cumsum(-1).flip(-1)  # [B, N, P] tagged steps from this one on
+        return sent(known, self.device)[..., None] & (later == 0)
+
+    def _hide_spans(self, context: Chunk, recalled: torch.Tensor | None) -> Chunk:
+        """Hide one span of targets and past channels in some windows, and what is to be recalled; what is hidden
+        becomes part of the task."""
         B, C, N, P = context.values.shape
         chosen = self._uniform(B) < self.config.span_share  # [B]
         length = 1 + (self._uniform(B) * min(self.horizon, N * P // 3)).long()  # [B] steps
         start = (self._uniform(B) * (N * P - length)).long()  # [B]
         step = torch.arange(N * P)  # [N P]
         span = chosen[:, None] & (step >= start[:, None]) & (step < (start + length)[:, None])  # [B, N P]
-        span = sent(span, self.device)
-        hidden = span.view(B, 1, N, P) & self._hideable()  # [B, C, N, P]
+        span = sent(span, self.device).view(B, N, P)
+        if recalled is not None:
+            span = span | recalled
+        hidden = span[:, None] & self._hideable()  # [B, C, N, P]
         observed = context.observed & ~hidden  # [B, C, N, P]
         return replace(
             context,
             values=torch.where(observed, context.values, 0.0),
             observed=observed,
             tags=context.tags & ~hidden,
-            horizon=span.view(B, N, P),
+            horizon=span,
         )
 
     def _hideable(self) -> torch.Tensor:
