@@ -20,7 +20,7 @@ from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork
 
-__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "scale_history", "sent"]
+__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "patches_since", "scale_history", "sent"]
 
 # budget shares of training streams; 0 and 1 are drawn on purpose, they are the ends of the frontier
 EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.75

@@ -14,14 +14,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from model_frames import quick, sine_frame
 
 import hamts
 from hamts.cli import main
-from hamts.config import ModelConfig
+from hamts.config import MemoryConfig, ModelConfig, TrainConfig
+from hamts.data.frame import to_panel
+from hamts.data.patches import build_store
 from hamts.errors import DataError
+from hamts.fitting import panel_spec
 from hamts.frontier import Losses, interval, measure_points, pareto, windows_at
 from hamts.plot_frontier import save_frontier
+from hamts.reader import HAMNetwork
+from hamts.windows import StreamWindows, patches_since, scale_history
 
 SHARES = (0.0, 0.3, 1.0)
 
@@ -146,43 +152,96 @@ def test_the_command_writes_table_and_picture(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_echo_is_the_shape_that_was_stored_at_its_age() -> None:
-    from benchmarks.frontier_sets import AGES, SETS, with_echoes
+    from benchmarks.frontier_sets import AGES, EVENT, NAMED_STEPS, SETS, with_echoes
 
     spec = replace(SETS["epf"], target=("y",), futr=(), copies=2)
-    T = 24 * 1200
+    P, T = spec.patch_steps, 24 * 1200
     flat = pd.DataFrame({"unique_id": "a", "ds": pd.date_range("2020-01-01", periods=T, freq="h")})
     flat["y"] = np.random.default_rng(0).normal(size=T)
     carrier = with_echoes(flat, spec, freq="h")
     plain = with_echoes(flat, replace(spec, amplitude=0.0), freq="h")
     np.testing.assert_array_equal(plain.frame["y"].to_numpy(), np.tile(flat["y"].to_numpy(), 2))
-    shapes = {}
+    shapes, places = {}, []
     for item, own in carrier.frame.groupby("unique_id"):
-        added = own["y"].to_numpy() - flat["y"].to_numpy()
-        for age, days in AGES.items():
-            flags = own[f"echo_{age}"].to_numpy()
-            stored, asked = np.flatnonzero(flags == 1), np.flatnonzero(flags == 2)
-            # stored and asked take turns, and lie their age apart
-            assert len(stored) == len(asked) >= 1
-            assert (stored < asked).all() and (asked[:-1] < stored[1:]).all()
-            assert ((asked - stored) >= 0.8 * 24 * days - 1).all() and ((asked - stored) <= 1.2 * 24 * days + 1).all()
-            listed = carrier.events.query("unique_id == @item and age == @age")["asked"].to_numpy()
-            np.testing.assert_array_equal(listed, asked)
-            alone = [s for s, a in zip(stored, asked, strict=True) if _nothing_else(own, s) and _nothing_else(own, a)]
-            for s in alone:
-                a = asked[list(stored).index(s)]
-                np.testing.assert_allclose(added[s + 1 : s + 13], added[a + 1 : a + 13], atol=1e-12)
-                shapes[item, age, s] = added[s + 1 : s + 13]
-    assert len(shapes) > 20
-    # no two are alike, and none is nothing
+        added, column = own["y"].to_numpy() - flat["y"].to_numpy(), own[EVENT].to_numpy()
+        rows = np.flatnonzero([isinstance(letter, str) for letter in column])
+        # two letters in the first two steps of a patch
+        starts = rows[::NAMED_STEPS]
+        np.testing.assert_array_equal(rows.reshape(-1, NAMED_STEPS), starts[:, None] + np.arange(NAMED_STEPS))
+        assert (starts % P == 0).all()
+        places.append(starts.tolist())
+        names: dict[str, list[int]] = {}
+        for start in starts:
+            names.setdefault("".join(column[start : start + NAMED_STEPS]), []).append(int(start))
+        listed = carrier.events[carrier.events["unique_id"] == item]
+        ages = dict(zip(listed["asked"], listed["age"], strict=True))
+        assert 0.15 < len(starts) / (T // P) < 0.25
+        # a name is reported once, or twice and then the second time is asked
+        assert sorted(ages) == sorted(twice[1] + NAMED_STEPS - 1 for twice in names.values() if len(twice) == 2)
+        assert max(map(len, names.values())) == 2
+        for stored, *asked in names.values():
+            one = added[stored + NAMED_STEPS : stored + P]
+            assert len(np.unique(one.round(9))) == 5
+            shapes[item, stored] = one
+            for again in asked:
+                np.testing.assert_allclose(added[again + NAMED_STEPS : again + P], one, atol=1e-12)
+                days = AGES[ages[again + NAMED_STEPS - 1]] * spec.day
+                # later by some patches where another event has the place
+                assert 0.8 * days - P <= again - stored <= 1.2 * days + 20 * P
+        changed = np.zeros(T, dtype=bool)
+        for start in starts:
+            changed[start + NAMED_STEPS : start + P] = True
+        np.testing.assert_array_equal(added != 0, changed)
+    # at the same times, but no two shapes are alike
+    assert places[0] == places[1]
     together = np.stack(list(shapes.values()))
     assert len(np.unique(together.round(9), axis=0)) == len(together)
-    assert (np.abs(together).max(1) > 0.1).all()
+    assert set(ages.values()) == set(AGES)
 
 
-def _nothing_else(own: pd.DataFrame, row: int) -> bool:
-    """Whether no other event of the item touches the twelve rows after this one."""
-    near = own.filter(like="echo_").to_numpy()[max(row - 12, 0) : row + 13]
-    return int((near != 0).sum()) == 1
+def test_what_follows_an_event_is_hidden_where_the_stream_has_read_it_before() -> None:
+    from benchmarks.frontier_sets import EVENT, NAMED_STEPS, SMOKE, smoke_carrier
+
+    carrier = smoke_carrier()
+    panel = to_panel(carrier.frame, **carrier.roles)
+    P = SMOKE.patch_steps
+    store = build_store(panel, patch_steps=P, extra_steps=P)
+    since = patches_since(store)
+    for item, (_, own) in enumerate(carrier.frame.groupby("unique_id", sort=False)):
+        column = own[EVENT].to_numpy()
+        last: dict[str, int] = {}
+        for patch in range(len(own) // P):
+            letters = column[patch * P : patch * P + NAMED_STEPS]
+            row = int(since[int(store.first_row[item]) + patch])
+            if not isinstance(letters[0], str) or "".join(letters) not in last:
+                assert row > 10**9
+            else:
+                assert row == patch - last["".join(letters)]
+            if isinstance(letters[0], str):
+                last["".join(letters)] = patch
+    config = TrainConfig(batch_windows=4, context_patches=40, origins=1, span_share=0.0, recall_share=1.0,
+                         prefix_patches=1, reset_share=1.0)  # fmt: skip
+    spec = panel_spec(panel)
+    network = HAMNetwork(ModelConfig(width=32, layers=1, heads=2, patch_steps=P), MemoryConfig(), spec)
+    windows = StreamWindows(store, scale_history(network, store), ends=panel.lengths, horizon=P, config=config,
+                            cross_chance=1.0)  # fmt: skip
+    seen = 0
+    for _ in range(4):
+        batch = windows.draw()
+        context, _ = batch.parts[0]
+        assert context.horizon is not None
+        for stream in range(4):
+            item, first = int(batch.items[stream]), int(batch.first[stream])
+            for n in range(40):
+                row = int(store.first_row[item]) + first + n
+                inside = 0 <= first + n < int(store.row_count[item])
+                asked = inside and int(since[row]) <= batch.prefix + n
+                expected = torch.zeros(P, dtype=torch.bool)
+                expected[NAMED_STEPS:] = asked
+                assert torch.equal(context.horizon[stream, n], expected)
+                assert not (context.observed[stream, 0, n] & expected).any()
+                seen += int(asked)
+    assert seen > 10
 
 
 def test_the_grid_has_its_core_and_every_router_and_rival() -> None:

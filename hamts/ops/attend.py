@@ -28,6 +28,8 @@ __all__ = ["attend"]
 
 # up to this many far patches are multiplied one by one, more as a band of a matrix product
 FEW_FAR = 4
+# queries in time handled at once
+BLOCK, BLOCK_GPU = 64, 256
 
 
 def attend(
@@ -42,7 +44,7 @@ def attend(
     window: int,
     cross_span: int = 1,
     local_marks: torch.Tensor | None = None,
-    block: int = 64,
+    block: int | None = None,
 ) -> Attended:
     """Read the window, the other channels and the scratchpad under one softmax; see the twin in ``naive.py``.
 
@@ -59,11 +61,14 @@ def attend(
         window: W, at least 1.
         cross_span: patches of other channels, 0 .. W; 1 is the same step only.
         local_marks: what ``Attended.marks`` averages, [B, W+N, C, R].
-        block: queries (in time) handled at once; bounds memory, changes nothing beyond rounding.
+        block: queries (in time) handled at once; bounds memory, changes nothing beyond rounding. None: few where a
+            cache is to hold what they multiply, many on a GPU, where starting kernels is what costs.
 
     Source: the read of HAM, arXiv 2603.22325; channels, ``cross_span`` and the biases are ours.
     """
     n_patches, n_channels = queries.shape[1:3]
+    if block is None:
+        block = BLOCK_GPU if queries.is_cuda else BLOCK
     if not 0 <= cross_span <= window or window < 1:
         raise ValueError(f"cross_span must lie in 0 .. window. Got cross_span={cross_span}, window={window}.")
     if local_keys.shape[1] != window + n_patches:
