@@ -33,6 +33,7 @@ import torch
 
 import hamts
 from benchmarks.frontier_claims import draw, markdown, table
+from benchmarks.frontier_echoes import fresh_echoes
 from benchmarks.frontier_grid import MODELS, REFERENCE, SEEDS, Cell, Model, grid
 from benchmarks.frontier_sets import SETS, SMOKE, Carrier, Set, load, smoke_carrier
 from benchmarks.side_by_side import Job, run_jobs
@@ -52,6 +53,8 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
+# of every model here
+BACKBONE = {"event_context": True}
 # of every fit here: few streams, read far in one pass and never carried on, asked at most of what they have seen before
 TRAINING = {
     "batch_windows": 8, "context_patches": 256, "origins": 1, "prefix_patches": 1024, "reset_share": 1.0,
@@ -109,24 +112,24 @@ def fit(
         seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
     )  # fmt: skip
     plan = make_plan(panel, options)
-    plan = replace(plan, model=replace(plan.model, **SIZES[size]), train=replace(plan.train, **TRAINING))
-    return train_panel(panel, plan, tail=checked_tail(panel, plan, carrier, spec), verbose=False, progress=False)
+    plan = replace(plan, model=replace(plan.model, **SIZES[size], **BACKBONE), train=replace(plan.train, **TRAINING))
+    return train_panel(
+        panel, plan, tail=checked_tail(panel, plan, carrier, spec), verbose=False, progress=False,
+        augment=fresh_echoes(carrier, spec, panel, seed),
+    )  # fmt: skip
 
 
 def checked_tail(panel: Any, plan: Any, carrier: Carrier, spec: Set) -> ValidationTail:
     """The validation rows, with forecasts at echoes among the moments that are checked."""
-    judged = panel.n_items if spec.judged is None else spec.judged
-    # every item is cut off alike, and the others are not looked at
     most = REGULAR_CHECKS * panel.n_items
     tail = validation_tail(panel.lengths, h=plan.h, patch_steps=spec.patch_steps, val_size=plan.val_size, most=most)
     cutoffs = []
-    rows = zip(panel.item_ids[:judged], tail.ends, panel.lengths, tail.cutoffs, strict=False)
-    for item, end, length, regular in rows:
+    for item, end, length, regular in zip(panel.item_ids, tail.ends, panel.lengths, tail.cutoffs, strict=True):
         cuts = asked_of(carrier, item)["asked"].to_numpy(int) + 1
         inside = cuts[(cuts >= end) & (cuts + spec.h <= length)]
         chosen = inside[np.linspace(0, len(inside) - 1, min(ECHO_CHECKS, len(inside))).round().astype(int)]
         cutoffs.append(np.unique(np.concatenate([regular, chosen])))
-    return replace(tail, cutoffs=cutoffs + [regular[:0] for regular in tail.cutoffs[judged:]])
+    return replace(tail, cutoffs=cutoffs)
 
 
 def asked_of(carrier: Carrier, item: Any) -> pd.DataFrame:
@@ -138,10 +141,7 @@ def asked_of(carrier: Carrier, item: Any) -> pd.DataFrame:
 
 def judged(trained: Trained, carrier: Carrier, spec: Set) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """Panel, test windows, and which of them each part holds, [X] bool: all that are regular, and those at events."""
-    frame = carrier.frame
-    if spec.judged is not None:
-        frame = frame[frame["unique_id"].isin(trained.panel.item_ids[: spec.judged])]
-    panel = to_panel(frame, schema=trained.panel.schema)
+    panel = to_panel(carrier.frame, schema=trained.panel.schema)
     regular = np.arange(carrier.rows - carrier.test_rows, carrier.rows - spec.h + 1, spec.stride)
     asked: list[dict[str, np.ndarray]] = []
     for item in panel.item_ids:
@@ -291,7 +291,7 @@ def perform(task: Task) -> str:
     carrier = (task.load_set or loaded)(cell.set)
     how = dict(task.how)
     trial_steps, rate = how.pop("trial_steps", None), how.pop("rate", None)
-    shape = ModelConfig(**SIZES[how["size"]])
+    shape = ModelConfig(**SIZES[how["size"]], **BACKBONE)
     if task.rate is not None:
         how["max_steps"] = trial_steps or how.get("max_steps")
         # not the bytes of a reference that is there or not: trials need not wait

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import frontier
+from benchmarks.frontier_echoes import fresh_echoes
 from benchmarks.frontier_grid import MODELS
 from benchmarks.frontier_sets import SETS
 from benchmarks.side_by_side import Job, run_jobs
@@ -26,19 +27,25 @@ from hamts.data.frame import to_panel
 from hamts.fitting import train_panel
 from hamts.resolve import FitOptions, make_plan
 
+# streams and patches of a step
+SHORT = {"batch_windows": 64, "context_patches": 64, "prefix_patches": 1}
+MIDDLE = {**SHORT, "batch_windows": 32, "context_patches": 128}
+LONG = {**SHORT, "batch_windows": 16, "context_patches": 256}
 VARIANTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "epf-attention-256": ("epf", "attention", {}, {}),
-    "epf-attention-64": ("epf", "attention", {"batch_windows": 32, "context_patches": 64}, {}),
-    "epf-attention-128": ("epf", "attention", {"batch_windows": 16, "context_patches": 128, "prefix_patches": 1}, {}),
-    "epf-attention-256-fast": ("epf", "attention", {"learning_rate": 6e-3}, {}),
-    "epf-attention-256-nodrop": ("epf", "attention", {}, {"dropout": 0.0}),
-    "epf-attention-256-b16": ("epf", "attention", {"batch_windows": 16, "prefix_patches": 1}, {}),
-    "epf-recurrent-256": ("epf", "recurrent", {}, {}),
-    "epf-learned-256": ("epf", "learned", {}, {}),
-    "household-attention-256": ("household", "attention", {}, {}),
-    "household-attention-64": ("household", "attention", {"batch_windows": 32, "context_patches": 64}, {}),
-    "household-recurrent-256": ("household", "recurrent", {}, {}),
-    "household-surprise-256": ("household", "surprise", {}, {}),
+    "epf-attention-64": ("epf", "attention", SHORT, {}),
+    "epf-attention-64-apart": ("epf", "attention", SHORT, {"event_context": False}),
+    "epf-attention-128": ("epf", "attention", MIDDLE, {}),
+    "epf-attention-256": ("epf", "attention", LONG, {}),
+    "epf-attention-64-drop": ("epf", "attention", {**SHORT, "weight_decay": 0.3}, {"dropout": 0.2}),
+    "epf-recurrent-64": ("epf", "recurrent", SHORT, {}),
+    "epf-learned-64": ("epf", "learned", SHORT, {}),
+    "household-attention-64": ("household", "attention", SHORT, {}),
+    "household-attention-64-apart": ("household", "attention", SHORT, {"event_context": False}),
+    "household-attention-128": ("household", "attention", MIDDLE, {}),
+    "household-attention-64-nodrop": ("household", "attention", SHORT, {"dropout": 0.0}),
+    "household-attention-64-fast": ("household", "attention", {**SHORT, "learning_rate": 6e-3}, {}),
+    "household-recurrent-64": ("household", "recurrent", SHORT, {}),
+    "household-surprise-64": ("household", "surprise", SHORT, {}),
 }
 
 
@@ -46,6 +53,7 @@ def perform(task: tuple[str, float, int, Path, str]) -> str:
     """Fit one variant for so many seconds."""
     name, seconds, width, folder, accelerator = task
     began = time.monotonic()
+    torch.set_float32_matmul_precision("high")
     which, label, train, model = VARIANTS[name]
     spec, carrier = SETS[which], frontier.load(which)
     seen = carrier.frame.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
@@ -58,7 +66,7 @@ def perform(task: tuple[str, float, int, Path, str]) -> str:
     plan = make_plan(panel, options)
     plan = replace(
         plan,
-        model=replace(plan.model, width=width, layers=2, heads=width // 32, **model),
+        model=replace(plan.model, width=width, layers=2, heads=width // 32, **{**frontier.BACKBONE, **model}),
         train=replace(plan.train, **{**frontier.TRAINING, "checks": 6, "patience": 99, "max_time_s": seconds, **train}),
     )
     tail = frontier.checked_tail(panel, plan, carrier, spec)
@@ -83,7 +91,9 @@ def perform(task: tuple[str, float, int, Path, str]) -> str:
         return float(np.mean(echoes))
 
     Run._score = scored  # type: ignore[method-assign]
-    trained = train_panel(panel, plan, tail=tail, verbose=False, progress=False)
+    trained = train_panel(
+        panel, plan, tail=tail, verbose=False, progress=False, augment=fresh_echoes(carrier, spec, panel, 0)
+    )
     for line, check in zip(lines, trained.report.history, strict=False):
         line["step"], line["train"] = check["step"], round(check["train_loss"], 4)
     said = {

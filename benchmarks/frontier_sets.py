@@ -18,7 +18,10 @@ import pandas as pd
 
 import hamts
 
-__all__ = ["AGES", "SETS", "SMOKE", "Carrier", "Set", "load", "smoke_carrier", "with_echoes"]
+__all__ = [
+    "AGES", "EVENT", "LETTERS", "LEVELS", "NAMED_STEPS", "SETS", "SMOKE", "Carrier", "Set", "load", "places_of",
+    "shape_size", "smoke_carrier", "with_echoes",
+]  # fmt: skip
 
 # times the typical step of the target
 AMPLITUDE = 8.0
@@ -27,6 +30,8 @@ MAD_TO_DEVIATION = 1.48
 APART_PATCHES = 10
 # steps that name an event, by a letter each; levels of a shape
 NAMED_STEPS, LEVELS = 2, 5
+# levels are even between so many amplitudes below and above, which deviate by one
+WIDEST = 1.7
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EVENT = "event"
 
@@ -46,7 +51,6 @@ class Set:
     past: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
     copies: int = 1
-    judged: int | None = None  # items that are validated and judged; the others are fitted on alone
     amplitude: float | None = AMPLITUDE  # None: events are labels of the set
     core: bool = False
     most_items: int | None = None
@@ -55,11 +59,11 @@ class Set:
 SETS = {
     "epf": Set(
         "epf/NP", ("price",), 12, 12, 0.2, 192, 24,
-        futr=("grid_load_forecast", "wind_power_forecast"), copies=16, judged=4, core=True,
+        futr=("grid_load_forecast", "wind_power_forecast"), copies=4, core=True,
     ),
     "household": Set(
         "household_power", ("Global_active_power",), 24, 24, 0.2, 480, 96,
-        past=("Sub_metering_3",), copies=16, judged=4, core=True,
+        past=("Sub_metering_3",), copies=4, core=True,
     ),
     "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),
     "flights": Set(
@@ -84,6 +88,7 @@ class Carrier:
     rows: int  # of an item
     test_rows: int
     events: pd.DataFrame = field(default_factory=pd.DataFrame)  # unique_id, asked (row), age
+    flat: np.ndarray | None = None  # the target without shapes, of every row of the frame
 
 
 def load(name: str, *, flat: bool = False) -> Carrier:
@@ -106,7 +111,7 @@ def with_echoes(frame: pd.DataFrame, spec: Set, *, freq: Any) -> Carrier:
     for copy in range(spec.copies):
         for number, (item, own) in enumerate(frame.groupby("unique_id", sort=False)):
             one = own.assign(unique_id=f"{item}#{copy}" if spec.copies > 1 else item).reset_index(drop=True)
-            pairs = _places(len(one), _lead(one, spec), spec, np.random.default_rng([number]))
+            pairs = places_of(len(one), _lead(one, spec), spec, np.random.default_rng([number]))
             one, asked = _echo(one, pairs, spec, np.random.default_rng([copy, number]))
             parts.append(one)
             events.append(asked.assign(unique_id=one["unique_id"].iloc[0]))
@@ -116,7 +121,14 @@ def with_echoes(frame: pd.DataFrame, spec: Set, *, freq: Any) -> Carrier:
         "target": list(spec.target), "futr_cols": list(spec.futr), "past_cols": list(spec.past),
         "action_cols": list(spec.actions), "event_cols": [EVENT], "freq": freq,
     }  # fmt: skip
-    return Carrier(whole, roles, rows, int(spec.test_share * rows), pd.concat(events, ignore_index=True))
+    flat = np.concatenate([frame[spec.target[0]].to_numpy(float)] * spec.copies)
+    return Carrier(whole, roles, rows, int(spec.test_share * rows), pd.concat(events, ignore_index=True), flat)
+
+
+def shape_size(values: np.ndarray, spec: Set) -> float:
+    """Most that a shape adds or takes, of a target with these training values."""
+    typical = MAD_TO_DEVIATION * np.nanmedian(np.abs(np.diff(values)))
+    return float(WIDEST * (AMPLITUDE if spec.amplitude is None else spec.amplitude) * typical)
 
 
 def _lead(one: pd.DataFrame, spec: Set) -> int:
@@ -125,8 +137,15 @@ def _lead(one: pd.DataFrame, spec: Set) -> int:
     return round((first - first.normalize()) / pd.Timedelta(days=1) * spec.day)
 
 
-def _places(rows: int, lead: int, spec: Set, rng: np.random.Generator) -> list[tuple[int, int, str]]:
-    """First rows of an event and of its echo, and its age; one event to a patch. An echo may lie beyond the end."""
+def places_of(
+    rows: int, lead: int, spec: Set, rng: np.random.Generator, *, apart: int = APART_PATCHES, longest: int | None = None
+) -> list[tuple[int, int, str]]:
+    """First rows of an event and of its echo, and its age; one event to a patch. An echo may lie beyond the end.
+
+    Args:
+        apart: patches from one new event to the next, on average.
+        longest: ages are even in their logarithm from one patch to so many, and have no name; None: one of ``AGES``.
+    """
     P = spec.patch_steps
     patches = (lead + rows) // P
     taken = np.zeros(patches, dtype=bool)
@@ -136,10 +155,11 @@ def _places(rows: int, lead: int, spec: Set, rng: np.random.Generator) -> list[t
         if len(pairs) == len(LETTERS) ** NAMED_STEPS:
             break
         # so many of the patches that are no echo
-        if taken[patch] or rng.uniform() * (APART_PATCHES - 1) > 1:
+        if taken[patch] or rng.uniform() * (apart - 1) > 1:
             continue
-        age = str(rng.choice(list(AGES)))
-        echo = patch + max(1, round(AGES[age] * spec.day / P * rng.uniform(0.8, 1.2)))
+        age = str(rng.choice(list(AGES))) if longest is None else ""
+        later = AGES[age] * spec.day / P * rng.uniform(0.8, 1.2) if longest is None else longest ** rng.uniform()
+        echo = patch + max(1, round(later))
         while echo < patches and taken[echo]:
             echo += 1
         taken[patch] = True
@@ -154,16 +174,14 @@ def _echo(
     """One item with shapes added where they are stored and where they are asked."""
     T, length = len(one), spec.patch_steps - NAMED_STEPS
     values = one[spec.target[0]].to_numpy(float).copy()
-    train = values[: int((1 - spec.test_share) * T)]
-    typical = MAD_TO_DEVIATION * np.nanmedian(np.abs(np.diff(train)))
-    size = (AMPLITUDE if spec.amplitude is None else spec.amplitude) * typical
+    size = shape_size(values[: int((1 - spec.test_share) * T)], spec)
     column = np.full(T, None, dtype=object)
     names = rng.permutation(len(LETTERS) ** NAMED_STEPS)
     level = np.arange(length) * LEVELS // length
     asked = []
     for name, (at, echo, age) in zip(names, pairs, strict=False):
         letters = [LETTERS[name // len(LETTERS)], LETTERS[name % len(LETTERS)]]
-        shape = (size * rng.uniform(-1.7, 1.7, size=LEVELS))[level]
+        shape = (size * rng.uniform(-1, 1, size=LEVELS))[level]
         for place in (at, echo):
             if place + spec.patch_steps > T:
                 continue

@@ -63,6 +63,8 @@ class ModelConfig:
             ``pooled``: one threshold over all layers, spend where it helps; ``normalised``: each stream's score against
             its own past, so that every stream gets its share; ``learned``: the same plus a learned level of the token,
             one threshold over all layers.
+        event_context: whether the tokens of all channels know from the start which events and actions happen in their
+            patch; else they read it from those channels, a layer later.
         write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping
             makes the rule nonlinear: it then runs step by step.
     """
@@ -88,6 +90,7 @@ class ModelConfig:
     decision: str = "channel"
     resolution: str = "patch"
     allocation: str = "uniform"
+    event_context: bool = False
     write_clip: float = 0.0
     mlp_ratio: float = 2.0
     dropout: float = 0.1

@@ -22,6 +22,7 @@ from hamts.reader import HAMNetwork
 from hamts.remembered import Remembered, read_panel
 from hamts.resolve import Plan
 from hamts.training import FitReport, fit_network
+from hamts.windows import StreamWindows
 
 __all__ = [
     "Fitted",
@@ -258,8 +259,12 @@ def train_panel(
     run_dir: str | None = None,
     progress: bool | None = None,
     verbose: bool = True,
+    augment: Callable[[StreamWindows], None] | None = None,
 ) -> Trained:
-    """Train, and read nothing afterwards: all that an evaluation under many budgets needs."""
+    """Train, and read nothing afterwards: all that an evaluation under many budgets needs.
+
+    ``augment`` changes the training rows before each batch, see ``StreamWindows``.
+    """
     plan = within_cost(panel, plan, tail.ends)
     network = new_network(panel, plan, tail.ends)
     panel = fill_static(panel, network)
@@ -276,6 +281,7 @@ def train_panel(
         run_dir=run_dir,
         progress=progress,
         verbose=verbose,
+        augment=augment,
     )
     network.eval()
     return Trained(network, panel, plan, report)

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,7 @@ def fit_network(
     run_dir: str | None = None,
     progress: bool | None = None,
     verbose: bool = True,
+    augment: Callable[[StreamWindows], None] | None = None,
 ) -> FitReport:
     """Fit in place: the weights best on validation are restored, thresholds calibrated, cross-reading decided.
 
@@ -302,6 +304,7 @@ def fit_network(
         machine: on what to fit. With several processes each returns the same model.
         run_dir: folder in which an interrupted fit can be resumed by the same call; None: none is written.
         progress: a bar; None: on a terminal only.
+        augment: changes the training rows before each batch, see ``StreamWindows``; validation reads them as they are.
 
     Raises:
         ValueError: ``run_dir`` holds another fit, or is given to several processes.
@@ -326,7 +329,7 @@ def fit_network(
     windows = StreamWindows(
         store, history, ends=ends, horizon=horizon, config=config,
         cross_chance=CROSS_CHANCE if task.chooses_reading else 1.0, device=device, same_sizes=machine.cuda_graphs,
-        few_prefixes=gpu,
+        few_prefixes=gpu, augment=augment,
     )  # fmt: skip
     if not gpu:
         keep_freed_memory()

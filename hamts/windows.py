@@ -6,7 +6,7 @@ B streams side by side · I items · R rows (patches) of all items · C channels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,11 +120,14 @@ class StreamWindows(IterableDataset[Windows]):
         device: torch.device | str = "cpu",
         same_sizes: bool = False,
         few_prefixes: bool = False,
+        augment: Callable[[StreamWindows], None] | None = None,
     ) -> None:
         """Where streams are is kept on the CPU; rows and statistics on ``device``, where windows are cut.
 
         With ``same_sizes`` every forecast has room for the longest, so that all batches have the same sizes. With
-        ``few_prefixes`` a prefix has one of five lengths: what depends on it is prepared once for each.
+        ``few_prefixes`` a prefix has one of five lengths: what depends on it is prepared once for each. ``augment`` is
+        called before each batch is drawn and may write into ``store.values``, ``store.tags`` and ``since``, which are
+        then these windows' own.
         """
         self.cross_chance, self.same_sizes, self.few_prefixes = cross_chance, same_sizes, few_prefixes
         self.horizon, self.config, self.device = horizon, config, torch.device(device)
@@ -144,6 +147,10 @@ class StreamWindows(IterableDataset[Windows]):
         self.reset = torch.ones(B, dtype=torch.bool)
         # patches since the same events were read last, of every row, [R]
         self.since = patches_since(store) if config.recall_share > 0 else None
+        self.augment = augment
+        if augment is not None:
+            own = {name: getattr(self.store, name).clone() for name in ("values", "tags")}
+            self.store = replace(self.store, **own)
 
     def _uniform(self, n: int) -> torch.Tensor:
         return torch.rand(n, generator=self.generator)
@@ -174,6 +181,8 @@ class StreamWindows(IterableDataset[Windows]):
     def draw(self) -> Windows:
         """The next batch; moves every stream on."""
         N, B = self.config.context_patches, len(self.items)
+        if self.augment is not None:
+            self.augment(self)
         prefix = self._prefix()
         parts, done = [], 0
         for k in range(self.config.origins):

@@ -70,10 +70,14 @@ class Embedding(nn.Module):
         widest = max(spec.levels, default=0)
         self.category = nn.Embedding(widest + 1, LEVEL_EMBEDDING) if widest else None
         self.from_category = nn.Linear(P * LEVEL_EMBEDDING, D, bias=False) if widest else None
+        happening = torch.tensor([role in ("event", "action") for role in spec.roles])  # [C]
+        self.register_buffer("happening", happening, persistent=False)
+        self.from_moment = nn.Linear(D, D, bias=False) if config.event_context and happening.any() else None
         self.from_static = nn.Linear(spec.static_numeric, D, bias=False) if spec.static_numeric else None
         self.static_category = nn.ModuleList(nn.Embedding(n + 1, D) for n in spec.static_levels)
 
     role: torch.Tensor
+    happening: torch.Tensor
 
     def forward(self, tokens: Tokens) -> torch.Tensor:
         """[B, C, N, ...] -> [B, C, N, D]."""
@@ -101,7 +105,13 @@ class Embedding(nn.Module):
             codes = torch.where(categorical & tokens.observed, tokens.values, 0.0).long()  # [B, C, N, P]
             vectors = self.category(codes.clamp_max(self.category.num_embeddings - 1))  # [B, C, N, P, E]
             vectors = vectors * (categorical & tokens.observed)[..., None]  # [B, C, N, P, E]
-            x = x + self.from_category(vectors.flatten(-2))  # [B, C, N, D]
+            # an event is named at a step or two of its patch, others have a level at every step
+            sparse = constant([role == "event" for role in self.spec.roles], torch.bool, x.device)[:, None, None]
+            weight = torch.where(sparse, vectors.shape[-2] ** 0.5, 1.0)  # [C, 1, 1]
+            x = x + weight * self.from_category(vectors.flatten(-2))  # [B, C, N, D]
+        if self.from_moment is not None:
+            happens = tokens.tags.any(-1) & self.happening[:, None]  # [B, C, N]
+            x = x + self.from_moment((x * happens[..., None]).sum(1, keepdim=True))  # [B, C, N, D]
         x = x + self._static(tokens)  # [B, C, N, D]
         return x + self.shrink(F.silu(self.grow(x)))
 

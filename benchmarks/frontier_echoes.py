@@ -1,0 +1,111 @@
+"""Events drawn anew for every batch of a fit, so that there is nothing to learn by heart but the carrier.
+
+I items · R rows (patches) of all items · n events · P steps in a patch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.frontier_sets import LETTERS, LEVELS, NAMED_STEPS, Carrier, Set, places_of, shape_size
+from hamts.data.frame import to_panel
+from hamts.data.patches import build_store
+from hamts.windows import NEVER, StreamWindows
+
+__all__ = ["fresh_echoes"]
+
+# of times of events, that are then moved along the item as a whole: some as they are where a model is judged, others
+# with more events, of ages that a window holds
+NATURAL, DENSE, DENSE_APART, DENSE_LONGEST = 4, 12, 5, 300
+
+
+def fresh_echoes(carrier: Carrier, spec: Set, panel: Any, seed: int) -> Callable[[StreamWindows], None] | None:
+    """An augmentation for ``train_panel``: every batch has times, names and shapes of its own, in every item, under the
+    rules of ``with_echoes``. None where the carrier has no injected events."""
+    if carrier.flat is None:
+        return None
+    plain = carrier.frame.assign(**{spec.target[0]: carrier.flat})
+    seen = plain.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
+    flat = replace(to_panel(seen, schema=panel.schema), starts=panel.starts)
+    store = build_store(flat, patch_steps=spec.patch_steps, extra_steps=spec.h)
+    target, event = panel.schema.indices("target")[0], panel.schema.indices("event")[0]
+    levels = panel.schema.channels[event].levels
+    # the code of each letter; letters that never occurred are read as unknown
+    codes = torch.tensor([float(levels.index(x) + 1) if x in levels else 0.0 for x in LETTERS], dtype=torch.float64)
+    sizes = [shape_size(flat.item(i)[:, target], spec) for i in range(flat.n_items)]
+    return _Echoes(store.values[:, :, target], store, spec, codes, sizes, (target, event), seed)
+
+
+class _Echoes:
+    """Writes fresh events over those of the training rows."""
+
+    def __init__(
+        self,
+        flat: torch.Tensor,
+        store: Any,
+        spec: Set,
+        codes: torch.Tensor,
+        sizes: list[float],
+        channels: tuple[int, int],
+        seed: int,
+    ) -> None:
+        """flat: the target without events, [R, P]."""
+        self.flat, self.codes, self.sizes, self.P = flat, codes, sizes, spec.patch_steps
+        self.target, self.event = channels
+        self.generator = torch.Generator().manual_seed(seed)
+        self.first, self.rows = store.first_row.tolist(), int(store.row_count.min())
+        rng = np.random.default_rng(seed)
+        self.schedules = [
+            torch.tensor(
+                [(at // self.P, echo // self.P) for at, echo, _ in places_of(self.rows * self.P, 0, spec, rng, **how)]
+            )
+            for how in [{}] * NATURAL + [{"apart": DENSE_APART, "longest": DENSE_LONGEST}] * DENSE
+        ]  # [n, 2] patches each
+        self.level = torch.arange(self.P - NAMED_STEPS) * LEVELS // (self.P - NAMED_STEPS)
+
+    def _drawn(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of events and their echoes, [n, 2]; whether there is an echo, [n]; which item, [n]."""
+        rows, whole, items = [], [], []
+        for item, first in enumerate(self.first):
+            which, shift = (
+                int(torch.randint(most, (), generator=self.generator)) for most in (len(self.schedules), self.rows)
+            )
+            pairs = self.schedules[which] + shift
+            # what was moved beyond the end comes in at the beginning; a pair may be torn by it
+            inside = (self.schedules[which][:, 1] < self.rows) & (pairs[:, 0] // self.rows == pairs[:, 1] // self.rows)
+            rows.append(first + pairs % self.rows)
+            whole.append(inside)
+            items.append(torch.full((len(pairs),), item))
+        return torch.cat(rows), torch.cat(whole), torch.cat(items)
+
+    def __call__(self, windows: StreamWindows) -> None:
+        store, device = windows.store, windows.device
+        if self.flat.device != device:
+            self.flat, self.codes, self.level = (x.to(device) for x in (self.flat, self.codes, self.level))
+        pairs, whole, items = self._drawn()  # [n, 2], [n], [n]
+        n = len(pairs)
+        letters = len(LETTERS)
+        # no name twice in an item
+        order = torch.rand(len(self.first), letters**NAMED_STEPS, generator=self.generator).argsort(1)
+        place = torch.cat([torch.arange(int((items == i).sum())) for i in range(len(self.first))])
+        name = order[items, place]  # [n]
+        name = torch.stack([name // letters, name % letters], 1)  # [n, 2]
+        size = torch.tensor(self.sizes, dtype=torch.float64)[items]  # [n]
+        shape = size[:, None] * (2 * torch.rand(n, LEVELS, generator=self.generator, dtype=torch.float64) - 1)
+        assert windows.since is not None
+        windows.since.fill_(NEVER)
+        windows.since[pairs[whole, 1]] = pairs[whole, 1] - pairs[whole, 0]
+        # an echo is written where there is one, else the event once more
+        rows = torch.cat([pairs[:, 0], torch.where(whole, pairs[:, 1], pairs[:, 0])]).to(device)  # [2 n]
+        name, shape = name.to(device).repeat(2, 1), shape.to(device).repeat(2, 1)[:, self.level]
+        store.values[:, :, self.target] = self.flat
+        store.values[:, :, self.event] = torch.nan
+        store.tags[:, :, self.event] = False
+        store.values[rows, :NAMED_STEPS, self.event] = self.codes[name]
+        store.tags[rows, :NAMED_STEPS, self.event] = True
+        store.values[rows, NAMED_STEPS:, self.target] = self.flat[rows, NAMED_STEPS:] + shape
