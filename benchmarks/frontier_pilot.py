@@ -1,6 +1,6 @@
 """Pilot of the frontier: which protocol of training teaches full attention to recall an echo, at equal seconds.
 
-``python -m benchmarks.frontier_pilot --seconds 130 --folder out`` fits each variant side by side for so long, and prints
+``python -m benchmarks.frontier_pilot --seconds 130 --folder out`` fits the variants side by side for so long, and prints
 the loss at held-out echoes and elsewhere as it goes.
 """
 
@@ -98,7 +98,8 @@ def perform(task: tuple[str, float, int, Path, str]) -> str:
         line["step"], line["train"] = check["step"], round(check["train_loss"], 4)
     said = {
         "name": name, "steps": trained.report.steps, "fit_s": trained.report.seconds,
-        "s": round(time.monotonic() - began, 1), "lines": lines, "count": {k: sum(map(len, v)) for k, v in parts.items()},
+        "s": round(time.monotonic() - began, 1), "lines": lines,
+        "count": {part: sum(map(len, lists)) for part, lists in parts.items()},
         "peak": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0,
         "reserved": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0,
     }  # fmt: skip

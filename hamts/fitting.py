@@ -5,7 +5,7 @@ I items · C channels · G targets · F future steps · R residual windows · X 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
