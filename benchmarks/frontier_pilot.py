@@ -31,21 +31,22 @@ from hamts.resolve import FitOptions, make_plan
 SHORT = {"batch_windows": 64, "context_patches": 64, "prefix_patches": 1}
 MIDDLE = {**SHORT, "batch_windows": 32, "context_patches": 128}
 LONG = {**SHORT, "batch_windows": 16, "context_patches": 256}
+OPEN, SHARP = {"entry_bias": -1.0}, {"entry_bias": -1.0, "match_gain": 2.0}
 VARIANTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "epf-attention-64": ("epf", "attention", SHORT, {}),
-    "epf-attention-64-apart": ("epf", "attention", SHORT, {"event_context": False}),
-    "epf-attention-128": ("epf", "attention", MIDDLE, {}),
-    "epf-attention-256": ("epf", "attention", LONG, {}),
-    "epf-attention-64-drop": ("epf", "attention", {**SHORT, "weight_decay": 0.3}, {"dropout": 0.2}),
+    "epf-attention-64-sharp": ("epf", "attention", SHORT, SHARP),
+    "epf-attention-64-sharp-apart": ("epf", "attention", SHORT, {**SHARP, "event_context": False}),
+    "epf-attention-128-sharp": ("epf", "attention", MIDDLE, SHARP),
+    "epf-attention-256-sharp": ("epf", "attention", LONG, SHARP),
     "epf-recurrent-64": ("epf", "recurrent", SHORT, {}),
-    "epf-learned-64": ("epf", "learned", SHORT, {}),
+    "epf-learned-64-sharp": ("epf", "learned", SHORT, SHARP),
     "household-attention-64": ("household", "attention", SHORT, {}),
-    "household-attention-64-apart": ("household", "attention", SHORT, {"event_context": False}),
-    "household-attention-128": ("household", "attention", MIDDLE, {}),
-    "household-attention-64-nodrop": ("household", "attention", SHORT, {"dropout": 0.0}),
-    "household-attention-64-fast": ("household", "attention", {**SHORT, "learning_rate": 6e-3}, {}),
+    "household-attention-64-open": ("household", "attention", SHORT, OPEN),
+    "household-attention-64-sharp": ("household", "attention", SHORT, SHARP),
+    "household-attention-64-sharper": ("household", "attention", SHORT, {"entry_bias": 0.0, "match_gain": 3.0}),
+    "household-attention-128-sharp": ("household", "attention", MIDDLE, SHARP),
     "household-recurrent-64": ("household", "recurrent", SHORT, {}),
-    "household-surprise-64": ("household", "surprise", SHORT, {}),
+    "household-surprise-64-sharp": ("household", "surprise", SHORT, SHARP),
 }
 
 

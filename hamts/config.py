@@ -65,6 +65,9 @@ class ModelConfig:
             one threshold over all layers.
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later.
+        entry_bias: what is added to the logits of scratchpad entries at first: hundreds of them share one softmax with
+            a handful of fresh keys, which they must not drown. Learned from there.
+        match_gain: how sharply queries of the read match keys at first. Learned from there.
         write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping
             makes the rule nonlinear: it then runs step by step.
     """
@@ -91,6 +94,8 @@ class ModelConfig:
     resolution: str = "patch"
     allocation: str = "uniform"
     event_context: bool = False
+    entry_bias: float = -4.0
+    match_gain: float = 1.0
     write_clip: float = 0.0
     mlp_ratio: float = 2.0
     dropout: float = 0.1

@@ -46,7 +46,6 @@ __all__ = ["HAMLayer", "HeadNorm", "LayerOutput", "LayerTrace", "rotate"]
 
 CONV_WIDTH = 4
 MARKS = 3
-SCRATCH_BIAS = -4.0
 FASTEST_TOKENS, SLOWEST_TOKENS = 4.0, 512.0
 
 
@@ -71,13 +70,12 @@ class HAMLayer(nn.Module):
         self.to_output_gate = nn.Linear(D, D)
         self.to_output = nn.Linear(D, D, bias=False)
         self.decay_rate = nn.Parameter(torch.empty(H))  # [H] log of the decay per patch
-        self.query_norm, self.key_norm = HeadNorm(H, K), HeadNorm(H, K)
+        self.query_norm, self.key_norm = HeadNorm(H, K, gain=config.match_gain), HeadNorm(H, K)
         self.recurrent_norm, self.exact_norm = HeadNorm(H, G), HeadNorm(H, K)
         self.narrow = None if self.shared else nn.Linear(H * G, D, bias=False)
         self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
         self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
-        # hundreds of entries share one softmax with a handful of fresh keys, which they must not drown
-        self.scratch_bias = nn.Parameter(torch.full((H,), SCRATCH_BIAS))  # [H]
+        self.scratch_bias = nn.Parameter(torch.full((H,), config.entry_bias))  # [H]
         # what runs the recurrence and the read; decided for the whole network by ``HAMNetwork.use_kernels``
         self.kernels: Kernels = TORCH
         self.router = Router(config)

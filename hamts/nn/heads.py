@@ -52,9 +52,9 @@ def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 class HeadNorm(nn.Module):
     """RMS norm of each head's vector, with a gain per head and unit."""
 
-    def __init__(self, heads: int, head_width: int) -> None:
+    def __init__(self, heads: int, head_width: int, *, gain: float = 1.0) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(heads, head_width))  # [H, K]
+        self.gain = nn.Parameter(torch.full((heads, head_width), gain))  # [H, K]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain

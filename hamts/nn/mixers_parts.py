@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hamts.config import ModelConfig
-from hamts.nn.ham import CONV_WIDTH, FASTEST_TOKENS, MARKS, SCRATCH_BIAS, SLOWEST_TOKENS, HeadNorm, LayerTrace, rotate
+from hamts.nn.ham import CONV_WIDTH, FASTEST_TOKENS, MARKS, SLOWEST_TOKENS, HeadNorm, LayerTrace, rotate
 from hamts.nn.tokens import Policy, Tokens
 from hamts.ops.kernels import Kernels
 from hamts.ops.types import Attended, GatedDelta, ScratchKeys
@@ -234,11 +234,10 @@ class ExactBranch(nn.Module):
         self.window, self.rows = window, rows
         self.cross_span = min(config.cross_span_patches, window)
         self.to_query = nn.Linear(D, D, bias=False)
-        self.query_norm, self.key_norm = HeadNorm(H, K), HeadNorm(H, K)
+        self.query_norm, self.key_norm = HeadNorm(H, K, gain=config.match_gain), HeadNorm(H, K)
         self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
         self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
-        # as in HAM: many rows share one softmax with a handful of fresh keys
-        self.scratch_bias = nn.Parameter(torch.full((H,), SCRATCH_BIAS))  # [H]
+        self.scratch_bias = nn.Parameter(torch.full((H,), config.entry_bias))  # [H]
 
     def empty(self, items: int, channels: int, like: torch.Tensor, *, scores: int) -> tuple[Recent, Kept]:
         """Nothing recent, nothing kept."""
