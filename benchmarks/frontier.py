@@ -53,12 +53,12 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
-# of every model here
-BACKBONE = {"event_context": True}
-# of every fit here: few streams, read far in one pass and never carried on, asked at most of what they have seen before
+# of every model here: tokens know the events of their patch, and the exact read starts open and sharp
+BACKBONE = {"event_context": True, "entry_bias": -1.0, "match_gain": 2.0}
+# of every fit here: each stream is read once, in one pass, and asked at most of the echoes of what it has seen
 TRAINING = {
-    "batch_windows": 8, "context_patches": 256, "origins": 1, "prefix_patches": 1024, "reset_share": 1.0,
-    "recall_share": 0.7, "checks": 4, "patience": 4,
+    "batch_windows": 32, "context_patches": 128, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
+    "recall_share": 0.7, "checks": 2, "patience": 4,
 }  # fmt: skip
 # validation forecasts of an item: at so many moments evenly apart, and at so many echoes
 REGULAR_CHECKS, ECHO_CHECKS = 8, 16
@@ -285,6 +285,7 @@ def perform(task: Task) -> str:
     """Do one task and write what came of it; what there is to say about it."""
     warnings.simplefilter("ignore")
     give_back()
+    torch.set_float32_matmul_precision("high")
     if torch.cuda.is_available() and task.gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(task.gpu_share)
     cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]

@@ -16,12 +16,8 @@ CONTROLS = ("shuffled", "random", "recency")
 SEEDS = (0, 1, 2)
 # whose bytes at a share the rivals get
 REFERENCE = "learned"
-# the core in the order of what its claims rest on
-FIRST = (
-    REFERENCE, "surprise", "recurrent_wide", "neighbours", "learned-token", "tags", "innovation", "mix", "gdn_gsa",
-    "window", "pooled",
-)  # fmt: skip
-CLAIMED = 5
+# what the claims rest on, and what else is in the core
+CLAIMED = ("surprise", "learned-token", "recurrent_wide", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,13 @@ class Cell:
 
 
 def _place(cell: Cell) -> tuple[Any, ...]:
-    """What the claims rest on with all seeds, then the others seed by seed; rivals of the smaller size last."""
-    place = FIRST.index(cell.model)
-    small = cell.share == CONTROL_SHARES[0]
-    return (small, place >= CLAIMED, cell.seed if place >= CLAIMED else 0, place)
+    """The reference, which rivals wait for; all of the first seed; what the claims rest on; the rest."""
+    if cell.model == REFERENCE:
+        return (0, cell.seed)
+    claimed = cell.model in CLAIMED
+    stage = 1 if cell.seed == 0 else 2 if claimed else 3
+    # what takes longest begins first, rivals of the smaller size come last
+    return (stage, cell.share is not None, not claimed, cell.share == CONTROL_SHARES[0], cell.seed)
 
 
 def grid(*, core: bool) -> list[Cell]:

@@ -1,6 +1,6 @@
 """Pilot of the frontier: which protocol of training teaches full attention to recall an echo, at equal seconds.
 
-``python -m benchmarks.frontier_pilot --seconds 130 --folder out`` fits the variants side by side for so long, and prints
+``python -m benchmarks.frontier_pilot --seconds 130 --folder out`` fits the variants side by side for so long, and says
 the loss at held-out echoes and elsewhere as it goes.
 """
 
