@@ -6,6 +6,7 @@ B items · C channels · N patches · P steps in a patch
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from networks import (
     make_panel,
     make_store,
 )
+
+from hamts.nn.mixers import layer_makers
 
 
 def test_what_is_heard_and_what_a_tag_asks_for() -> None:
@@ -109,3 +112,32 @@ def test_channels_read_covariates_always_and_other_targets_where_allowed() -> No
     assert torch.equal(apart, wanted)
     alone = make_network(make_config(cross_reading="never"), calibrate=False).readable(torch.tensor([True]))
     assert torch.equal(alone[0], torch.eye(7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_tokens_of_a_target_know_the_events_of_their_patch_from_the_start_where_asked(known: bool) -> None:
+    network = make_network(make_config(event_context=known), calibrate=False)
+    panel = make_panel((12,), seed=14)
+    panel.values[:, ALARM] = 0.0
+    panel.values[4, ALARM] = 2.0
+    other = replace(panel, values=panel.values.copy())
+    other.values[4, ALARM] = 3.0
+    embedded = []
+    for one in (panel, other):
+        chunk = make_store(one).window(torch.tensor([0]), torch.tensor([0]), 4)
+        stats, _ = network.scaler.advance(chunk.values, chunk.observed, network.empty_memory(1).scale)
+        embedded.append(network.backbone.embedding(network.tokens(chunk, stats)))  # [1, C, 4, D]
+    apart = (embedded[0] - embedded[1]).abs().amax(-1)[0] > 0  # [C, 4]
+    assert apart[ALARM].tolist() == [False, True, False, False]
+    assert apart[[LOAD, PRICE, WIND]].tolist() == [[False, known, False, False]] * 3
+    # the one weight more is there only where it is used
+    assert (network.backbone.embedding.from_moment is not None) == known
+
+
+@pytest.mark.parametrize("mixer", ["ham", "attention"])
+def test_the_read_starts_as_open_and_as_sharp_as_asked(mixer: str) -> None:
+    config = make_config(entry_bias=-1.0, match_gain=2.0, mixer=mixer)
+    layer: Any = layer_makers(config, channels=3, budget_bytes=1 << 20)[0]()
+    exact = layer if mixer == "ham" else layer.exact
+    assert (exact.scratch_bias == -1.0).all()
+    assert (exact.query_norm.gain == 2.0).all() and (exact.key_norm.gain == 1.0).all()
