@@ -21,6 +21,7 @@ __all__ = [
     "equal_time",
     "lines_of",
     "markdown",
+    "positive_control",
     "read_cells",
     "table",
     "verdict",
@@ -80,7 +81,7 @@ def drawn(
 
 
 def difference(
-    cells: list[dict[str, Any]], name: str, one: tuple[str, str], two: tuple[str, str], share: float, part: str
+    cells: list[dict[str, Any]], name: str, one: tuple[str, str], two: tuple[str, str], share: float | None, part: str
 ) -> dict[str, Any] | None:
     """Relative difference of two (model, memory) at a share, paired by seed; None where a seed of either is missing."""
     sides: list[dict[int, dict[str, Any]]] = []
@@ -121,6 +122,19 @@ def verdict(difference: float, low: float, high: float, *, seeds: int, bytes_rat
     if low > -MARGIN:
         return "no better"
     return "undecided"
+
+
+def positive_control(cells: list[dict[str, Any]]) -> pd.DataFrame:
+    """Whether everything kept is better than nothing kept, for each core set and part of its windows."""
+    rows = []
+    for name in (name for name, spec in SETS.items() if spec.core):
+        for part in ("events", "day", "week", "month", "year", "all"):
+            found = difference(cells, name, ("attention", "model"), ("recurrent", "model"), None, part)
+            if found is not None:
+                passed = found["difference"] < -MARGIN and found["high"] < 0
+                shown = {key: found[key] for key in ("set", "part", "seeds", "difference", "low", "high")}
+                rows.append({**shown, "passes": "yes" if passed else "no"})
+    return pd.DataFrame(rows)
 
 
 def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
@@ -225,6 +239,8 @@ def table(folder: Path) -> str:
         lines = lines_of(cells)
         texts += [f"## In short (costs at {100 * TENTH:g} %)", markdown(short(lines))]
         texts += ["## Error against bytes", markdown(lines), "## At equal milliseconds", markdown(equal_time(lines))]
+        if len(control := positive_control(cells)):
+            texts += ["## Positive control: attention against recurrent", markdown(control)]
         if len(found := claims(cells)):
             texts += ["## Comparisons (negative: the first is better)", markdown(found)]
             whole = pd.concat([answers(cells), answers(cells, "all")])
