@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 __all__ = [
-    "ALLOCATIONS", "AUXILIARY_TARGETS", "EVICTIONS", "MIXERS", "MachineConfig", "PRESETS", "ROUTERS", "THRESHOLDS",
+    "ALLOCATIONS", "AUXILIARY_TARGETS", "EVICTIONS", "MIXERS", "PRESETS", "ROUTERS", "THRESHOLDS", "MachineConfig",
     "MemoryConfig", "ModelConfig", "Preset", "TagType", "TrainConfig",
 ]  # fmt: skip
 
@@ -65,9 +65,8 @@ class ModelConfig:
             one threshold over all layers.
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later.
-        entry_bias: what is added to the logits of scratchpad entries at first: hundreds of them share one softmax with
-            a handful of fresh keys, which they must not drown. Learned from there.
-        match_gain: how sharply queries of the read match keys at first. Learned from there.
+        entry_bias: added to the logits of entries at first, for hundreds of them must not drown a few fresh keys.
+        match_gain: how sharply queries match keys at first. Both are learned from there.
         write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping
             makes the rule nonlinear: it then runs step by step.
     """
