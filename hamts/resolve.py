@@ -22,8 +22,12 @@ from hamts.training import planned_kernels
 
 __all__ = ["FitOptions", "Plan", "describe", "machine_config", "make_plan", "rising_levels", "with_alias"]
 
-# of MachineConfig, since format 1.0, and what was done before they were there
-LATER_MACHINE_FIELDS = {"cuda_graphs": False}
+# options since format 1.0, by part of a plan, and what was done before they were there
+LATER_FIELDS: dict[str, dict[str, Any]] = {
+    "machine": {"cuda_graphs": False},
+    "model": {"event_context": False, "entry_bias": -4.0, "match_gain": 1.0},
+    "train": {"recall_share": 0.0},
+}
 
 HORIZON_WITHOUT_SEASON = 12
 PATCH_WITHOUT_SEASON = 8
@@ -98,9 +102,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         content = asdict(self)
         # what came later is said where it is not as it always was: streams know their model by a hash of this
-        for name, earlier in LATER_MACHINE_FIELDS.items():
-            if content["machine"][name] == earlier:
-                del content["machine"][name]
+        for part, fields in LATER_FIELDS.items():
+            for name, earlier in fields.items():
+                if content[part][name] == earlier:
+                    del content[part][name]
         return content
 
     @classmethod
