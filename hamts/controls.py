@@ -222,7 +222,9 @@ def listed(policy: Policy, store: PatchStore) -> Policy:
     position = positions(store)  # [I, T]
     share = policy.share.cpu().expand(store.n_items)  # [I]
     keep, rank = control.decide(position, len(store.roles), share)  # 2 x [I, T, C]
-    return replace(policy, control=replace(control, kind="given", position=position, keep=keep, rank=rank))
+    # chance and schedule have been followed, so that lists of any seed are alike but for what they say
+    given = replace(control, kind="given", seed=0, phase=0.0, position=position, keep=keep, rank=rank)
+    return replace(policy, control=given)
 
 
 def positions(store: PatchStore) -> torch.Tensor:

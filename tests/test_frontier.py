@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -344,14 +345,16 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
 # --- several budgets at once
 
 
-def test_budgets_read_side_by_side_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [0, 2])
+def test_budgets_read_side_by_side_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     from hamts import frontier
 
     tagged = sine_frame(items=2, steps=200).assign(event=lambda rows: (np.arange(len(rows)) % 37 == 0).astype(float))
     fitted = quick(tagged, 6, router="surprise+tags", event_cols=["event"], patch_steps=3, max_steps=2)
     panel = fitted._panel_of(tagged, None, None)
     windows = windows_at(panel, 6, [np.array([60, 100, 150]), np.array([90, 100])])
-    asked = {"shares": (0.0, 0.1, 0.3, 1.0), "memories": ("model", "random", "shuffled", "recency"), "timed": ()}
+    asked: Any = {"shares": (0.0, 0.1, 0.3, 1.0), "memories": ("model", "random", "shuffled", "recency"), "timed": ()}
+    asked["seed"] = seed
     alone = measure_points(fitted._fitted, panel, windows, **asked)
     groups, controls = frontier._groups, frontier.Histories.read_controls
     monkeypatch.setattr(frontier, "_groups", lambda shares, side_by_side: groups(shares, side_by_side=True))
