@@ -22,6 +22,7 @@ __all__ = [
     "lines_of",
     "markdown",
     "positive_control",
+    "recalled",
     "read_cells",
     "table",
     "verdict",
@@ -137,6 +138,26 @@ def positive_control(cells: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def recalled(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
+    """Difference of every model at one budget, or of its one size, to nothing kept (``recurrent``), by age of echo."""
+    place = {(cell["set"], cell["model"], cell["seed"]): cell for cell in cells}
+    rows = []
+    for cell in cells:
+        base = place.get((cell["set"], "recurrent", cell["seed"]))
+        points = {(p["memory"], p["share"]): p["parts"] for p in cell["points"]}
+        sizes = [point for point in points if point[0] == "model" and point[1] in (share, None)]
+        sizes += [("recency", share)] if ("recency", share) in points else []
+        for point in sizes if base is not None else []:
+            row = {"set": cell["set"], "model": cell["model"], "memory": point[0], "seed": cell["seed"]}
+            for part in ("events", "day", "week", "month", "year", "all"):
+                one, two = points[point][part], base["points"][0]["parts"][part]
+                low, high = drawn([one], [two])
+                apart = sum(one["quantile"]) / max(sum(two["quantile"]), 1e-12) - 1
+                row[part] = f"{100 * apart:+.1f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
     """Every comparison that the registered claims need, on the core sets."""
     rows = []
@@ -241,6 +262,8 @@ def table(folder: Path) -> str:
         texts += ["## Error against bytes", markdown(lines), "## At equal milliseconds", markdown(equal_time(lines))]
         if len(control := positive_control(cells)):
             texts += ["## Positive control: attention against recurrent", markdown(control)]
+        if len(apart := recalled(cells)):
+            texts += [f"## Against recurrent, in percent, at {100 * TENTH:g} % or whole", markdown(apart)]
         if len(found := claims(cells)):
             texts += ["## Comparisons (negative: the first is better)", markdown(found)]
             whole = pd.concat([answers(cells), answers(cells, "all")])
