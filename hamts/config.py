@@ -61,12 +61,10 @@ class ModelConfig:
             that single steps can be read. Each counts in bytes.
         allocation: how the budget spreads over layers, channels and items: ``uniform``: each layer gets its share;
             ``pooled``: one threshold over all layers, spend where it helps; ``normalised``: each stream's score against
-            its own past, so that every stream gets its share; ``learned``: the same plus a learned level of the token,
-            one threshold over all layers.
+            its own past, so each gets its share; ``learned``: that plus a learned level, one threshold over all layers.
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later.
-        entry_bias: added to the logits of entries at first, for hundreds of them must not drown a few fresh keys.
-        match_gain: how sharply queries match keys at first. Both are learned from there.
+        entry_bias, match_gain: at first, what is added to the logits of entries, and how sharply queries match keys.
         write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping
             makes the rule nonlinear: it then runs step by step.
     """
@@ -102,34 +100,28 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width must divide into 2 x heads. Got width={self.width}, heads={self.heads}."
-                " Choose a width that is a multiple."
-            )
+            wrong = f"width={self.width}, heads={self.heads}"
+            raise ValueError(f"width must divide into 2 x heads. Got {wrong}. Choose a width that is a multiple.")
         counts = ("width", "layers", "heads", "patch_steps", "window_patches")
         for name in (*counts, "pool_patches", "block_patches", "top_blocks", "neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
         if not 1 <= self.cross_span_patches <= self.window_patches:
-            raise ValueError(
-                f"cross_span_patches must lie in 1..window_patches. Got {self.cross_span_patches}"
-                f" with window_patches={self.window_patches}."
-            )
-        if self.state_width < 0:
-            raise ValueError(f"state_width must be 0 (that of a head) or more. Got {self.state_width}.")
+            wrong = f"{self.cross_span_patches} with window_patches={self.window_patches}"
+            raise ValueError(f"cross_span_patches must lie in 1..window_patches. Got {wrong}.")
+        for name, nothing in (("state_width", "that of a head"), ("write_clip", "no limit")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 ({nothing}) or more. Got {getattr(self, name)}.")
         unknown = [name for name in self.router_names if name not in ROUTERS]
         if unknown or not self.router_names:
             raise ValueError(f"Unknown router {self.router!r}. Available: {sorted(ROUTERS)}, joined by '+'.")
-        if self.cross_reading not in ("auto", "always", "never"):
-            raise ValueError(f"Unknown cross_reading {self.cross_reading!r}. Available: ['always', 'auto', 'never'].")
+        _known("cross_reading", self.cross_reading, ("auto", "always", "never"))
         _known("head_reduction", self.head_reduction, ("min", "mean", "max"))
         _known("learned_features", self.learned_features, ("state", "token"))
         _known("decision", self.decision, ("channel", "step"))
         _known("resolution", self.resolution, ("patch", "step"))
         _known("allocation", self.allocation, ALLOCATIONS)
         _known("mixer", self.mixer, MIXERS)
-        if self.write_clip < 0:
-            raise ValueError(f"write_clip must be 0 (no limit) or more. Got {self.write_clip}.")
         if 0.5 not in self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
             raise ValueError(f"quantiles must rise and hold 0.5. Got {self.quantiles}.")
 

@@ -138,8 +138,7 @@ class HAMLayer(nn.Module):
             stepwise: use the step-by-step recurrence instead of the chunked one (``step`` does).
             advance: False where the memory after the chunk is not wanted, as in a forecast; the old one comes back.
         """
-        B, C, N, _ = x.shape
-        H = self.heads
+        (B, C, N, _), H = x.shape, self.heads
         policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
         types = len(policy.tags.channels) if policy.use_tags and policy.tags is not None else 0
         after = memory
@@ -324,9 +323,7 @@ class HAMLayer(nn.Module):
         if self.fused:
             from hamts.ops import layer_triton
 
-            return layer_triton.turned_queries(
-                raw, gain=self.query_norm.gain, turn=turn, scale=self.head_width**-0.5
-            )  # fmt: skip
+            return layer_triton.turned_queries(raw, gain=self.query_norm.gain, turn=turn, scale=self.head_width**-0.5)
         return self._turned_queries(raw, turn)
 
     def _turned_queries(self, raw: torch.Tensor, turn: Turn) -> torch.Tensor:
