@@ -133,14 +133,8 @@ def _overwrite(target: Any, source: Any) -> None:
             a.copy_(b, non_blocking=True)
 
 
-def recorded(
-    run: Callable[[], None], generators: Sequence[torch.Generator], *, beside: torch.cuda.CUDAGraph | None = None
-) -> torch.cuda.CUDAGraph:
-    """What ``run`` launches, as a graph; it is not run yet. Raises KernelError where it cannot be recorded.
-
-    Args:
-        beside: a graph that leaves nothing in its memory which is looked at later; both take the same.
-    """
+def recorded(run: Callable[[], None], generators: Sequence[torch.Generator]) -> torch.cuda.CUDAGraph:
+    """What ``run`` launches, as a graph; it is not run yet. Raises KernelError where it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
@@ -148,7 +142,7 @@ def recorded(
     torch.clear_autocast_cache()
     torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph, pool=None if beside is None else beside.pool()):
+        with torch.cuda.graph(graph):
             run()
     except RuntimeError as error:
         raise KernelError(f"cuda_graphs=True cannot record this step: {error}. Use cuda_graphs=False.") from error
@@ -299,9 +293,8 @@ class Restarts:
         found = self.known[key]
         if found is None:
             inputs = map_tensors(streams, lambda tensor: tensor.clone())
-            others = (pair[0] for pair in self.known.values() if pair is not None)
-            graph = recorded(lambda: self._renew(memory, inputs, prefix), self.generators, beside=next(others, None))
-            found = self.known[key] = graph, inputs
+            found = recorded(lambda: self._renew(memory, inputs, prefix), self.generators), inputs
+            self.known[key] = found
         graph, inputs = found
         _overwrite(inputs, streams)
         graph.replay()

@@ -162,7 +162,7 @@ def test_streams_restart_where_their_memory_lies(
         chunk = store.window(streams.items, streams.first - patches, patches)
         return network(chunk, memory, policy, decode=False).memory
 
-    monkeypatch.setattr(training_graphs, "recorded", lambda run, _, beside=None: SimpleNamespace(replay=run))
+    monkeypatch.setattr(training_graphs, "recorded", lambda run, _: SimpleNamespace(replay=run))
     restarts = Restarts(read_prefix, rows=12, generators=[])
     everyone, held = torch.arange(4), None
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_fit_whose_memory_stays_in_its_place_is_the_plain_fit(monkeypatch: pyt
     """All but the recording itself, on a CPU: what would be recorded is run instead."""
     ran = []
 
-    def record(run: Any, generators: Any, *, beside: Any = None) -> Any:
+    def record(run: Any, generators: Any) -> Any:
         ran.append(run)
         return SimpleNamespace(replay=run)
 
