@@ -30,6 +30,8 @@ FILES = (
     "tests/test_gated_delta_fla.py",
     "tests/test_attend_triton.py",
     "tests/test_compact.py",
+    "tests/test_kernels_choice.py",
+    "tests/test_probes_stacked.py",
 )
 # without the configuration that needs plugins
 OPTIONS = (

@@ -75,7 +75,7 @@ class HAMLayer(nn.Module):
         self.narrow = None if self.shared else nn.Linear(H * G, D, bias=False)
         self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
         self.channel_bias = nn.Parameter(torch.ones(H))  # [H]
-        self.scratch_bias = nn.Parameter(torch.full((H,), config.entry_bias))  # [H]
+        self.scratch_bias = nn.Parameter(torch.full((H,), config.entry_bias))  # [H] entries must not drown fresh keys
         # what runs the recurrence and the read; decided for the whole network by ``HAMNetwork.use_kernels``
         self.kernels: Kernels = TORCH
         self.router = Router(config)
