@@ -152,6 +152,25 @@ class Windows:
     cutoff_times: np.ndarray  # [X] time of the last observed step
     left_out: int  # items without a window
 
+    @staticmethod
+    def at(panel: Panel, h: int, steps: list[np.ndarray]) -> Windows:
+        """Those after so many observed steps of each item, [I] arrays, h steps before its end at most."""
+        counts = np.array([len(cuts) for cuts in steps])  # [I]
+        items, cuts = np.repeat(np.arange(panel.n_items), counts), np.concatenate(steps)  # 2 x [X]
+        ahead = cuts[:, None] + np.arange(h)  # [X, F]
+        targets = panel.schema.indices("target")
+        rows = panel.offsets[items][:, None] + ahead  # [X, F]
+        return Windows(
+            steps=steps,
+            items=items,
+            cuts=cuts,
+            actual=panel.values[:, targets][rows].transpose(0, 2, 1),
+            known=first_observed(panel)[items] < cuts[:, None],
+            times=times_of(panel, items[:, None], ahead),
+            cutoff_times=times_of(panel, items, cuts - 1),
+            left_out=int((counts == 0).sum()),
+        )
+
 
 def choose_windows(
     panel: Panel, h: int, *, n_windows: int, step_size: int | None, cutoffs: Sequence[Any] | None
@@ -170,28 +189,14 @@ def choose_windows(
                 raise DataError("E-OPTION", what, fix=f"{name}=1, say.")
         back = h + (h if step_size is None else step_size) * np.arange(n_windows)[::-1]  # [n_windows]
         steps = [(n - back)[n - back >= 1] for n in lengths]
-    counts = np.array([len(cuts) for cuts in steps])  # [I]
-    if not counts.any():
+    if not any(map(len, steps)):
         raise DataError(
             "E-SHORT",
             f"A window needs a step before its cutoff and {h} after it. No item has one: the longest has"
             f" {int(lengths.max())} steps.",
             fix="Pass longer items, a smaller h, or cutoffs inside the history.",
         )
-    items, cuts = np.repeat(np.arange(panel.n_items), counts), np.concatenate(steps)  # 2 x [X]
-    ahead = cuts[:, None] + np.arange(h)  # [X, F]
-    targets = panel.schema.indices("target")
-    rows = panel.offsets[items][:, None] + ahead  # [X, F]
-    return Windows(
-        steps=steps,
-        items=items,
-        cuts=cuts,
-        actual=panel.values[:, targets][rows].transpose(0, 2, 1),
-        known=first_observed(panel)[items] < cuts[:, None],
-        times=times_of(panel, items[:, None], ahead),
-        cutoff_times=times_of(panel, items, cuts - 1),
-        left_out=int((counts == 0).sum()),
-    )
+    return Windows.at(panel, h, steps)
 
 
 @dataclass(frozen=True)

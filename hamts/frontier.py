@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from hamts.controls import control_policies
-from hamts.data.cutoffs import first_observed, times_of
 from hamts.data.library import plain_frame
 from hamts.data.panel import Panel
 from hamts.data.patches import build_store
@@ -94,23 +93,9 @@ def windows_at(panel: Panel, h: int, steps: Sequence[np.ndarray]) -> Windows:
     Raises DataError E-SHORT where there is none.
     """
     cuts_of = [np.unique(cuts[(cuts >= 1) & (cuts + h <= n)]) for cuts, n in zip(steps, panel.lengths, strict=True)]
-    counts = np.array([len(cuts) for cuts in cuts_of])  # [I]
-    if not counts.any():
+    if not any(map(len, cuts_of)):
         raise DataError("E-SHORT", f"No window of {h} steps fits. Got none of {len(steps)} items.", fix="Smaller h.")
-    items, cuts = np.repeat(np.arange(panel.n_items), counts), np.concatenate(cuts_of)  # 2 x [X]
-    ahead = cuts[:, None] + np.arange(h)  # [X, F]
-    rows = panel.offsets[items][:, None] + ahead  # [X, F]
-    targets = panel.schema.indices("target")
-    return Windows(
-        steps=cuts_of,
-        items=items,
-        cuts=cuts,
-        actual=panel.values[:, targets][rows].transpose(0, 2, 1),
-        known=first_observed(panel)[items] < cuts[:, None],
-        times=times_of(panel, items[:, None], ahead),
-        cutoff_times=times_of(panel, items, cuts - 1),
-        left_out=int((counts == 0).sum()),
-    )
+    return Windows.at(panel, h, cuts_of)
 
 
 def measure_points(
