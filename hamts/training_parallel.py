@@ -132,5 +132,6 @@ def follow_average(averaged: AveragedModel, network: nn.Module) -> None:
     else:
         assert averaged.multi_avg_fn is not None
         averaged.multi_avg_fn(mine, current, averaged.n_averaged)
-    torch._foreach_copy_(list(averaged.module.buffers()), list(network.buffers()))
+    for buffer, now in zip(averaged.module.buffers(), network.buffers(), strict=True):
+        buffer.copy_(now)
     averaged.n_averaged += 1

@@ -266,8 +266,9 @@ class StackedTrainer:
         # a stream of its own from the first call on: what libraries keep for a stream is shared with no other graph
         stream = torch.cuda.current_stream()
         for _ in range(2):
-            # libraries choose and allocate before anything is recorded
+            # libraries choose and allocate before anything is recorded; the last step has no next one to read
             self.one(self.static, warm=warm)
+            self.one.step -= 1
         stream.synchronize()
         # a graph has memory of its own: what these runs took would lie idle, as much again for every stack
         torch.cuda.empty_cache()

@@ -174,6 +174,7 @@ def test_a_captured_step_is_the_step(model: str, router: str, fused: bool) -> No
         trainer.one.explores = False
         trainer.fit(rows)
     assert captured.stream is not None
+    captured.stream.wait_stream(torch.cuda.current_stream())
     for step in range(4):
         eager.one(rows, warm=step < eager.one.warm_steps)
         with torch.cuda.stream(captured.stream):

@@ -201,15 +201,10 @@ def _from_shifted_query(
     error_grad: bool,
 ) -> Parts:
     """The same by public calls: the state is read at the key of the next step, and decayed once more."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    options: dict[str, Any] = {"scale": 1.0, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    if v.dtype == torch.float32:
-        options["chunk_size"] = CHUNKS[v.dtype]
-    output, after = chunk_gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta, initial_state=state, **options)
+    output, after = _PublicChunks.apply(q, k, v, g, beta, state, cu_seqlens)
     with contextlib.nullcontext() if error_grad else torch.no_grad():
         ahead = torch.nn.functional.pad(k[:, 1:], (0, 0, 0, 0, 0, 1))  # [B, N, H, K]
-        read, _ = chunk_gated_delta_rule(q=ahead, k=k, v=v, g=g, beta=beta, initial_state=state, **options)
+        read, _ = _PublicChunks.apply(ahead, k, v, g, beta, state, cu_seqlens)
         prediction = torch.nn.functional.pad(read[:, :-1].float(), (0, 0, 0, 0, 1, 0))  # [B, N, H, V]
         prediction = prediction * g.exp()[..., None]
         # the first step of a sequence is predicted by what was carried, and by nothing else
@@ -230,6 +225,47 @@ def _first_steps(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torc
         return torch.zeros_like(firsts), firsts
     rows = torch.arange(k.shape[0], device=k.device)  # [B]
     return rows, torch.zeros_like(rows)
+
+
+class _PublicChunks(torch.autograd.Function):
+    """The library's own call, with a gradient as precise as its result: that is worked out when the caller is gone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        named = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state}
+        asked = ctx.needs_input_grad[: len(named)]
+        pairs = zip(named.items(), asked, strict=True)
+        leaves = {name: x if x is None else x.detach().requires_grad_(needed) for (name, x), needed in pairs}
+        options: dict[str, Any] = {"scale": 1.0, "output_final_state": True, "cu_seqlens": cu_seqlens}
+        if v.dtype == torch.float32:
+            options["chunk_size"] = CHUNKS[v.dtype]
+        with torch.set_grad_enabled(any(asked)):
+            results = chunk_gated_delta_rule(**leaves, **options)
+        ctx.given, ctx.results = list(leaves.values()), results
+        ctx.set_materialize_grads(False)
+        return results[0].detach(), results[1].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        asked = [x for x in ctx.given if x is not None and x.requires_grad]
+        pairs = [(result, grad) for result, grad in zip(ctx.results, grads, strict=True) if grad is not None]
+        results, given = zip(*pairs, strict=True)
+        with precise_products(ctx.given[2].dtype):
+            # held for as long as the caller's graph is: whether it is asked again is for the caller to say
+            found = iter(torch.autograd.grad(results, asked, given, retain_graph=True, allow_unused=True))
+        return *(next(found) if x is not None and x.requires_grad else None for x in ctx.given), None
 
 
 class _ChunksWithError(torch.autograd.Function):
