@@ -8,7 +8,8 @@ L layers · M entries
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,14 +181,20 @@ class ProbeNet(nn.Module):
         *,
         stepwise: bool = False,
         advance: bool = True,
+        hidden: int = 0,
     ) -> Reading:
-        """Read some rows of a batch, going on from a memory."""
+        """Read some rows of a batch, going on from a memory.
+
+        Args:
+            hidden: rows of so many sequences, the first, do not see what the state says.
+        """
         tokens = row_tokens(batch, rows, origin=self.origin_rows)
         told = recent_rows(batch.inputs(), batch.unseen, self.config.embed_rows)  # [B, L, embed rows x I]
         x = self.embed(told[:, rows])[:, None]  # [B, 1, N, D]
         after, traces = [], []
         for block, before, policy in zip(self.blocks, memory, policies, strict=True):
-            x, now, trace = block(x, tokens, before, policy, stepwise=stepwise, advance=advance)
+            with hidden_state(block.memory, hidden):
+                x, now, trace = block(x, tokens, before, policy, stepwise=stepwise, advance=advance)
             after.append(now)
             traces.append(trace)
         return Reading(self.final_norm(x[:, 0]), after, traces)
@@ -255,6 +262,25 @@ class ProbeNet(nn.Module):
 
 
 EXPLORE_SHARE = 0.05
+
+
+@contextmanager
+def hidden_state(layer: Any, sequences: int) -> Iterator[None]:
+    """In so many sequences, the first, a layer's output says nothing of the state; the state itself goes on."""
+    if not sequences:
+        yield
+        return
+
+    def hide(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        shown = torch.arange(len(output), device=output.device) >= sequences  # [B]
+        return output * shown.view(-1, *[1] * (output.dim() - 1))  # [B, C, N, H, K]
+
+    # past this norm the state adds to what was read
+    handle = layer.recurrent_norm.register_forward_hook(hide)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def recent_rows(inputs: torch.Tensor, unseen: torch.Tensor, count: int) -> torch.Tensor:

@@ -32,6 +32,8 @@ SLOTS = (
 V = TypeVar("V")
 # presets of so many rows are grown into: share of the training steps, and into how many parts sizes are divided
 GROWN_ROWS = 256
+# of a suite's auxiliary target in the loss
+TARGET_WEIGHT = 0.2
 GROWTH = ((0.4, 4), (0.25, 2), (0.35, 1))
 
 
@@ -50,6 +52,7 @@ class Probe:
         trained: whether trained-small models run on it.
         grows: long sequences are grown into (``stages``); False where shorter ones are another question.
         headline: the rung that stands for the suite in a smoke run; the first one if empty.
+        target_weight: of the auxiliary target in the loss.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +71,7 @@ class Probe:
     trained: ClassVar[bool] = True
     headline: ClassVar[str] = ""
     grows: ClassVar[bool] = True
+    target_weight: ClassVar[float] = TARGET_WEIGHT
 
     def main_rung(self) -> str:
         """The rung that stands for the suite where only one is run."""

@@ -163,6 +163,9 @@ class StackedNet:
             )  # fmt: skip
             output, error = ops.delta(q, k, v, beta, log_decay)  # 2 x [S, B, N, K]
             past = ops.headed(output, leaf[at + "recurrent_norm.gain"])
+            if decisions.hidden:
+                alone = torch.arange(B, device=self.device)[:, None] < decisions.hidden  # [B, 1]
+                past = past.masked_fill((alone & self.frame.queried)[..., None], 0.0)
             if at + "narrow.weight" in leaf:
                 past = product(past, leaf[at + "narrow.weight"])  # [S, B, N, E]
             if self.config.model == "ham":

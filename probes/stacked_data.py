@@ -84,6 +84,7 @@ class Decisions:
         explore: chance of every row and layer to be kept beyond the router's choice, L of [S, B, T]; None for none.
         given: rows kept in the router's place, L of [S, B, T] bool.
         drop: rows that queries do not see, [S, B, T] bool.
+        hidden: in so many of the sequences, the first, query rows do not see the state.
     """
 
     cap: torch.Tensor
@@ -94,6 +95,7 @@ class Decisions:
     explore: Sequence[torch.Tensor] | None = None
     given: Sequence[torch.Tensor] | None = None
     drop: torch.Tensor | None = None
+    hidden: int = 0
 
     @classmethod
     def plain(

@@ -17,6 +17,7 @@ import torch
 
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE
 from probes.contract import generator
+from probes.registry import TARGET_WEIGHT
 from probes.scores import query_error
 from probes.stacked import StackedNet, StackedReading
 from probes.stacked_data import Decisions, Rows, table_weights
@@ -25,12 +26,12 @@ from probes.train import (
     INNER_WEIGHT,
     NEXT_ROW_WEIGHT,
     ROUTER_WEIGHT,
-    TARGET_WEIGHT,
     WARM_SHARE,
     Check,
     Fitted,
     Stream,
     TrainPlan,
+    hidden_sequences,
     make_net,
 )
 
@@ -56,7 +57,9 @@ def stacked_read(
     return stack.read(rows, decisions, training=training, with_scores=with_scores)
 
 
-def stacked_loss(stack: StackedNet, rows: Rows, decisions: Decisions) -> tuple[torch.Tensor, StackedReading]:
+def stacked_loss(
+    stack: StackedNet, rows: Rows, decisions: Decisions, *, target_weight: float = TARGET_WEIGHT
+) -> tuple[torch.Tensor, StackedReading]:
     """``train.training_loss`` of every network, [S]."""
     reading = stacked_read(stack, rows, decisions, training=True)
     answer, auxiliary = stack.answers(reading, rows)
@@ -69,7 +72,7 @@ def stacked_loss(stack: StackedNet, rows: Rows, decisions: Decisions) -> tuple[t
     apart = ((stack.next_rows(reading) - ahead) * there).square().sum((1, 2, 3))
     loss = loss + NEXT_ROW_WEIGHT * apart / there.sum((1, 2, 3)).clamp_min(1)
     if rows.aux is not None and auxiliary is not None:
-        loss = loss + TARGET_WEIGHT * (auxiliary - rows.aux).square().mean((1, 2, 3))
+        loss = loss + target_weight * (auxiliary - rows.aux).square().mean((1, 2, 3))
     for layer in reading.layers:
         if layer.inner_loss is not None:
             loss = loss + INNER_WEIGHT * layer.inner_loss
@@ -121,6 +124,7 @@ class StackedStep:
         self.warm_steps = math.ceil(WARM_SHARE * self.steps) if ham else 0
         self.explores = ham and stack.config.control is None and stack.config.router != "tags"
         self.follows = ham and stack.config.control in (None, "shuffled")
+        self.hidden_share, self.target_weight = plans[0].hidden_share, plans[0].probe.target_weight
         self.explore: list[torch.Tensor] = []
         self.chances: list[torch.Generator] | None = None
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -156,7 +160,9 @@ class StackedStep:
 
     def __call__(self, rows: Rows, *, warm: bool) -> None:
         """One step on a batch; no wait for the device."""
-        loss, reading = stacked_loss(self.stack, rows, self.decisions(warm=warm))
+        hidden = hidden_sequences(rows.tags.shape[1], self.hidden_share) if warm else 0
+        decisions = replace(self.decisions(warm=warm), hidden=hidden)
+        loss, reading = stacked_loss(self.stack, rows, decisions, target_weight=self.target_weight)
         names = list(self.stack.leaves)
         found = torch.autograd.grad(loss.sum(), [self.stack.leaves[name] for name in names], allow_unused=True)
         with torch.no_grad():

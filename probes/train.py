@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hamts.nn.router import kept_probability
 from probes.contract import VALIDATION_SEED, ProbeBatch, ProbeConfig, generator
 from probes.models import NetConfig, ProbeNet
-from probes.registry import Probe
+from probes.registry import TARGET_WEIGHT, Probe
 from probes.runner_plan import critical_rows
 from probes.scores import query_error
 
@@ -26,12 +26,14 @@ __all__ = ["Fitted", "TrainPlan", "forward", "make_net", "train"]
 
 BATCH_SEQUENCES = 32
 POOL_SEQUENCES = 1_024
-NEXT_ROW_WEIGHT, TARGET_WEIGHT, ROUTER_WEIGHT, INNER_WEIGHT = 0.2, 0.2, 0.02, 0.1
+NEXT_ROW_WEIGHT, ROUTER_WEIGHT, INNER_WEIGHT = 0.2, 0.02, 0.1
 # of the critical rows; one is drawn for each batch, so that one network serves the whole frontier
 BUDGET_FRACTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
 CHECKS = 10
 # share of the steps in which HAM keeps everything, whatever its router
 WARM_SHARE = 0.6
+# share of the sequences of a batch whose questions do not see the state while everything is kept
+HIDDEN_SHARE = 0.0
 SOLVED = 0.8
 
 
@@ -44,6 +46,7 @@ class TrainPlan:
         net: the network.
         steps, learning_rate, seed: of the optimiser.
         critical_rows: that budgets are multiples of.
+        hidden_share: ``HIDDEN_SHARE``.
         echo: answers are the next rows of the series instead of a query row's.
     """
 
@@ -56,6 +59,7 @@ class TrainPlan:
     critical_rows: int
     echo: bool = False
     device: str = "cpu"
+    hidden_share: float = HIDDEN_SHARE
 
     @cached_property
     def stages(self) -> list[tuple[float, ProbeConfig]]:
@@ -126,7 +130,12 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
         rows = plan.budget(step, budgets)
         # a reader that has never found anything in its scratchpad gives no router a reason to fill it
         given = everything(net, batch) if step < WARM_SHARE * plan.steps else None
-        loss = training_loss(net, batch, batch.context_rows if given else rows, explore, given=given)
+        # nor does one that finds its answers in the state alone learn to look into it
+        hidden = hidden_sequences(len(batch), plan.hidden_share) if given else 0
+        loss = training_loss(
+            net, batch, batch.context_rows if given else rows, explore, given=given, hidden=hidden,
+            target_weight=plan.probe.target_weight,
+        )  # fmt: skip
         if not math.isfinite(float(loss.detach())):
             fitted.status = "diverged"
             break
@@ -200,15 +209,20 @@ def forward(
     *,
     explore: torch.Generator | None = None,
     given: Sequence[torch.Tensor] | None = None,
+    hidden: int = 0,
 ) -> tuple[torch.Tensor, Any, Any]:
-    """Read the context, then the query rows on its memory: answers [B, Q, Y] and both readings."""
+    """Read the context, then the query rows on its memory: answers [B, Q, Y] and both readings.
+
+    Args:
+        hidden: in so many of the sequences, the first, query rows do not see the state.
+    """
     T = batch.context_rows
     given = shuffled_rows(net, batch, rows) if given is None and net.config.control == "shuffled" else given
     policies = net.policies(batch, rows, explore=explore, given=given)
     context = net.read(batch, slice(0, T), net.empty_memory(len(batch)), policies)
     # the memory after the queries is not used; only a reading that advances lets a control decide about the rows that
     # are still in the window when the first query comes
-    asked = net.read(batch, slice(T, batch.x.shape[1]), context.memory, policies)
+    asked = net.read(batch, slice(T, batch.x.shape[1]), context.memory, policies, hidden=hidden)
     index = (batch.q_index - T)[..., None].expand(-1, -1, asked.hidden.shape[-1])  # [B, Q, D]
     return net.answer(asked.hidden.gather(1, index)), context, asked
 
@@ -224,6 +238,11 @@ def shuffled_rows(net: ProbeNet, batch: ProbeBatch, rows: int | torch.Tensor) ->
     finally:
         net.config = own
     return [trace.routed[:, 0].roll(1, 0) for trace in context.traces]
+
+
+def hidden_sequences(count: int, share: float) -> int:
+    """How many sequences of a batch, which are drawn anew each time, do not show the state to their questions."""
+    return round(share * count)
 
 
 def everything(net: ProbeNet, batch: ProbeBatch) -> list[torch.Tensor] | None:
@@ -242,9 +261,11 @@ def training_loss(
     *,
     given: Sequence[torch.Tensor] | None = None,
     follow: bool = True,
+    hidden: int = 0,
+    target_weight: float = TARGET_WEIGHT,
 ) -> torch.Tensor:
     """Squared error of the answers, with the next row, the auxiliary target and the router's own losses beside it."""
-    answer, context, asked = forward(net, batch, rows, explore=explore, given=given)
+    answer, context, asked = forward(net, batch, rows, explore=explore, given=given, hidden=hidden)
     mask = batch.y_mask
     scale = (batch.y.square() * mask).sum() / mask.sum().clamp_min(1)
     loss = ((answer - batch.y).square() * mask).sum() / mask.sum().clamp_min(1) / scale.clamp_min(1e-6)
@@ -255,7 +276,7 @@ def training_loss(
     loss = loss + NEXT_ROW_WEIGHT * next_row
     if batch.aux is not None and net.auxiliary is not None:
         index = (batch.q_index - batch.context_rows)[..., None].expand(-1, -1, asked.hidden.shape[-1])
-        loss = loss + TARGET_WEIGHT * F.mse_loss(net.auxiliary(asked.hidden.gather(1, index)), batch.aux)
+        loss = loss + target_weight * F.mse_loss(net.auxiliary(asked.hidden.gather(1, index)), batch.aux)
     for layer, before, after in zip(net.layers, context.traces, asked.traces, strict=True):
         if follow and has_thresholds(net):
             layer.thresholds.follow(before.scores[:, 0].flatten(0, 1))

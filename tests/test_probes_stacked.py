@@ -23,7 +23,7 @@ from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
 from probes.stacked_ops import compiled_ops
 from probes.stacked_train import StackedTrainer, stacked_loss, train_stacked
 from probes.summary import best_rates, score_table
-from probes.train import TrainPlan, everything, make_net, sample, train, training_loss
+from probes.train import TrainPlan, everything, forward, make_net, sample, train, training_loss
 
 ROUTERS = ("surprise", "innovation", "learned", "tags", "mix", "random", "shuffled", "oracle")
 NETWORKS = [("ham", router) for router in ROUTERS] + [
@@ -39,8 +39,9 @@ def plan(
     rows = critical_rows(probe, config)
     net = NetConfig(model=model, router=router if model == "ham" else "learned", layers=probe.layers, budget_rows=rows)
     return TrainPlan(
-        probe=probe, config=config, net=net, steps=steps, learning_rate=rate, seed=seed, critical_rows=rows
-    )
+        probe=probe, config=config, net=net, steps=steps, learning_rate=rate, seed=seed, critical_rows=rows,
+        hidden_share=0.5,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +61,11 @@ def varied(net: torch.nn.Module) -> None:
 @pytest.mark.parametrize(
     ("model", "router", "suite"),
     [(*network, "derD") for network in NETWORKS]
-    + [("ham", "learned", "rrr"), ("ham", "mix", "rrr"), ("full", "none", "rrr")],
+    + [("ham", "learned", "rrr"), ("ham", "mix", "rrr"), ("full", "none", "rrr"), ("ham", "mix", "topo")],
 )
 @pytest.mark.parametrize("warm", [False, True])
 def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router: str, suite: str, warm: bool) -> None:
+    hidden = 3 if warm and model == "ham" else 0
     plans = [plan(model, router, seed=seed, suite=suite) for seed in (0, 1)]
     nets = [make_net(each) for each in plans]
     batches = [sample(each, generator(5 + each.seed), 8) for each in plans]
@@ -76,14 +78,16 @@ def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router
     budgets = [4, 9]
     decisions = Decisions.plain(budgets, networks=2, context_rows=T, device="cpu")
     if warm:
-        decisions = replace(decisions, warm=model == "ham")
-    loss, _ = stacked_loss(stack, Rows.of(batches), decisions)
+        decisions = replace(decisions, warm=model == "ham", hidden=hidden)
+    loss, _ = stacked_loss(stack, Rows.of(batches), decisions, target_weight=0.7)
     names = list(stack.leaves)
     grads = torch.autograd.grad(loss.sum(), list(stack.leaves.values()), allow_unused=True)
     for number, (net, batch) in enumerate(zip(nets, batches, strict=True)):
         given = everything(net, batch) if warm else None
         rows = batch.context_rows if given else budgets[number]
-        expected = training_loss(net, batch, rows, None, given=given, follow=False)
+        expected = training_loss(
+            net, batch, rows, None, given=given, follow=False, hidden=hidden, target_weight=0.7
+        )  # fmt: skip
         assert float(loss[number].detach()) == pytest.approx(float(expected.detach()), rel=2e-5)
         expected.backward()
         own = dict(net.named_parameters())
@@ -159,6 +163,22 @@ def test_sequences_that_grow_are_read_side_by_side_as_one_by_one(
         alone = train(each)
         for (_, first), (_, second) in zip(got.losses, alone.losses, strict=True):
             assert first == pytest.approx(second, rel=2e-3)
+
+
+def test_a_hidden_state_says_nothing_to_questions_and_everything_to_the_other_sequences() -> None:
+    each = plan("ham", "learned")
+    net, batch = make_net(each), sample(each, generator(3), 6)
+    varied(net)
+    given = everything(net, batch)
+    plain, half = (forward(net, batch, 8, given=given, hidden=hidden)[0] for hidden in (0, 3))
+    torch.testing.assert_close(half[3:], plain[3:])
+    assert float((half[:3] - plain[:3]).abs().amin(2).amax(1).min()) > 1e-4
+    # nothing that the last layer's state holds is left in the answers
+    with torch.no_grad():
+        net.layers[-1].recurrent_norm.gain.mul_(3.0)
+    again = forward(net, batch, 8, given=given, hidden=3)[0]
+    torch.testing.assert_close(again[:3], half[:3])
+    assert not torch.allclose(again[3:], half[3:])
 
 
 @pytest.mark.gpu
