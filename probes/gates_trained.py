@@ -73,7 +73,8 @@ class GateFit:
         return max(2 * (items // 4), 2) if self.fit == "narrow" else 4 * items
 
     def net(self) -> NetConfig:
-        layers = get_probe(self.probe)[0].layers
+        probe = get_probe(self.probe)[0]
+        layers = probe.depth(probe.config(self.preset, self.rung))
         if self.fit == "full":
             return NetConfig(model="full", layers=layers)
         if self.fit == "oracle":

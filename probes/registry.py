@@ -45,7 +45,7 @@ class Probe:
         presets: what a preset changes beyond its sizes.
         axes: for each axis the values of the contract, easiest first.
         curriculum: overrides by stage, with the share of the training steps that each gets; the last is the task.
-        layers: layers of a trained-small model.
+        layers: layers of a trained-small model, unless ``depth`` says otherwise.
         echo_rows: rows in which an answer is replayed in the echo readout.
         echo_decay: how an echo fades from row to row.
         matched_flags: distractors and critical rows carry equal flags; else ``flags_note`` says why not.
@@ -104,6 +104,10 @@ class Probe:
         names = ("context_rows", "items", "queries", "distractors")
         sizes = {name: getattr(config, name) for name in names if getattr(config, name, 0) > 0}
         return replace(config, **{name: max(size // parts, 1) for name, size in sizes.items()})
+
+    def depth(self, config: ProbeConfig) -> int:
+        """Layers of a trained-small model."""
+        return self.layers
 
     def stages(self, config: ProbeConfig) -> list[tuple[float, ProbeConfig]]:
         """Share of the training steps of each stage, and its configuration; the last is the task.

@@ -37,7 +37,9 @@ def plan(
     probe, rung = get_probe(suite)
     config = probe.config("smoke", rung, missed_tags=0.2, false_tags=2.0, items=6, queries=6)
     rows = critical_rows(probe, config)
-    net = NetConfig(model=model, router=router if model == "ham" else "learned", layers=probe.layers, budget_rows=rows)
+    net = NetConfig(
+        model=model, router=router if model == "ham" else "learned", layers=probe.depth(config), budget_rows=rows
+    )
     return TrainPlan(
         probe=probe, config=config, net=net, steps=steps, learning_rate=rate, seed=seed, critical_rows=rows,
         hidden_share=0.5,

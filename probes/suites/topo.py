@@ -26,6 +26,7 @@ class TopoConfig(ProbeConfig):
 
     Attributes:
         hops: parents to climb; ``hop0_share`` of the queries ask a node's own reading (training only helps by it).
+        shallow_share: of the others, those that climb one parent alone; above 0 in training's first stages alone.
         form: ``stream`` (edges are rows) or ``graph`` (a static graph; each query row carries the code of the node
             that a graph encoder would name, so one lookup is left).
         rewires, updates: edges that change, readings that are repeated; the latest counts.
@@ -36,6 +37,7 @@ class TopoConfig(ProbeConfig):
     items: int = 8
     hops: int = 1
     hop0_share: float = 0.3
+    shallow_share: float = 0.0
     form: str = "stream"
     rewires: int = 0
     updates: int = 0
@@ -61,7 +63,7 @@ class TopoConfig(ProbeConfig):
         return self.edges + self.items + self.updates + self.distractors
 
 
-@register_probe("topo", version=2, slot="multivariate encoding")
+@register_probe("topo", version=3, slot="multivariate encoding")
 class TopologyLookup(Probe):
     Config = TopoConfig
     rungs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -84,12 +86,16 @@ class TopologyLookup(Probe):
         "distractors": (0, 8, 16),
         "control": ("none", "no_graph", "shuffled_graph"),
     }
-    layers = 3
     headline = "topo"
     # a lookup, then that of a node that is named, then through an edge: each is found on the way from the one before
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = (
         (0.2, {"form": "graph", "hop0_share": 1.0}), (0.2, {"form": "graph"}), (0.6, {}),
     )  # fmt: skip
+
+    def depth(self, config: ProbeConfig) -> int:
+        """A lookup for each hop, one for the reading, and one more to name what is looked up."""
+        assert isinstance(config, TopoConfig)
+        return config.hops + 2
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, TopoConfig)
@@ -181,15 +187,21 @@ class TopologyLookup(Probe):
         asked = permutations(draws("queries"), n, V)[:, : min(V, config.queries)]  # [B, Q]
         Q = asked.shape[1]
         plain = torch.rand(n, Q, generator=draws("hops")) < config.hop0_share  # [B, Q] a node's own reading
-        node, needs = asked, []
-        for _ in range(config.hops):
-            needs.append(torch.where(plain, -1, take(edge_row, node)))
-            node = torch.where(plain, node, take(parent, node))  # [B, Q]
+        depth = torch.where(plain, 0, config.hops)  # [B, Q]
+        if config.shallow_share:
+            shallow = torch.rand(n, Q, generator=draws("shallow")) < config.shallow_share  # [B, Q]
+            depth = torch.where(shallow, depth.clamp(max=1), depth)
+        node, needs, path = asked, [], []
+        for hop in range(config.hops):
+            climbs = depth > hop  # [B, Q]
+            needs.append(torch.where(climbs, take(edge_row, node), -1))
+            node = torch.where(climbs, take(parent, node), node)  # [B, Q]
+            path.append(table[take(names, node)])  # [B, Q, G]
         needs.append(take(reading_row, node))
         need = torch.stack(needs, -1)  # [B, Q, hops + 1]
         q_index = query_rows(n, T, Q)  # [B, Q]
         canvas.flag(q_index, "q_flag")
-        canvas.flag(q_index, "hops", torch.where(plain, 0.0, float(config.hops) / 2))
+        canvas.flag(q_index, "hops", depth.float() / 2)
         canvas.code(q_index, table[take(names, asked)])
         if config.form == "graph" and config.control != "no_graph":
             named = node
@@ -208,13 +220,13 @@ class TopologyLookup(Probe):
         return canvas.batch(
             q_index=q_index, q_item=asked, y=y, need=need, x_names=("ch_0", "ch_1"), items=V,
             need_role=(*(f"edge {number + 1}" for number in range(config.hops)), "reading"), key_direct=direct,
-            aux=table[take(names, node)], edge_index=torch.stack([children, parent], -1),
+            aux=torch.cat(path, -1), edge_index=torch.stack([children, parent], -1),
             edge_time=edge_row.clamp_min(0).double(),
             floor={
                 "set_mean": value.mean(1, keepdim=True).expand_as(y),
                 "last_event": take(reading, latest).expand_as(y),
             },
-            slices={"hop": torch.where(plain, 0, config.hops)},
+            slices={"hop": depth},
         )  # fmt: skip
 
 
