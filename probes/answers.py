@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from probes.gates_trained import ORACLE_SHARE, ROOMY_STATE, SMALL_STATE, SOLVED, gates_of_runs
 from probes.packed import sequence_errors
-from probes.stats import Difference, Estimate, mean_interval, paired_difference
+from probes.stats import Difference, Estimate, holm, mean_interval, paired_difference
 from probes.summary import seeds_of, value
 
 __all__ = ["Results", "answers_markdown", "write_between"]
@@ -23,8 +24,10 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 ORACLES = ("oracle",)
 CONTROLS = ("random", "shuffled", "stride", "recency")
 GOAL, GOAL_RUNGS, GOAL_BUDGET = 0.95, ("der", "xcb", "act", "pbcD", "pbcS"), 2.0
-SOLVED = 0.95
 RESAMPLES = 1_000
+LEVEL = 0.05
+# columns of a table; more are another table below it
+RUNGS_TOGETHER = 9
 STAGES = {"fail_write": "write", "fail_read": "read", "fail_decode": "decode"}
 RUNGS = (
     "der", "derD", "exo", "xcb", "xcbF", "xcbG", "xcbC", "rrr", "act", "actS", "topoG", "topo", "topo2", "pbc0", "pbcD",
@@ -122,7 +125,8 @@ def answers_markdown(documents: Sequence[dict[str, Any]]) -> str:
     found = Results.of(documents)
     parts = [_runs(found, documents)]
     parts += [_skills(found, budget) for budget in reversed(found.budgets)]
-    parts += [_recalls(found), _routers(found), _predictable(found), _wider(found), _goal(found)]
+    parts += [_recalls(found), _routers(found), _pairs(found), _predictable(found), _wider(found), _goal(found)]
+    parts.append(_gates(documents))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -202,6 +206,67 @@ def _routers(found: Results) -> str:
         rows.append(row)
     head = ["line", *(text for budget in found.budgets for text in (f"mean at {budget:g}x", f"worst at {budget:g}x"))]
     return f"**Over the rungs that full attention solves ({_list(rungs)}).**\n\n" + _rows(head, rows)
+
+
+def _pairs(found: Results) -> str:
+    """The router that is best on average against each other one and the state of equal bytes, on every rung."""
+    rungs = [rung for rung in found.rungs if found.solved(rung)]
+    budget = max(found.budgets, default=GOAL_BUDGET)
+    tables = {name: [found.at(rung, name, budget) for rung in rungs] for name in found.candidates}
+    means = {
+        name: float(np.mean([np.clip(part, -1, 1).mean() for part in parts if part is not None]))
+        for name, parts in tables.items()
+        if parts and all(part is not None for part in parts)
+    }
+    if not means:
+        return ""
+    first = max(means, key=lambda name: means[name])
+    others = [name for name in (*found.candidates, "random", "recurrent_wide") if name != first]
+    differences = {
+        (rung, other): difference
+        for rung in found.rungs
+        for other in others
+        if (difference := found.difference(rung, first, other, budget)) is not None
+    }
+    if not differences:
+        return ""
+    # over the lines that one rung's first is held against
+    adjusted: dict[tuple[str, str], float] = {}
+    for rung in found.rungs:
+        own = {other: part.p_value for (name, other), part in differences.items() if name == rung}
+        adjusted |= {(rung, other): p for other, p in holm(own).items()}
+
+    def cell(other: str, rung: str) -> str:
+        part = differences.get((rung, other))
+        if part is None:
+            return ""
+        clear = part.verdict in ("better", "worse") and adjusted[rung, other] <= LEVEL
+        verdict = part.verdict if clear or part.verdict == "equivalent" else "open"
+        return f"{_signed(part)} {verdict}"
+
+    title = (
+        f"`{first}`, the best router on average, against the others at {budget:g} x the critical rows"
+        " (difference of skill; Holm over the others of a rung)"
+    )
+    return _table(title, others, found.rungs, cell)
+
+
+def _gates(documents: Sequence[dict[str, Any]]) -> str:
+    """Gates as the runs show them."""
+    rows: dict[str, dict[str, str]] = {}
+    for gate in gates_of_runs(documents):
+        told = f"{gate.value:.2f}" if gate.roomy is None else f"{gate.value:.2f} / {gate.roomy:.2f}"
+        rows.setdefault(gate.rung, {})[gate.gate] = told if gate.passed else f"**{told}**"
+    if not rows:
+        return ""
+    order = [rung for rung in RUNGS if rung in rows] + sorted(set(rows) - set(RUNGS))
+    lines = [[rung, *(rows[rung].get(name, "") for name in ("G1", "G2", "G5"))] for rung in order]
+    head = [
+        "rung", f"G1 full attention (at least {SOLVED:g})",
+        f"G2 state of 8 (at most {SMALL_STATE:g}) / of 64 (at least {ROOMY_STATE:g})",
+        f"G5 oracle's list (at least {ORACLE_SHARE:g} of full attention)",
+    ]  # fmt: skip
+    return "**Gates, read off the runs (bold: fails).**\n\n" + _rows(head, lines)
 
 
 def _predictable(found: Results) -> str:
@@ -299,9 +364,13 @@ def _list(items: Iterable[Any]) -> str:
 
 
 def _table(title: str, lines: Sequence[str], rungs: Sequence[str], cell: Callable[[str, str], str]) -> str:
-    rows = [[line, *(cell(line, rung) for rung in rungs)] for line in lines]
-    rows = [row for row in rows if any(row[1:])]
-    return f"**{title}.**\n\n" + _rows(["", *rungs], rows) if rows else ""
+    parts = []
+    for first in range(0, len(rungs), RUNGS_TOGETHER):
+        some = rungs[first : first + RUNGS_TOGETHER]
+        rows = [[line, *(cell(line, rung) for rung in some)] for line in lines]
+        rows = [row for row in rows if any(row[1:])]
+        parts += [_rows(["", *some], rows)] if rows else []
+    return "\n\n".join([f"**{title}.**", *parts]) if parts else ""
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -35,7 +35,11 @@ SHORTCUT_SHARE, SHUFFLED_SKILL, STRIDE_MARGIN = 0.95, 0.02, 0.05
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate of one rung. ``passed`` is None where it was not run or does not apply; the note says why."""
+    """One gate of one rung. ``passed`` is None where it was not run or does not apply; the note says why.
+
+    Attributes:
+        roomy: of G2, skill of the roomy state.
+    """
 
     probe: str
     rung: str
@@ -44,6 +48,7 @@ class GateResult:
     value: float
     limit: float
     note: str
+    roomy: float | None = None
 
     def __str__(self) -> str:
         word = {True: "pass", False: "FAIL", None: "----"}[self.passed]

@@ -220,7 +220,7 @@ def gates_of_runs(documents: Sequence[dict[str, Any]]) -> list[GateResult]:
             small, roomy = means["narrow"], means["wide"]
             passed = small <= SMALL_STATE and roomy >= ROOMY_STATE and roomy >= small
             note = f"recurrent skill at rho 2 or more; at 1/4 it is {roomy:.3f}, must be {ROOMY_STATE}; {told}"
-            found.append(GateResult(suite, rung, "G2", passed, small, SMALL_STATE, note))
+            found.append(GateResult(suite, rung, "G2", passed, small, SMALL_STATE, note, roomy))
         if "oracle" in means:
             oracle, limit = means["oracle"], ORACLE_SHARE * full
             note = f"cache of the critical rows, against full attention at {full:.3f}; {told}"
