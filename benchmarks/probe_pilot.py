@@ -1,0 +1,157 @@
+"""Which training lets small probe networks solve a rung? The pilot of contract 5: validation errors, seeds of its own.
+
+    python -m benchmarks.probe_pilot                       # the table of what is on disk
+    python -m benchmarks.probe_pilot --run --device cuda   # train what is missing, with --only topo some of it
+
+Seeds 100 and above are never those of the table; sequences are those of validation. ``hidden``: share of the sequences
+of a batch whose questions do not see the state while everything is kept (HAM alone). ``early``: edges of topo are asked
+about after a fifth of the steps, of few nodes still; ``shallow``: its paths of two hops are one hop long at first.
+``weight``: of the auxiliary target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from probes import stacked_run
+from probes.registry import TARGET_WEIGHT, get_probe
+from probes.runner_plan import Cell, RunPlan, critical_rows
+from probes.train import TrainPlan
+
+RESULTS = Path(__file__).parent / "results" / "probes" / "pilot" / "contract5.jsonl"
+GRAPH = ((0.1, {"form": "graph", "hop0_share": 1.0}), (0.1, {"form": "graph"}))
+CURRICULA: dict[str, Any] = {
+    "": None,
+    "contract 4": ((0.2, {"form": "graph", "hop0_share": 1.0}), (0.2, {"form": "graph"}), (0.6, {})),
+    "early": (*GRAPH, (0.8, {})),
+    "shallow": (*GRAPH, (0.4, {"shallow_share": 0.7}), (0.4, {})),
+    "shallow first": (*GRAPH, (0.3, {"shallow_share": 1.0}), (0.2, {"shallow_share": 0.5}), (0.3, {})),
+}
+RATES = (0.002, 0.004)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Networks of one rung that read the same sequences."""
+
+    rung: str
+    lines: tuple[str, ...]  # models, HAM as ham:ROUTER
+    seeds: tuple[int, ...] = (100, 101, 102)
+    steps: int = 2_500
+    hidden: float = 0.0
+    curriculum: str = ""
+    weight: float = TARGET_WEIGHT
+    rates: tuple[float, ...] = RATES
+
+
+def trials() -> Iterator[Trial]:
+    """All, the most important first."""
+    full = ("full",)
+    for curriculum, weight, steps in (("early", 1.0, 2_500), ("early", 3.0, 2_500), ("contract 4", 1.0, 2_500),
+                                      ("early", 1.0, 1_500), ("contract 4", TARGET_WEIGHT, 2_500)):  # fmt: skip
+        yield Trial("topo/topo", full, curriculum=curriculum, weight=weight, steps=steps)
+    for curriculum, weight, steps in (("early", 1.0, 2_500), ("shallow", 1.0, 2_500), ("shallow first", 1.0, 2_500),
+                                      ("shallow first", 3.0, 3_500)):  # fmt: skip
+        yield Trial("topo/topo2", full, curriculum=curriculum, weight=weight, steps=steps)
+    yield Trial("topo/topoG", full, (100, 101), curriculum="early", weight=1.0)
+    for rung in ("xcb/xcbG", "xcb/xcbC", "xcb/xcb", "pbc/pbcS"):
+        yield Trial(rung, full)
+    for rung in ("xcb/xcbF", "act/actS", "rrr/rrr", "der/derD", "der/exo", "pbc/pbcA", "pbc/pbcR"):
+        yield Trial(rung, full, (100, 101))
+    yield Trial("act/act", full, (100, 101), rates=(0.002, 0.004, 0.01))
+    for hidden in (0.5, 0.0, 1.0):
+        yield Trial("pbc/pbcS", ("ham:oracle", "ham:learned", "ham:mix"), hidden=hidden)
+    for rung, second in (("pbc/pbc0", "learned"), ("act/act", "learned"), ("xcb/xcb", "learned"), ("rrr/rrr", "mix")):
+        for hidden in (0.5, 0.0):
+            yield Trial(rung, ("ham:oracle", f"ham:{second}"), hidden=hidden)
+    yield Trial(
+        "topo/topo", ("ham:oracle", "ham:learned", "ham:mix"), hidden=0.5, curriculum="early", weight=1.0
+    )  # fmt: skip
+
+
+def run(trial: Trial, device: str) -> list[dict[str, Any]]:
+    """Train the networks of a trial; a record each."""
+    probe = get_probe(trial.rung)[0]
+    kind: Any = type(probe)
+    before = kind.curriculum, kind.target_weight
+    kind.target_weight = trial.weight
+    if trial.curriculum:
+        kind.curriculum = CURRICULA[trial.curriculum]
+    plain = stacked_run.cell_plan
+
+    def cell_plan(cell: Cell, critical: int, device: str) -> TrainPlan:
+        return replace(plain(cell, critical, device), hidden_share=trial.hidden)
+
+    stacked_run.cell_plan = cell_plan
+    started = time.time()
+    try:
+        groups = [list(cells(trial, line)) for line in trial.lines]
+        critical = critical_rows(probe, groups[0][0].config)
+        pools = stacked_run.Pools(cell_plan(groups[0][0], critical, device), trial.seeds)
+        try:
+            stacks, _ = stacked_run._train(groups, critical, device, pools, None, False, lambda text: None)
+        finally:
+            pools.close()
+    finally:
+        stacked_run.cell_plan, kind.curriculum, kind.target_weight = plain, *before
+    return [
+        {"trial": asdict(trial), "line": line, "rate": cell.learning_rate, "seed": cell.seed, "validation": history,
+         "seconds": round(time.time() - started, 1), "device": device}
+        for line, stack in zip(trial.lines, stacks, strict=True)
+        for cell, history in zip(stack.cells, stack.trainer.history, strict=True)
+    ]  # fmt: skip
+
+
+def cells(trial: Trial, line: str) -> Iterator[Cell]:
+    model, _, router = line.partition(":")
+    plan = RunPlan(
+        probes=(trial.rung,), preset="small", models=(model,), routers=(router or "learned",), budgets=(1.0,), seeds=1,
+        steps=trial.steps,
+    )  # fmt: skip
+    first = plan.trial_cells()[0]
+    for rate in trial.rates:
+        for seed in trial.seeds:
+            yield replace(first, seed=seed, learning_rate=rate)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Validation skill at the end, of every seed at the better rate on average."""
+    groups: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    for record in records:
+        trial = record["trial"]
+        key = (trial["rung"], record["line"], f"{trial['steps']}", f"{trial['hidden']:g}", trial["curriculum"],
+               f"{trial['weight']:g}")  # fmt: skip
+        groups.setdefault(key, {}).setdefault(record["rate"], []).append(1.0 - record["validation"][-1][1])
+    lines = [("rung", "line", "steps", "hidden", "curriculum", "weight", "rate", "skill of each seed"), ("---",) * 8]
+    for key, rates in sorted(groups.items()):
+        rate = max(rates, key=lambda one: sum(rates[one]) / len(rates[one]))
+        lines.append((*key, f"{rate:g}", ", ".join(f"{skill:.2f}" for skill in rates[rate])))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="train what is missing first")
+    parser.add_argument("--only", default="", help="part of a rung's name")
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    records = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    for trial in trials() if asked.run else ():
+        there = json.loads(json.dumps(asdict(trial)))
+        if asked.only in trial.rung and not any(record["trial"] == there for record in records):
+            found = run(trial, asked.device)
+            records += found
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in found)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
