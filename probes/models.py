@@ -50,6 +50,8 @@ class NetConfig:
             rows (an action and its effect, the rows of a waveform) is one thing to match. The same for all models.
         budget_rows: entries of a layer that rivals are sized by.
         eviction: what leaves a full list kept by score: ``lowest`` or ``fifo``.
+        entry_bias: added at first to the logits of entries. A forecaster's begin low, so that they do not drown the
+            present; a question's answer lies in entries alone.
     """
 
     model: str = "ham"
@@ -64,6 +66,7 @@ class NetConfig:
     budget_rows: int = 16
     eviction: str = "lowest"
     write_clip: float = 0.0
+    entry_bias: float = 0.0
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -92,7 +95,7 @@ class NetConfig:
         return ModelConfig(
             width=self.memory_width, layers=self.layers, heads=self.heads, state_width=self.state_width,
             patch_steps=channels, window_patches=self.window_rows, router=router, mixer=MODELS[self.model],
-            write_clip=self.write_clip,
+            write_clip=self.write_clip, entry_bias=self.entry_bias,
         )  # fmt: skip
 
 

@@ -238,7 +238,8 @@ class RunPlan:
         depth = probe.depth(probe.config(self.preset, rung, **overrides))
         return Cell(
             probe=probe.name, rung=rung, preset=self.preset, model=model, router=router, budgets=budgets, seed=seed,
-            learning_rate=rate, steps=self.steps or size.train_steps, streams=self.streams or size.eval_streams,
+            learning_rate=rate, steps=self.steps or probe.train_steps(self.preset, rung),
+            streams=self.streams or size.eval_streams,
             sequences=self.sequences or size.eval_sequences, layers=depth, readout=self.readout,
             overrides=tuple(sorted(overrides.items())), suite_version=probe.version, state_width=self.state_width,
             axis=self.axis,

@@ -275,13 +275,9 @@ class StackedNet:
         if decisions.drop is None:
             return there
         gone = decisions.drop.expand(S, B, T).flatten(0, 1)  # [S B, T]
-        above = (order[:, :, None] > order[:, None, :]) & gone[:, :, None]  # [S B, T others, T]
-        roomier = cap[:, None] + above.sum(1)  # [S B, T]
-        sums = self.frame.left_sum[kind.window]
-        count = torch.matmul(sums, (order[:, :, None] > order[:, None, :]).to(sums.dtype))  # [S B, N, T]
-        later = (count < roomier[:, None]) & left & (order >= 0)[:, None]
-        # what had left before the queries does not come back
-        later = later & (there[:, T - 1 : T] | ~left[T - 1])
+        # what had left the list before the queries does not come back, whatever room there is
+        stays = (there[:, T - 1] | ~left[T - 1]) & ~gone  # [S B, T]
+        later = ops.survivors(torch.where(stays, order, -1.0), cap, self.frame.left_sum[kind.window], left)
         return torch.where(self.frame.queried[:, None], later, there)
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -33,7 +33,7 @@ CHECKS = 10
 # share of the steps in which HAM keeps everything, whatever its router
 WARM_SHARE = 0.6
 # share of the sequences of a batch whose questions do not see the state while everything is kept
-HIDDEN_SHARE = 0.0
+HIDDEN_SHARE = 0.5
 SOLVED = 0.8
 
 

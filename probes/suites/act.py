@@ -81,6 +81,7 @@ class ActionEffectRecall(Probe):
         "smoke": {"items": 9, "queries": 9, "dose": "same"},
         "standard": {"items": 32},
     }
+    quick = ("actS",)
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "dose": ("same", "positive", "signed", "scaled"),
         "items": (4, 8, 16, 32),

@@ -91,6 +91,7 @@ class DelayedEventRecall(Probe):
         "exo": {"exo": True, "channels": 4},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}}
+    quick = ("der", "derD", "exo")
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "delay": (16, 64, 256, 1024, 4096),
         "items": (4, 8, 16, 32, 64),

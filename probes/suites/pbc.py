@@ -80,6 +80,7 @@ class PredictableButCritical(Probe):
         "standard": {"items": 32},
         "long": {"items": 64},
     }
+    quick = ("pbc0", "pbcD", "pbcA", "pbcR")
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "kind": KINDS,
         "items": (4, 9, 16, 32),

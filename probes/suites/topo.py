@@ -77,6 +77,7 @@ class TopologyLookup(Probe):
         "standard": {"items": 32},
         "long": {"items": 64},
     }
+    quick = ("topoG",)
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "items": (8, 16, 64),
         "hops": (1, 2, 3),
@@ -87,10 +88,12 @@ class TopologyLookup(Probe):
         "control": ("none", "no_graph", "shuffled_graph"),
     }
     headline = "topo"
-    # a lookup, then that of a node that is named, then through an edge: each is found on the way from the one before
+    # a lookup, then that of a node that is named, then through an edge, of few nodes still: each is found on the way
+    # from the one before
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = (
-        (0.2, {"form": "graph", "hop0_share": 1.0}), (0.2, {"form": "graph"}), (0.6, {}),
+        (0.1, {"form": "graph", "hop0_share": 1.0}), (0.1, {"form": "graph"}), (0.4, {"shallow_share": 0.7}), (0.4, {}),
     )  # fmt: skip
+    target_weight = 3.0
 
     def depth(self, config: ProbeConfig) -> int:
         """A lookup for each hop, one for the reading, and one more to name what is looked up."""

@@ -66,6 +66,7 @@ class CrossChannelBinding(Probe):
         "xcbG": {"variant": "grid"},
         "xcbC": {"variant": "channels"},
     }
+    quick = ("xcbF",)
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "items": (4, 8, 16, 32),
         "variant": ("sphere", "grid", "channels"),
