@@ -6,7 +6,8 @@
 Seeds 100 and above are never those of the table; sequences are those of validation. ``hidden``: share of the sequences
 of a batch whose questions do not see the state while everything is kept (HAM alone). ``early``: edges of topo are asked
 about after a fifth of the steps, of few nodes still; ``shallow``: its paths of two hops are one hop long at first.
-``weight``: of the auxiliary target.
+``weight``: of the auxiliary target. ``bias``: what is added at first to the logits of HAM's entries. ``reading``: of 64
+rows, and everything is kept from first to last, at the checks too: is reading learned at all?
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from probes import stacked_run
+from probes import stacked_run, stacked_train
 from probes.registry import TARGET_WEIGHT, get_probe
 from probes.runner_plan import Cell, RunPlan, critical_rows
+from probes.stacked import StackedNet, StackedReading
+from probes.stacked_data import Decisions, Rows
 from probes.train import TrainPlan
 
 RESULTS = Path(__file__).parent / "results" / "probes" / "pilot" / "contract5.jsonl"
@@ -34,6 +37,7 @@ CURRICULA: dict[str, Any] = {
     "shallow first": (*GRAPH, (0.3, {"shallow_share": 1.0}), (0.2, {"shallow_share": 0.5}), (0.3, {})),
 }
 RATES = (0.002, 0.004)
+SHORT = {"context_rows": 64, "items": 4, "queries": 4}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Trial:
     hidden: float = 0.0
     curriculum: str = ""
     weight: float = TARGET_WEIGHT
+    entry_bias: float = -4.0
+    reading: bool = False
     rates: tuple[float, ...] = RATES
 
 
@@ -73,6 +79,13 @@ def trials() -> Iterator[Trial]:
     yield Trial(
         "topo/topo", ("ham:oracle", "ham:learned", "ham:mix"), hidden=0.5, curriculum="early", weight=1.0
     )  # fmt: skip
+    for hidden in (0.5, 0.0):
+        for bias in (0.0, -4.0):
+            yield Trial(
+                "pbc/pbc0", ("ham:surprise",), (102,), 400, hidden, entry_bias=bias, reading=True, rates=(0.002,)
+            )
+        yield Trial("act/act", ("ham:surprise",), (100, 102), 400, hidden, entry_bias=0.0, reading=True, rates=(0.002,))
+    yield Trial("pbc/pbc0", full, (102,), 400, reading=True, rates=(0.002,))
 
 
 def run(trial: Trial, device: str) -> list[dict[str, Any]]:
@@ -86,8 +99,15 @@ def run(trial: Trial, device: str) -> list[dict[str, Any]]:
     plain = stacked_run.cell_plan
 
     def cell_plan(cell: Cell, critical: int, device: str) -> TrainPlan:
-        return replace(plain(cell, critical, device), hidden_share=trial.hidden)
+        found = plain(cell, critical, device)
+        return replace(found, hidden_share=trial.hidden, net=replace(found.net, entry_bias=trial.entry_bias))
 
+    def read(stack: StackedNet, rows: Rows, decisions: Decisions, **options: Any) -> StackedReading:
+        return read_plainly(stack, rows, replace(decisions, warm=stack.config.model == "ham"), **options)
+
+    read_plainly, warm = stacked_train.stacked_read, stacked_train.WARM_SHARE
+    if trial.reading:
+        stacked_train.stacked_read, stacked_train.WARM_SHARE = read, 1.0
     stacked_run.cell_plan = cell_plan
     started = time.time()
     try:
@@ -100,6 +120,7 @@ def run(trial: Trial, device: str) -> list[dict[str, Any]]:
             pools.close()
     finally:
         stacked_run.cell_plan, kind.curriculum, kind.target_weight = plain, *before
+        stacked_train.stacked_read, stacked_train.WARM_SHARE = read_plainly, warm
     return [
         {"trial": asdict(trial), "line": line, "rate": cell.learning_rate, "seed": cell.seed, "validation": history,
          "seconds": round(time.time() - started, 1), "device": device}
@@ -112,7 +133,7 @@ def cells(trial: Trial, line: str) -> Iterator[Cell]:
     model, _, router = line.partition(":")
     plan = RunPlan(
         probes=(trial.rung,), preset="small", models=(model,), routers=(router or "learned",), budgets=(1.0,), seeds=1,
-        steps=trial.steps,
+        steps=trial.steps, overrides=SHORT if trial.reading else {},
     )  # fmt: skip
     first = plan.trial_cells()[0]
     for rate in trial.rates:
@@ -121,17 +142,18 @@ def cells(trial: Trial, line: str) -> Iterator[Cell]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Validation skill at the end, of every seed at the better rate on average."""
-    groups: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    """Validation skill at the end, of every seed and rate."""
+    groups: dict[tuple[str, ...], list[float]] = {}
     for record in records:
         trial = record["trial"]
-        key = (trial["rung"], record["line"], f"{trial['steps']}", f"{trial['hidden']:g}", trial["curriculum"],
-               f"{trial['weight']:g}")  # fmt: skip
-        groups.setdefault(key, {}).setdefault(record["rate"], []).append(1.0 - record["validation"][-1][1])
-    lines = [("rung", "line", "steps", "hidden", "curriculum", "weight", "rate", "skill of each seed"), ("---",) * 8]
-    for key, rates in sorted(groups.items()):
-        rate = max(rates, key=lambda one: sum(rates[one]) / len(rates[one]))
-        lines.append((*key, f"{rate:g}", ", ".join(f"{skill:.2f}" for skill in rates[rate])))
+        what = "reading, " if trial["reading"] else ""
+        key = (trial["rung"], record["line"], f"{what}{trial['steps']}", f"{trial['hidden']:g}", trial["curriculum"],
+               f"{trial['weight']:g}", f"{trial['entry_bias']:g}" if record["line"] != "full" else "",
+               f"{record['rate']:g}")  # fmt: skip
+        groups.setdefault(key, []).append(1.0 - record["validation"][-1][1])
+    names = ("rung", "line", "steps", "hidden", "curriculum", "weight", "bias", "rate", "skill of each seed")
+    lines = [names, ("---",) * len(names)]
+    lines += [(*key, ", ".join(f"{skill:.2f}" for skill in skills)) for key, skills in sorted(groups.items())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
