@@ -114,7 +114,9 @@ def lines_svg(
         x = at(value, low_y)[0]
         parts += [
             _line(x, top + tall, x, top + tall + 4),
-            _text(x, top + tall + 16, f"{value:,.5g}", anchor="middle", size=10),
+            _text(
+                x, top + tall + 16, f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.5g}", anchor="middle", size=10
+            ),
         ]
     parts += [_line(left, top, left, top + tall), _line(left, top + tall, left + wide, top + tall)]
     parts.append(_text(left + wide / 2, height - 6, x_name, anchor="middle"))
