@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from probes.gates_trained import ORACLE_SHARE, ROOMY_STATE, SMALL_STATE, SOLVED, gates_of_runs
+from probes.answers_more import gates, kinds, markdown_rows, permuted
+from probes.gates_trained import SOLVED
 from probes.packed import sequence_errors
 from probes.stats import Difference, Estimate, holm, mean_interval, paired_difference
 from probes.summary import seeds_of, value
@@ -126,7 +127,7 @@ def answers_markdown(documents: Sequence[dict[str, Any]]) -> str:
     parts = [_runs(found, documents)]
     parts += [_skills(found, budget) for budget in reversed(found.budgets)]
     parts += [_recalls(found), _routers(found), _pairs(found), _predictable(found), _wider(found), _goal(found)]
-    parts.append(_gates(documents))
+    parts += [gates(found, documents), permuted(found), kinds(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -171,6 +172,8 @@ def _skills(found: Results, budget: float) -> str:
 
 
 def _recalls(found: Results) -> str:
+    if not found.budgets:
+        return ""
     budget = 1.0 if 1.0 in found.budgets else found.budgets[0]
 
     def cell(line: str, rung: str) -> str:
@@ -184,7 +187,7 @@ def _recalls(found: Results) -> str:
 def _routers(found: Results) -> str:
     """Mean and worst over the rungs that full attention solves."""
     rungs = [rung for rung in found.rungs if found.solved(rung)]
-    if not rungs:
+    if not rungs or not found.budgets:
         return ""
     rows = []
     for line in [*found.routers, "recurrent_wide", "window"]:
@@ -205,7 +208,7 @@ def _routers(found: Results) -> str:
             ]
         rows.append(row)
     head = ["line", *(text for budget in found.budgets for text in (f"mean at {budget:g}x", f"worst at {budget:g}x"))]
-    return f"**Over the rungs that full attention solves ({_list(rungs)}).**\n\n" + _rows(head, rows)
+    return f"**Over the rungs that full attention solves ({_list(rungs)}).**\n\n" + markdown_rows(head, rows)
 
 
 def _pairs(found: Results) -> str:
@@ -251,24 +254,6 @@ def _pairs(found: Results) -> str:
     return _table(title, others, found.rungs, cell)
 
 
-def _gates(documents: Sequence[dict[str, Any]]) -> str:
-    """Gates as the runs show them."""
-    rows: dict[str, dict[str, str]] = {}
-    for gate in gates_of_runs(documents):
-        told = f"{gate.value:.2f}" if gate.roomy is None else f"{gate.value:.2f} / {gate.roomy:.2f}"
-        rows.setdefault(gate.rung, {})[gate.gate] = told if gate.passed else f"**{told}**"
-    if not rows:
-        return ""
-    order = [rung for rung in RUNGS if rung in rows] + sorted(set(rows) - set(RUNGS))
-    lines = [[rung, *(rows[rung].get(name, "") for name in ("G1", "G2", "G5"))] for rung in order]
-    head = [
-        "rung", f"G1 full attention (at least {SOLVED:g})",
-        f"G2 state of 8 (at most {SMALL_STATE:g}) / of 64 (at least {ROOMY_STATE:g})",
-        f"G5 oracle's list (at least {ORACLE_SHARE:g} of full attention)",
-    ]  # fmt: skip
-    return "**Gates, read off the runs (bold: fails).**\n\n" + _rows(head, lines)
-
-
 def _predictable(found: Results) -> str:
     """Does error routing keep what is predictable when written?"""
     rungs = [rung for rung in found.rungs if rung.startswith("pbc")]
@@ -298,7 +283,7 @@ def _predictable(found: Results) -> str:
         "skill - random",
         "skill - oracle",
     ]
-    return "**Does error routing keep predictable but critical events?**\n\n" + _rows(head, rows)
+    return "**Does error routing keep predictable but critical events?**\n\n" + markdown_rows(head, rows)
 
 
 def _wider(found: Results) -> str:
@@ -319,7 +304,7 @@ def _wider(found: Results) -> str:
     if not rows:
         return ""
     head = ["rung", "budget", "kB HAM / wide", "best router", "skill - wide", "verdict", "oracle - wide"]
-    return "**Does the scratchpad beat a wider state at equal bytes?**\n\n" + _rows(head, rows)
+    return "**Does the scratchpad beat a wider state at equal bytes?**\n\n" + markdown_rows(head, rows)
 
 
 def _goal(found: Results) -> str:
@@ -349,7 +334,9 @@ def _goal(found: Results) -> str:
             "met" if share[0] >= GOAL else "missed", failed,
         ])  # fmt: skip
     head = ["rung", "best router", "skill", "full", "share of full", f"goal {GOAL:g}", "queries failed by stage"]
-    return f"**Goal: {GOAL:g} of full attention at {GOAL_BUDGET:g} x the critical rows.**\n\n" + _rows(head, rows)
+    return f"**Goal: {GOAL:g} of full attention at {GOAL_BUDGET:g} x the critical rows.**\n\n" + markdown_rows(
+        head, rows
+    )
 
 
 # --- Markdown
@@ -369,13 +356,8 @@ def _table(title: str, lines: Sequence[str], rungs: Sequence[str], cell: Callabl
         some = rungs[first : first + RUNGS_TOGETHER]
         rows = [[line, *(cell(line, rung) for rung in some)] for line in lines]
         rows = [row for row in rows if any(row[1:])]
-        parts += [_rows(["", *some], rows)] if rows else []
+        parts += [markdown_rows(["", *some], rows)] if rows else []
     return "\n\n".join([f"**{title}.**", *parts]) if parts else ""
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def write_between(path: Path, text: str) -> None:

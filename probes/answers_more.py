@@ -1,0 +1,79 @@
+"""Tables of ``hamts probes table`` beside the open questions: gates, flags permuted at test, kinds of queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probes.gates_trained import ORACLE_SHARE, ROOMY_STATE, SMALL_STATE, SOLVED, gates_of_runs
+
+if TYPE_CHECKING:
+    from probes.answers import Results
+
+__all__ = ["gates", "kinds", "markdown_rows", "permuted"]
+
+# labels of slices that are told apart, by rung
+KINDS = {
+    "rrr": ("regime=0", "regime=1"),
+    "pbcR": ("rare=1", "rare=0"),
+    "topo": ("hop=0", "hop=1"),
+    "topo2": ("hop=0", "hop=2"),
+}
+
+
+def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def gates(found: Results, documents: Sequence[dict[str, Any]]) -> str:
+    """Gates as the runs show them, of rungs with all seeds."""
+    rows: dict[str, dict[str, str]] = {}
+    for gate in gates_of_runs(documents):
+        told = f"{gate.value:.2f}" if gate.roomy is None else f"{gate.value:.2f} / {gate.roomy:.2f}"
+        rows.setdefault(gate.rung, {})[gate.gate] = told if gate.passed else f"**{told}**"
+    if not rows:
+        return ""
+    lines = [[rung, *(rows[rung].get(name, "") for name in ("G1", "G2", "G5"))] for rung in found.rungs if rung in rows]
+    head = [
+        "rung", f"G1 full attention (at least {SOLVED:g})",
+        f"G2 state of 8 (at most {SMALL_STATE:g}) / of 64 (at least {ROOMY_STATE:g})",
+        f"G5 oracle's list (at least {ORACLE_SHARE:g} of full attention)",
+    ]  # fmt: skip
+    return "**Gates, read off the runs (bold: fails).**\n\n" + markdown_rows(head, lines)
+
+
+def permuted(found: Results) -> str:
+    """Skill with the columns of flags permuted at test, of the lines that answer best."""
+    budget = max(found.budgets, default=1.0)
+    rows = []
+    for line in ("full", *found.candidates, "recurrent_wide"):
+        numbers = [found.mean(rung, line, budget, "skill_flags_permuted") for rung in found.rungs]
+        if not all(math.isnan(number) for number in numbers):
+            rows.append([line, *("" if math.isnan(number) else f"{number:.2f}" for number in numbers)])
+    if not rows:
+        return ""
+    title = f"**Skill at {budget:g} x the critical rows with flags permuted at test.**\n\n"
+    return title + markdown_rows(["", *found.rungs], rows)
+
+
+def kinds(found: Results) -> str:
+    """Skill by kind of query where a rung has several."""
+    budget = max(found.budgets, default=1.0)
+    rows = []
+    for rung in found.rungs:
+        for label in KINDS.get(rung, ()):
+            row = [rung, label]
+            for line in ("full", "oracle", *found.candidates, "recurrent_wide"):
+                group = found.groups.get((rung, line, 1.0 if line in found.sizeless else budget), [])
+                skills = [part["diagnosis"].get("slices", {}).get(label, {}).get("skill", math.nan) for part in group]
+                row.append(f"{np.nanmean(skills):.2f}" if skills and not np.isnan(skills).all() else "")
+            if any(row[2:]):
+                rows.append(row)
+    if not rows:
+        return ""
+    head = ["rung", "queries", "full", "oracle", *found.candidates, "recurrent_wide"]
+    return f"**Kinds of queries, skill at {budget:g} x the critical rows.**\n\n" + markdown_rows(head, rows)
