@@ -46,6 +46,9 @@ def test_known_answers_come_back(tmp_path: Path) -> None:
     assert "| pbcD | surprise | 2 | 0.20 | 0.50 | +0.10 [+0.10, +0.10] | -0.80 [-0.80, -0.80] |" in text
     assert "| pbcD | 2 | 1.0 / 1.0 | learned | +0.37 [+0.37, +0.37] | better | +0.40 [+0.40, +0.40] |" in text
     assert "gate G1" not in text
+    assert "| pbcD | 1.00 |  | 1.00 |" in text
+    assert "`learned`, the best router on average" in text
+    assert "+0.77 [+0.77, +0.77] better" in text
 
 
 def test_a_rung_that_full_attention_fails_says_nothing_about_memories(tmp_path: Path) -> None:

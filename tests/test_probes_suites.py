@@ -177,6 +177,29 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
         register_probe("x", version=1, slot="none")
 
 
+def test_topo_names_every_node_of_a_path_and_has_a_layer_for_each_hop() -> None:
+    probe, rung = get_probe("topo/topo2")
+    config = probe.config("smoke", rung)
+    assert [probe.depth(probe.config("smoke", name)) for name in ("topoG", "topo", "topo2")] == [3, 3, 4]
+    plain, shallow = (
+        probe.sample(generator(0), 16, replace(config, hop0_share=0.0, shallow_share=share)) for share in (0.0, 1.0)
+    )
+    assert plain.aux is not None and shallow.aux is not None
+    first, second = plain.aux.chunk(2, -1)  # 2 x [B, Q, G]
+    torch.testing.assert_close(first, shallow.aux.chunk(2, -1)[0])
+    # one hop ends where the path of two begins
+    torch.testing.assert_close(shallow.aux.chunk(2, -1)[1], first)
+    assert not torch.allclose(second, first)
+    assert shallow.slices["hop"].unique().tolist() == [1]
+    assert (shallow.need[..., 1] == -1).all() and (plain.need >= 0).all()
+
+
+def test_quick_rungs_take_fewer_steps() -> None:
+    steps = {name: get_probe(name)[0].train_steps("small", name.split("/")[1]) for name in ("der/der", "pbc/pbcS")}
+    assert steps == {"der/der": 1_500, "pbc/pbcS": 2_500}
+    assert get_probe("der/der")[0].train_steps("smoke", "der") == PRESETS["smoke"].train_steps
+
+
 def test_the_presets_are_those_of_the_contract() -> None:
     sizes = {name: (p.context_rows, p.items) for name, p in PRESETS.items()}
     assert sizes == {"smoke": (72, 12), "small": (256, 16), "standard": (1024, 32), "long": (8192, 64)}
