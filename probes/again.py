@@ -1,7 +1,8 @@
 """Saved networks asked again: about a longer past, with less exact entries, or against what each row was worth.
 
 Nothing is trained here. A network that is asked at another size than it was trained at extrapolates, and its results
-say so; they go to a folder of their own.
+say so; they go to a folder of their own. Its thresholds are found anew for the share and the length that are asked
+(``longer.py``). On a GPU the seeds of a line are read side by side.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hamts.errors import DataError
 from probes.contract import PRESETS, ProbeConfig
-from probes.evaluate import evaluate
+from probes.evaluate import Evaluation, evaluate
+from probes.longer import CALIBRATION_SEQUENCES, LongSequences, calibrate_at, calibration, evaluate_long
 from probes.reading import PRECISIONS, STATE_ONLY
-from probes.registry import get_probe
+from probes.registry import Probe, get_probe
 from probes.results import document, read_documents, start_folder, write_document
 from probes.runner import Bars, bars, check_device
-from probes.runner_plan import Cell, budget_rows, critical_rows
+from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, budget_rows, critical_rows
 from probes.saved import load_network, network_path, network_paths
 from probes.summary import best_rates
 from probes.train import Fitted
@@ -40,6 +43,7 @@ class Revisit:
         precisions: of the keys and values of kept rows.
         budgets: multiples of the critical rows; none: those of each network.
         streams, sequences: None: the preset's.
+        rungs: of the folder; none: all.
     """
 
     preset: str | None = None
@@ -47,6 +51,7 @@ class Revisit:
     budgets: tuple[float, ...] = ()
     streams: int | None = None
     sequences: int | None = None
+    rungs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, names, known in (
@@ -71,9 +76,18 @@ def longer_config(cell: Cell, preset: str) -> ProbeConfig:
 
 
 def revisit(
-    folder: str | Path, out: str | Path, plan: Revisit, *, device: str = "cpu", progress: bool = True
+    folder: str | Path,
+    out: str | Path,
+    plan: Revisit,
+    *,
+    device: str = "cpu",
+    progress: bool = True,
+    in_step: bool | None = None,
 ) -> list[Path]:
     """Ask every saved network of a folder, at the learning rate that was chosen for it, and write documents.
+
+    Args:
+        in_step: read the seeds of a line side by side, where another preset is asked; None: on a GPU.
 
     Raises:
         DataError: E-FILE (no networks), E-PROBE-VERSION, E-PROBE-DAMAGED, E-OPTION (sizes would be mixed in a folder).
@@ -85,14 +99,24 @@ def revisit(
             "E-OPTION", f"'{root}' holds results of other sizes than preset {plan.preset!r}.",
             fix="Write to another folder with --out.",
         )  # fmt: skip
-    cells = list(chosen_cells(root))
+    cells = [(path, cell) for path, cell in chosen_cells(root) if not plan.rungs or cell.rung in plan.rungs]
+    if not cells:
+        raise DataError(
+            "E-FILE", f"'{root}' holds no finished network of {', '.join(plan.rungs)}.",
+            fix="Run these rungs first, or name those that are there (--rungs).",
+        )  # fmt: skip
     jobs = [(path, cell, job) for path, cell in cells for job in _jobs(cell, plan)]
     names = [str(_path(target, job).relative_to(target)) for _, _, job in jobs]
     versions = {cell.probe: cell.suite_version for _, cell in cells}
     start_folder(target, names, versions, done=False)
+    together = device.startswith("cuda") if in_step is None else in_step
+    side, rest = _side_by_side(jobs, plan) if together else ([], jobs)
     with bars(len(jobs), progress) as report:
+        sequences = LongSequences(sorted({cell.seed for _, cell in cells}), device)
+        for group in side:
+            _ask_together(group, target, plan, sequences, report)
         for path, cell in cells:
-            mine = [job for other, _, job in jobs if other == path]
+            mine = [job for other, _, job in rest if other == path]
             _ask(path, cell, mine, target, plan, device, report)
     start_folder(target, names, versions, done=True)
     return [_path(target, job) for _, _, job in jobs]
@@ -136,18 +160,59 @@ def _ask(path: Path, cell: Cell, jobs: Sequence[Job], target: Path, plan: Revisi
         if not written.is_file():
             fitted = fitted or asked_at(load_network(path, device=device)[1], cell, plan.preset)
             rows = budget_rows(job.budget, fitted.plan.critical_rows)
+            if plan.preset is not None:
+                calibrate_at(fitted.net, calibration(fitted.plan).to(device), rows)
             scored = evaluate(
                 fitted, budget_rows=rows, streams=job.cell.streams, sequences=job.cell.sequences,
                 precision=job.precision,
             )  # fmt: skip
-            content = document(job.cell, fitted, scored, budget=job.budget, device=device)
-            content["budget"]["dtype"] = job.precision
-            # the cell's own identity stays as it is: its name is made of it
-            content["config"] = {**content["config"], "eval_preset": plan.preset or cell.preset}
-            if plan.preset is not None:
-                content["warnings"].append(_extrapolated(cell, fitted, plan.preset))
-            write_document(written, content, scored.errors)
+            _write(written, cell, job, fitted, scored, plan, device)
         report.finish(f"{cell.name} {job.precision}")
+
+
+def _write(path: Path, cell: Cell, job: Job, fitted: Fitted, scored: Evaluation, plan: Revisit, device: str) -> None:
+    content = document(job.cell, fitted, scored, budget=job.budget, device=device)
+    content["budget"]["dtype"] = job.precision
+    # the cell's own identity stays as it is: its name is made of it
+    content["config"] = {**content["config"], "eval_preset": plan.preset or cell.preset}
+    if plan.preset is not None:
+        content["config"]["thresholds"] = f"found on {CALIBRATION_SEQUENCES} sequences of preset {plan.preset}"
+        content["warnings"].append(_extrapolated(cell, fitted, plan.preset))
+    write_document(path, content, scored.errors)
+
+
+Asked = tuple[Path, Cell, Job]
+
+
+def _side_by_side(jobs: Sequence[Asked], plan: Revisit) -> tuple[list[list[Asked]], list[Asked]]:
+    """Jobs that can be read side by side, rung by rung and seeds of a line together, and the others."""
+    groups: dict[Any, list[Asked]] = {}
+    rest: list[Asked] = []
+    for asked in jobs:
+        _, cell, job = asked
+        known = cell.router in STACKED_ROUTERS if cell.model == "ham" else cell.model in STACKED_MODELS
+        if plan.preset is None or job.precision != "float32" or not known:
+            rest.append(asked)
+        else:
+            # the sequences are those of the first part, the line is told by the whole
+            line = (cell.probe, cell.rung, cell.readout, str(cell.overrides), replace(cell, seed=0, learning_rate=0.0))
+            groups.setdefault((*line, job.budget), []).append(asked)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[:4])], rest
+
+
+def _ask_together(group: Sequence[Asked], target: Path, plan: Revisit, sequences: LongSequences, report: Bars) -> None:
+    """Ask the networks of a line that differ in seed alone, at one budget."""
+    todo = [(path, cell, job) for path, cell, job in group if not _path(target, job).is_file()]
+    if todo:
+        fitted = [asked_at(load_network(path)[1], cell, plan.preset) for path, cell, _ in todo]
+        first = todo[0][2]
+        data, settled_on = sequences.of(fitted[0].plan, streams=first.cell.streams, sequences=first.cell.sequences)
+        rows = budget_rows(first.budget, fitted[0].plan.critical_rows)
+        scores = evaluate_long(fitted, data, settled_on, rows=rows, device=sequences.device)
+        for (_, cell, job), one, scored in zip(todo, fitted, scores, strict=True):
+            _write(_path(target, job), cell, job, one, scored, plan, sequences.device)
+    for _, cell, _ in group:
+        report.finish(cell.name)
 
 
 def _extrapolated(cell: Cell, fitted: Fitted, preset: str) -> str:
@@ -180,8 +245,14 @@ def asked_at(fitted: Fitted, cell: Cell, preset: str | None) -> Fitted:
             f" was trained on {widths[0][0]} and {widths[0][1]}.",
             fix="Train it at a preset whose columns are the same.",
         )
-    plan = replace(fitted.plan, config=config, critical_rows=critical_rows(probe, config))
+    plan = replace(fitted.plan, config=config, critical_rows=_critical_rows(probe, config))
     return replace(fitted, plan=plan)
+
+
+@lru_cache
+def _critical_rows(probe: Probe, config: ProbeConfig) -> int:
+    """Drawn once for all networks of a rung: 64 long sequences."""
+    return critical_rows(probe, config)
 
 
 def chosen_cells(root: Path) -> Iterator[tuple[Path, Cell]]:

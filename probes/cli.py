@@ -202,6 +202,7 @@ def evaluate(
     budgets: Annotated[str | None, typer.Option(metavar="X,Y", help="Other multiples of the critical rows.")] = None,
     sequences: Annotated[int | None, typer.Option(help="A stream, instead of the preset's.")] = None,
     streams: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    rungs: Annotated[str | None, typer.Option(metavar="A,B", help="Of the folder's; all unless named.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of results; DIR itself, or DIR_PRESET for another size.")
     ] = None,
@@ -217,7 +218,7 @@ def evaluate(
         with usage():
             plan = Revisit(
                 preset=preset, precisions=words(precision) or ("float32",), budgets=numbers(budgets),
-                sequences=sequences, streams=streams,
+                sequences=sequences, streams=streams, rungs=words(rungs),
             )  # fmt: skip
         target = out or folder_name(folder, plan)
         with usage():

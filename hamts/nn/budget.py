@@ -6,6 +6,7 @@ B items · S score routers · A shares of the table
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from hamts.nn.scores import as_level
 __all__ = ["SHARES", "ThresholdTable", "check_room", "entry_caps"]
 
 SHARES = (0.02, 0.05, 0.10, 0.25, 0.50, 0.75)
+# margins of several scores are compared from the threshold for this share
+MIDDLE_SHARE = 0.10
 # the first batches come from an untrained network: they are followed exactly, later ones slowly
 FOLLOW_EXACTLY_STEPS = 25
 FOLLOW_RATE = 0.05
@@ -29,20 +32,39 @@ class ThresholdTable(nn.Module):
     threshold(s) = (1 - s) quantile of the scores, tracked by an exponential moving average while training
     (as Expert Threshold routing, arXiv 2603.11535, does per expert) and frozen after ``calibrate``. A union of S
     score routers gives each of them s / S, so that together they keep at most s.
+
+    Args:
+        shares: of the table's columns, rising. Beyond them thresholds are extrapolated; a network that is asked for a
+            smaller share takes a ``finer`` table and calibrates it.
     """
 
     values: torch.Tensor
     seen_steps: torch.Tensor
 
-    def __init__(self, scores: int) -> None:
+    def __init__(self, scores: int, shares: Sequence[float] = SHARES) -> None:
         super().__init__()
-        self.register_buffer("values", torch.zeros(scores, len(SHARES)))  # [S, A]
+        if len(shares) < 2 or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != list(shares):
+            raise ValueError(f"shares must be two or more between 0 and 1, rising. Got {tuple(shares)}.")
+        self.shares = tuple(shares)
+        # what margins and spreads are measured by stays where it is in a finer table
+        self.low, self.middle, self.high = (self._nearest(mark) for mark in (SHARES[0], MIDDLE_SHARE, SHARES[-1]))
+        self.register_buffer("values", torch.zeros(scores, len(shares)))  # [S, A]
         self.register_buffer("seen_steps", torch.zeros((), dtype=torch.int64))  # []
+
+    @torch.no_grad()
+    def finer(self, share: float) -> ThresholdTable:
+        """This table with a column for one share more, asked of all scores together; it gives the same thresholds."""
+        scores = max(self.values.shape[0], 1)
+        shares = sorted({*self.shares, share / scores})
+        found = ThresholdTable(self.values.shape[0], shares).to(self.values)
+        found.values.copy_(self._at(torch.tensor(shares, dtype=self.values.dtype, device=self.values.device)))
+        found.seen_steps.copy_(self.seen_steps)
+        return found
 
     @torch.no_grad()
     def quantiles(self, scores: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
         """Thresholds of a sample of scores, [n, S] -> [S, A]; of those that are counted, [n] bool, at least one."""
-        levels = constant([1.0 - share for share in SHARES], scores.dtype, scores.device)  # [A]
+        levels = constant([1.0 - share for share in self.shares], scores.dtype, scores.device)  # [A]
         if counted is None:
             return torch.quantile(scores, levels, dim=0).T.to(self.values.dtype)  # [S, A]
         # the same for a part of the rows without asking how many they are: all others are sorted behind them
@@ -78,27 +100,35 @@ class ThresholdTable(nn.Module):
         """What eviction by score compares, [..., S] -> [...]: the score; of several, the largest margin in spreads."""
         if scores.shape[-1] <= 1:
             return scores[..., 0] if scores.shape[-1] else scores.sum(-1)
-        middle = self.values[:, SHARES.index(0.10)].to(scores.dtype)  # [S]
-        spread = (self.values[:, 0] - self.values[:, -1]).to(scores.dtype)  # [S]
+        middle = self.values[:, self.middle].to(scores.dtype)  # [S]
+        spread = (self.values[:, self.low] - self.values[:, self.high]).to(scores.dtype)  # [S]
         return ((scores - middle) / torch.where(spread > 0, spread, 1.0)).amax(-1)
 
     def spread(self, on_log_scale: torch.Tensor) -> torch.Tensor:
-        """Distance of the thresholds for the smallest and the largest share of the table, on the level scale, [S]."""
-        ends = as_level(self.values[:, [0, -1]].T, on_log_scale)  # [2, S]
+        """Distance of the thresholds for the smallest and the largest of ``SHARES``, on the level scale, [S]."""
+        ends = as_level(self.values[:, [self.low, self.high]].T, on_log_scale)  # [2, S]
         return (ends[0] - ends[1]).clamp_min(SMALLEST_SPREAD)
 
     def forward(self, share: torch.Tensor) -> torch.Tensor:
         """Thresholds for the share asked of each item, [B] -> [B, S]; interpolated in log-odds of the share."""
         scores = max(self.values.shape[0], 1)
         asked = (share / scores).clamp(1e-6, 1 - 1e-6).to(self.values.dtype)  # [B]
-        nodes = constant([math.log(s / (1 - s)) for s in SHARES], asked.dtype, asked.device)  # [A]
-        odds = torch.logit(asked)  # [B]
-        right = torch.searchsorted(nodes, odds).clamp(1, len(SHARES) - 1)  # [B]
-        weight = (odds - nodes[right - 1]) / (nodes[right] - nodes[right - 1])  # [B]; beyond [0, 1] it extrapolates
-        low, high = self.values[:, right - 1], self.values[:, right]  # [S, B]
-        threshold = (low + weight * (high - low)).T  # [B, S]
+        threshold = self._at(asked).T  # [B, S]
         threshold = torch.where((share <= 0)[:, None], math.inf, threshold)  # [B, S]
         return torch.where((share >= 1)[:, None], -math.inf, threshold)  # [B, S]
+
+    def _nearest(self, share: float) -> int:
+        """Column of the share next to this one."""
+        return min(range(len(self.shares)), key=lambda place: abs(self.shares[place] - share))
+
+    def _at(self, share: torch.Tensor) -> torch.Tensor:
+        """Thresholds of every score for its own share, [B] -> [S, B]."""
+        nodes = constant([math.log(s / (1 - s)) for s in self.shares], share.dtype, share.device)  # [A]
+        odds = torch.logit(share)  # [B]
+        right = torch.searchsorted(nodes, odds).clamp(1, len(self.shares) - 1)  # [B]
+        weight = (odds - nodes[right - 1]) / (nodes[right] - nodes[right - 1])  # [B]; beyond [0, 1] it extrapolates
+        low, high = self.values[:, right - 1], self.values[:, right]  # [S, B]
+        return low + weight * (high - low)
 
 
 def check_room(budget_bytes: int, smallest: int) -> None:
