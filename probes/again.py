@@ -99,7 +99,7 @@ def revisit(
             "E-OPTION", f"'{root}' holds results of other sizes than preset {plan.preset!r}.",
             fix="Write to another folder with --out.",
         )  # fmt: skip
-    cells = [(path, cell) for path, cell in chosen_cells(root) if not plan.rungs or cell.rung in plan.rungs]
+    cells = list(chosen_cells(root, plan.rungs))
     if not cells:
         raise DataError(
             "E-FILE", f"'{root}' holds no finished network of {', '.join(plan.rungs)}.",
@@ -255,11 +255,13 @@ def _critical_rows(probe: Probe, config: ProbeConfig) -> int:
     return critical_rows(probe, config)
 
 
-def chosen_cells(root: Path) -> Iterator[tuple[Path, Cell]]:
-    """The saved networks of a folder at the learning rates that were chosen, as its documents say."""
+def chosen_cells(root: Path, rungs: Sequence[str] = ()) -> Iterator[tuple[Path, Cell]]:
+    """The saved networks of a folder, or of some of its rungs, at the learning rates that its documents say are best."""
     documents = read_documents(root, partial=True)
     hashes = {content["identity"]["config_hash"] for content in best_rates(documents)}
     for path in network_paths(root):
+        if rungs and path.name.partition("__")[0] not in rungs:
+            continue
         cell, _ = load_network(path)
         if path != network_path(cell, root):
             raise DataError(
