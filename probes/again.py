@@ -256,7 +256,7 @@ def _critical_rows(probe: Probe, config: ProbeConfig) -> int:
 
 
 def chosen_cells(root: Path, rungs: Sequence[str] = ()) -> Iterator[tuple[Path, Cell]]:
-    """The saved networks of a folder, or of some of its rungs, at the learning rates that its documents say are best."""
+    """The saved networks of a folder, or of some rungs, at the learning rates that its documents say are best."""
     documents = read_documents(root, partial=True)
     hashes = {content["identity"]["config_hash"] for content in best_rates(documents)}
     for path in network_paths(root):

@@ -269,28 +269,24 @@ def transfer(
     test: Annotated[str, typer.Option(help="The rung it is tested on, whose sequences teach the router nothing.")] = (
         "pbc/pbcD"
     ),
-    router: Annotated[str, typer.Option(help="Of ham.")] = "learned",
+    routers: Annotated[str, typer.Option(metavar="A,B", help="Of ham; full for full attention.")] = "learned",
     preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
     seeds: Annotated[int, typer.Option(help="Training seeds.")] = 3,
-    steps: Annotated[int, typer.Option(help="Training steps, over all suites.")] = 2_100,
+    steps: Annotated[int | None, typer.Option(help="Over all suites; else the preset's for each of them.")] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Teach a router by some suites, test it on another, with the tag noise of the headline table."""
-    import json
+    from probes.transfer import run_transfers, transfer_lines, transfer_plans
 
-    from probes.transfer import TransferPlan, run_transfer
-
-    noise = {"missed_tags": 0.2, "false_tags": 4.0}
-    for seed in range(seeds):
-        with usage():
-            plan = TransferPlan(
-                teach=words(teach), test=test, router=router, preset=preset, steps=steps, seed=seed, overrides=noise
-            )
-            path = run_transfer(plan, out)
-        for row in json.loads(path.read_text(encoding="utf-8"))["scores"][test]:
-            console().print(
-                f"{test} seed {seed} budget {row['budget']:g}: skill {row['skill']:.3f}, recall above chance"
-                f" {row['recall_corrected']:.3f}, decoys {row['decoy_share']:.3f} of what was kept", soft_wrap=True,
-            )  # fmt: skip
+    with usage():
+        plans = transfer_plans(
+            teach=words(teach), test=test, routers=words(routers), preset=preset, seeds=seeds, steps=steps,
+            learning_rate=rate, device=device,
+        )  # fmt: skip
+        run_transfers(plans, out)
+    for line in transfer_lines(plans, out):
+        console().print(line, soft_wrap=True)
 
 
 @app.command()

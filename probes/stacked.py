@@ -71,6 +71,8 @@ class StackedNet:
             torch.stack([net.layers[n].thresholds.values.to(self.device) for net in self.nets])
             for n in range(len(first.layers))
         ]  # L of [S, 1, A], or of none
+        # whether a router learns from what is read; else nothing flows through its score
+        self.taught = True
         # what training runs; evaluation meets other shapes
         self.ops = EAGER
         self.levels = torch.tensor([1.0 - share for share in SHARES], device=self.device)  # [A]
@@ -178,7 +180,7 @@ class StackedNet:
         if visible is not None:
             bias = leaf[exact + "scratch_bias"][:, None].expand(-1, B, self.T)  # [S, B, T]
             if scores is not None and scores.bias is not None:
-                bias = bias + scores.bias
+                bias = bias + (scores.bias if self.taught else scores.bias.detach())
             got, weight = ops.read(queries, keys, values, visible, bias.flatten(0, 1), self.frame.band[kind.window])
         # without entries and with a window of one a row sees itself alone
         got = got.view(S, B, N, E)
@@ -188,8 +190,8 @@ class StackedNet:
             x, both, named.get("to_output_gate"), leaf.get(at + "to_output_gate.bias"), leaf[at + "to_output.weight"],
             leaf[block + "up.weight"],
         )  # fmt: skip
-        if scores is None:
-            return x, LayerRead(None, None, routed, visible, weight)
+        if scores is None or not self.taught:
+            return x, LayerRead(None if scores is None else scores.scores, None, routed, visible, weight)
         return x, LayerRead(scores.scores, scores.bias, routed, visible, weight, scores.inner_loss)
 
     def _entries(

@@ -1,7 +1,8 @@
 """A router trained on some suites and tested on another: does it know what matters, or the suite's flag?
 
 The network is trained on all suites together. Of the tested suite it only learns to answer: its sequences are read with
-everything kept, and teach the router and its thresholds nothing.
+everything kept, and teach the router and its thresholds nothing. Nor does anything flow through the router's score to
+what stands before it, so that no row is shaped to be chosen.
 
 B sequences · L rows · F event columns · Q queries · Y numbers in an answer
 """
@@ -9,24 +10,36 @@ B sequences · L rows · F event columns · Q queries · Y numbers in an answer
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hamts.files import written_whole
-from probes.contract import CONTRACT_VERSION, FAMILY, ProbeBatch, ProbeConfig, generator
+from probes.contract import CONTRACT_VERSION, FAMILY, PRESETS, ProbeBatch, ProbeConfig, generator
 from probes.evaluate import Evaluation, evaluate
 from probes.models import NetConfig
 from probes.registry import Probe, get_probe
 from probes.results import machine
+from probes.runner import check_device
 from probes.runner_plan import critical_rows
-from probes.train import WARM_SHARE, Fitted, Stream, TrainPlan, calibrate, everything, make_net, training_loss
+from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
+from probes.train import Fitted, TrainPlan
+from probes.transfer_train import TransferTrainer, train_side_by_side
 
-__all__ = ["Aligned", "Layout", "TransferPlan", "run_transfer", "score_transfer", "train_transfer"]
+__all__ = [
+    "Aligned",
+    "Layout",
+    "TransferPlan",
+    "run_transfer",
+    "run_transfers",
+    "score_transfer",
+    "train_transfer",
+    "transfer_path",
+]
 
 
 @dataclass(frozen=True)
@@ -95,56 +108,64 @@ class TransferPlan:
     steps: int = 2_100
     learning_rate: float = 4e-3
     seed: int = 0
+    model: str = "ham"
     device: str = "cpu"
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: tuple[tuple[str, Any], ...] = ()
 
     def plans(self) -> list[TrainPlan]:
         """A plan for each suite over one layout, the tested suite last."""
-        found = [(probe, probe.config(self.preset, rung, **self.overrides)) for probe, rung in
+        found = [(probe, probe.config(self.preset, rung, **dict(self.overrides))) for probe, rung in
                  (get_probe(name) for name in (*self.teach, self.test))]  # fmt: skip
         layout = Layout.of([probe.sample(generator(0), 1, config) for probe, config in found])
         return [
             TrainPlan(
-                probe=Aligned(probe, layout), config=config, net=NetConfig(router=self.router), steps=self.steps,
-                learning_rate=self.learning_rate, seed=self.seed + place, device=self.device,
+                probe=Aligned(probe, layout), config=config, net=NetConfig(model=self.model, router=self.router),
+                steps=self.steps, learning_rate=self.learning_rate, seed=self.seed + place, device=self.device,
                 critical_rows=critical_rows(probe, config),
             )
             for place, (probe, config) in enumerate(found)
         ]  # fmt: skip
 
 
+def transfer_plans(
+    *,
+    teach: Sequence[str] = TransferPlan.teach,
+    test: str = TransferPlan.test,
+    routers: Sequence[str] = ("learned",),
+    preset: str = "smoke",
+    seeds: int = 3,
+    steps: int | None = None,
+    learning_rate: float = TransferPlan.learning_rate,
+    device: str = "cpu",
+) -> list[TransferPlan]:
+    """Transfers with the tag noise of the headline table.
+
+    Args:
+        routers: of HAM; ``full`` stands for full attention.
+        steps: over all suites; None: the preset's for each of them.
+    """
+    check_device(device)
+    if preset not in PRESETS or not PRESETS[preset].train_steps:
+        raise ValueError(f"Unknown preset {preset!r} to train at. Available: ['small', 'smoke', 'standard'].")
+    each = PRESETS[preset].train_steps
+    return [
+        TransferPlan(
+            teach=tuple(teach), test=test, preset=preset, router="learned" if router == "full" else router,
+            model="full" if router == "full" else "ham", steps=steps or each * (len(teach) + 1), seed=seed,
+            learning_rate=learning_rate, device=device, overrides=(("false_tags", 4.0), ("missed_tags", 0.2)),
+        )
+        for router in routers
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
 def train_transfer(plan: TransferPlan) -> Fitted:
     """Train on all suites in turn; the fitted network is that of the tested suite."""
-    started = time.monotonic()
-    plans = plan.plans()
-    streams = [Stream(part) for part in plans]
-    net = make_net(plans[-1])
-    routers = [p for name, p in net.named_parameters() if ".router." in name]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=plan.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=max(plan.steps, 2))
-    budgets, explore = generator(plan.seed + 1), generator(plan.seed + 2)
-    for step in range(plan.steps):
-        place = step % len(plans)
-        tested = place == len(plans) - 1
-        batch = streams[place].next(step)
-        rows = plans[place].budget(step, budgets)
-        given = everything(net, batch) if tested or step < WARM_SHARE * plan.steps else None
-        for parameter in routers:
-            parameter.requires_grad_(not tested)
-        loss = training_loss(net, batch, batch.context_rows if given else rows, explore, given=given, follow=not tested)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    net.eval()
-    # thresholds come from the suites that taught, not from the one that is tested
-    calibrate(net, streams[0].next(plan.steps), plans[0].critical_rows)
-    return Fitted(net, plans[-1], time.monotonic() - started)
+    return train_side_by_side([[plan]], device=plan.device)[0][1][0]
 
 
 def score_transfer(fitted: Fitted, *, budget: float, streams: int, sequences: int) -> Evaluation:
-    """Score the tested suite at a multiple of its critical rows."""
+    """Score a suite at a multiple of its critical rows."""
     rows = max(round(budget * fitted.plan.critical_rows), 1)
     return evaluate(fitted, budget_rows=rows, streams=streams, sequences=sequences)
 
@@ -153,46 +174,128 @@ def score_transfer(fitted: Fitted, *, budget: float, streams: int, sequences: in
 
 
 TRANSFER_FOLDER = "transfer"
+BUDGETS = (0.5, 1.0, 2.0)
+# means of so many sequences are written down
+TOGETHER = 8
+
+
+def transfer_path(plan: TransferPlan, folder: str | Path) -> Path:
+    """Where the document of a transfer lies."""
+    rung = plan.test.partition("/")[2] or plan.test
+    line = plan.router if plan.model == "ham" else plan.model
+    return Path(folder) / TRANSFER_FOLDER / rung / f"{line}__{plan.preset}__s{plan.seed}.json"
+
+
+def run_transfers(
+    plans: Sequence[TransferPlan],
+    folder: str | Path,
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    streams: int = 2,
+    sequences: int = 128,
+) -> list[Path]:
+    """Train side by side, score the tested suite and those that taught, and write documents; what is there stays.
+
+    Of the tested suite a document says what the router kept of it (recall above chance is transfer), and what was
+    answered with it.
+
+    Args:
+        plans: that differ in router, model and seed alone.
+    """
+    if len({replace(plan, model="ham", router="learned", seed=0) for plan in plans}) > 1:
+        raise ValueError("Transfers side by side must differ in router, model and seed alone. Run the others apart.")
+    paths = [transfer_path(plan, folder) for plan in plans]
+    todo: dict[tuple[str, str], list[TransferPlan]] = {}
+    for plan, path in zip(plans, paths, strict=True):
+        if not path.is_file():
+            todo.setdefault((plan.model, plan.router), []).append(plan)
+    by_seeds: dict[tuple[int, ...], list[list[TransferPlan]]] = {}
+    for group in todo.values():
+        # stacks side by side read the same sequences
+        by_seeds.setdefault(tuple(plan.seed for plan in group), []).append(group)
+    for groups in by_seeds.values():
+        trained = train_side_by_side(groups, device=plans[0].device)
+        scores = _scores(trained, groups, budgets, streams, sequences)
+        for (_, fitted), group in zip(trained, groups, strict=True):
+            for plan, one in zip(group, fitted, strict=True):
+                _write(transfer_path(plan, folder), plan, one, scores[plan])
+    return paths
+
+
+Scores = dict[str, list[dict[str, Any]]]
+
+
+def _scores(
+    trained: Sequence[tuple[TransferTrainer, list[Fitted]]],
+    groups: Sequence[Sequence[TransferPlan]],
+    budgets: Sequence[float],
+    streams: int,
+    sequences: int,
+) -> dict[TransferPlan, Scores]:
+    """Of each transfer and suite, numbers at every budget of the tested one, and at the critical rows of the others."""
+    found: dict[TransferPlan, Scores] = {plan: {} for group in groups for plan in group}
+    names = (*groups[0][0].teach, groups[0][0].test)
+    for place, name in enumerate(names):
+        parts = [own[place] for own in trained[0][0].parts]
+        data = EvaluationSet.of(
+            replace(parts[0], device="cpu"), seeds=[part.seed for part in parts], streams=streams, sequences=sequences
+        ).to(parts[0].device)  # fmt: skip
+        for (trainer, _), group in zip(trained, groups, strict=True):
+            own = [each[place] for each in trainer.parts]
+            for budget in budgets if place == len(names) - 1 else (1.0,):
+                rows = max(round(budget * own[0].critical_rows), 1)
+                scored = evaluate_stacked(trainer.stack, own, data, budget_rows=rows)
+                for plan, one in zip(group, scored, strict=True):
+                    found[plan].setdefault(name, []).append(_numbers(budget, one))
+    return found
 
 
 def run_transfer(
     plan: TransferPlan,
     folder: str | Path,
     *,
-    budgets: Sequence[float] = (0.5, 1.0, 2.0),
+    budgets: Sequence[float] = BUDGETS,
     streams: int = 2,
     sequences: int = 128,
 ) -> Path:
-    """Train, score the tested suite and those that taught, and write one document; one that is there stays.
+    """``run_transfers`` of one."""
+    return run_transfers([plan], folder, budgets=budgets, streams=streams, sequences=sequences)[0]
 
-    Of the tested suite the document says what the router kept of it (recall above chance is transfer), and what was
-    answered with it.
-    """
-    rung = plan.test.partition("/")[2] or plan.test
-    path = Path(folder) / TRANSFER_FOLDER / rung / f"{plan.router}__{plan.preset}__s{plan.seed}.json"
-    if path.is_file():
-        return path
-    fitted = train_transfer(plan)
-    parts = plan.plans()
-    scores: dict[str, list[dict[str, Any]]] = {}
-    for name, part in zip((*plan.teach, plan.test), parts, strict=True):
-        one = Fitted(fitted.net, part, fitted.seconds)
-        scores[name] = [
-            _numbers(budget, score_transfer(one, budget=budget, streams=streams, sequences=sequences))
-            for budget in (budgets if part is parts[-1] else (1.0,))
-        ]
+
+def _write(path: Path, plan: TransferPlan, fitted: Fitted, scores: Scores) -> None:
     content = {
         "family": FAMILY, "contract_version": CONTRACT_VERSION,
         "suite_versions": {probe.name: probe.version for probe, _ in map(get_probe, (*plan.teach, plan.test))},
-        "plan": asdict(plan), "train_s": fitted.seconds, "scores": scores, "runtime": machine(),
+        "plan": asdict(plan), "train_s": fitted.seconds, "status": fitted.status, "validation": fitted.losses,
+        "scores": scores, "runtime": machine(),
     }  # fmt: skip
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1, allow_nan=True), encoding="utf-8")
-    return path
 
 
 def _numbers(budget: float, scored: Evaluation) -> dict[str, Any]:
     return {
         "budget": budget, "rows": scored.budget_rows, "floor": scored.floor_name, **scored.metrics,
-        "stages": scored.stages, "by_layer": scored.by_layer,
+        "oracle_mse": scored.oracle_error, "stages": scored.stages, "by_layer": scored.by_layer,
+        "errors": _together(scored.errors), "floor_errors": _together(scored.floor_errors),
     }  # fmt: skip
+
+
+def _together(errors: np.ndarray) -> list[float]:
+    """Means of a few sequences, which are independent: [streams, B] -> [streams x B / 8]."""
+    flat = errors.reshape(-1)
+    return [round(float(part.mean()), 6) for part in np.array_split(flat, max(len(flat) // TOGETHER, 1))]
+
+
+def transfer_lines(plans: Sequence[TransferPlan], folder: str | Path) -> list[str]:
+    """What transfers found of the tested suite, a line each."""
+    found = []
+    for plan in plans:
+        content = json.loads(transfer_path(plan, folder).read_text(encoding="utf-8"))
+        for row in content["scores"][plan.test]:
+            name = plan.router if plan.model == "ham" else plan.model
+            kept = f", recall above chance {row['recall_corrected']:.3f}" if "recall_corrected" in row else ""
+            found.append(
+                f"{plan.test} {name} seed {plan.seed} budget {row['budget']:g}: skill {row['skill']:.3f}{kept}"
+            )
+    return found

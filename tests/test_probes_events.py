@@ -165,7 +165,7 @@ def test_series_hit_by_one_event_are_drawn_together() -> None:
 
 
 def test_a_transfer_is_written_once(tmp_path: Path) -> None:
-    plan = TransferPlan(steps=6, overrides={"missed_tags": 0.2, "false_tags": 4.0})
+    plan = TransferPlan(steps=6, overrides=(("missed_tags", 0.2), ("false_tags", 4.0)))
     path = run_transfer(plan, tmp_path, budgets=(1.0,), streams=1, sequences=8)
     content = json.loads(path.read_text())
     assert set(content["scores"]) == {"der/derD", "act/actS", "pbc/pbcD"}
