@@ -303,17 +303,24 @@ def real(
     seed: Annotated[int, typer.Option(help="Of the fit.")] = 0,
     most: Annotated[int | None, typer.Option(help="Pairs of windows at most.")] = None,
 ) -> None:
-    """Fit a forecaster on each labelled set; edit, drop and lead tests, and scores around events."""
+    """Fit a forecaster on each labelled set; edit, drop and lead tests, and scores around events.
+
+    Without a set: the table of all fits in the folder, with intervals over fits and events.
+    """
     from probes.real import LABELLED_SETS
     from probes.real_run import RealPlan, read_real, run_real
+    from probes.real_table import real_table
 
     asked = LABELLED_SETS if everything else tuple(names or ())
-    if not asked:
+    if not asked and not read_real(out):
         raise DataError("E-OPTION", "No set was named.", fix=f"Name one of {list(LABELLED_SETS)}, or pass --all.")
     with usage():
         plans = [RealPlan(name=name, preset=preset, max_time=max_time, seed=seed, most=most) for name in asked]
     for plan in plans:
         console().print(str(run_real(plan, out)), soft_wrap=True)
+    if not asked:
+        console().print(real_table(read_real(out)), markup=False, soft_wrap=True)
+        return
     for content in read_real(out):
         for test in content["tests"]:
             console().print(told(content, test), markup=False, soft_wrap=True)

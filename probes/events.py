@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,17 +52,23 @@ class EventForecasts:
 
 @dataclass(frozen=True)
 class EventScores:
-    """Scores by name: value, and a 95 % interval from resampled events (in windows) or blocks of time (elsewhere)."""
+    """Scores by name: value, and a 95 % interval from resampled events (in windows) or blocks of time (elsewhere).
+
+    ``groups`` holds, of each event or block, the sum of a score and over how many cells: what several fits are
+    resampled by together.
+    """
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     events: int
+    groups: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {"metric": name, "value": value, "low": self.intervals[name][0], "high": self.intervals[name][1]}
+            {"metric": name, "value": value, "low": self.intervals[name][0], "high": self.intervals[name][1],
+             "groups": self.groups.get(name, [])}
             for name, value in self.values.items()
-        ]
+        ]  # fmt: skip
 
 
 def quantile_crps(actual: np.ndarray, quantiles: Mapping[float, np.ndarray]) -> np.ndarray:
@@ -150,7 +156,8 @@ def event_scores(forecasts: EventForecasts, *, seed: int = 0, resamples: int = R
     del intervals["crps_event"]
     if 0.95 in forecasts.tau:
         _exceed(forecasts, known, by_block, values, intervals, rng, resamples)
-    return EventScores(values, intervals, len(set(forecasts.event[inside].tolist())))
+    groups = {name: _groups(*cells[name]) for name in values if name in cells}
+    return EventScores(values, intervals, len(set(forecasts.event[inside].tolist())), groups)
 
 
 def _exceed(
@@ -178,6 +185,13 @@ def average_precision(score: np.ndarray, positive: np.ndarray) -> float:
     from probes.scores import average_precision as stepwise
 
     return stepwise(torch.from_numpy(np.ascontiguousarray(score)), torch.from_numpy(np.ascontiguousarray(positive)))
+
+
+def _groups(values: np.ndarray, where: np.ndarray, group: np.ndarray) -> list[tuple[float, int]]:
+    """Of each group, in order: sum over its cells, and how many they are."""
+    _, place = np.unique(group[where], return_inverse=True)
+    totals, counts = np.bincount(place, weights=values[where]), np.bincount(place)
+    return [(round(float(total), 6), int(count)) for total, count in zip(totals, counts, strict=True)]
 
 
 def _mean_interval(

@@ -22,6 +22,7 @@ from probes.frames import ProbeFromFrame
 from probes.plots import lines_svg, ticks
 from probes.real import RealResult
 from probes.real_run import RealPlan, naive_rolling, read_real, training_part
+from probes.real_table import crossed_interval, real_table
 from probes.report import html_report
 from probes.report_panels import crossover
 from probes.suites.cfr import effect_by_tau
@@ -159,6 +160,44 @@ def test_series_hit_by_one_event_are_drawn_together() -> None:
     assert (two.low, two.high) == (2.0, 8.0)
     assert isinstance(two, RealResult)
     assert len(two.to_json()["rows"]) == 3
+
+
+# --- several fits
+
+
+def test_fits_and_events_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    events = rng.normal(size=6)
+    tables = [np.stack([4 * (events + shift), np.full(6, 4.0)], 1) for shift in (0.0, 1.0, 2.0)]
+    value, low, high = crossed_interval(tables)
+    assert value == pytest.approx(events.mean() + 1.0)
+    one = crossed_interval(tables[:1])
+    assert high - low > one[2] - one[1] > 0
+    # fits that agree add nothing
+    same = crossed_interval([tables[0]] * 3)
+    assert same == pytest.approx(one)
+
+
+def test_a_table_of_fits_has_a_column_for_each_set_and_preset() -> None:
+    def fit(seed: int, preset: str) -> dict[str, object]:
+        rows = [
+            {"label": "storm", "later": f"2013-0{n}", "value": 0.1 * n + seed, "age_rows": age}
+            for n in (1, 2)
+            for age in (24, 168)
+        ]
+        scores = {"metric": "event_window_mase", "value": 1.0, "groups": [[2.0, 2], [4.0, 2]]}
+        return {
+            "set": "batadal", "preset": preset, "events": 2,
+            "tests": [{"test": "edit", "rows": rows}, {"test": "lead", "budget_share": 0.1, "rows": rows}],
+            "event_scores": {"ham": [scores], "seasonal_naive": [scores]},
+        }  # fmt: skip
+
+    text = real_table([fit(0, "tiny"), fit(1, "tiny"), fit(0, "small")])
+    head, _, *rows = text.splitlines()
+    assert head == "|  | batadal, tiny (2 events, 2 fits) | batadal, small (2 events, 1 fits) |"
+    assert rows[0].startswith("| edit | 0.650 [0.100, 1.200] | 0.150 [0.100, 0.200] |")
+    assert [row.split(" | ")[0] for row in rows[1:3]] == ["| lead, first age", "| lead, second age"]
+    assert rows[3] == "| MASE in windows | 1.500 [1.000, 2.000] | 1.500 [1.000, 2.000] |"
 
 
 # --- transfer
