@@ -17,19 +17,24 @@ from typing import Any
 from hamts.errors import DataError
 from probes.contract import PRESETS, ProbeConfig
 from probes.evaluate import Evaluation, evaluate
-from probes.longer import CALIBRATION_SEQUENCES, LongSequences, calibrate_at, calibration, evaluate_long
+from probes.longer import CALIBRATION_SEQUENCES, AskedSequences, calibrate_at, calibration, evaluate_long
 from probes.reading import PRECISIONS, STATE_ONLY
 from probes.registry import Probe, get_probe
 from probes.results import document, read_documents, start_folder, write_document
 from probes.runner import Bars, bars, check_device
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, budget_rows, critical_rows
 from probes.saved import load_network, network_path, network_paths
+from probes.stacked import StackedNet
+from probes.stacked_data import MECHANISMS
+from probes.stacked_evaluate import evaluate_stacked
 from probes.summary import best_rates
 from probes.train import Fitted
 from probes.utility import Gold, describe, gold_utility, router_scores, utility_of
 
 __all__ = ["Revisit", "folder_name", "longer_config", "revisit", "score_utility", "utility_table"]
 
+# routers whose score a threshold or a list can go by
+SCORED_ROUTERS = ("surprise", "innovation", "error", "write", "learned", "mix")
 # sizes that a preset may change under a network; everything else decides what its columns mean
 SIZES = ("context_rows", "items", "queries", "counts")
 
@@ -41,6 +46,7 @@ class Revisit:
     Attributes:
         preset: of the sequences; None: the one they were trained at.
         precisions: of the keys and values of kept rows.
+        mechanisms: how HAM's scored routers keep to a budget, of ``MECHANISMS``; none: as they were trained.
         budgets: multiples of the critical rows; none: those of each network.
         streams, sequences: None: the preset's.
         rungs: of the folder; none: all.
@@ -48,6 +54,7 @@ class Revisit:
 
     preset: str | None = None
     precisions: tuple[str, ...] = ("float32",)
+    mechanisms: tuple[str, ...] = ()
     budgets: tuple[float, ...] = ()
     streams: int | None = None
     sequences: int | None = None
@@ -56,11 +63,16 @@ class Revisit:
     def __post_init__(self) -> None:
         for what, names, known in (
             ("preset", [self.preset or "long"], PRESETS), ("precision", self.precisions, PRECISIONS),
+            ("mechanism", self.mechanisms, MECHANISMS),
         ):  # fmt: skip
             unknown = sorted(set(names) - set(known))
             if unknown:
                 raise ValueError(f"Unknown {what} {unknown[0]!r}. Available: {sorted(known)}.")
-        if self.preset is None and tuple(self.precisions) == ("float32",):
+        if self.mechanisms and (self.preset is not None or tuple(self.precisions) != ("float32",)):
+            raise ValueError(
+                "A mechanism is asked about at the size and precision of training. Ask one thing at a time."
+            )
+        if self.preset is None and tuple(self.precisions) == ("float32",) and not self.mechanisms:
             raise ValueError("Nothing would change: name another preset, such as 'long', or a precision, such as int8.")
 
 
@@ -109,10 +121,11 @@ def revisit(
     names = [str(_path(target, job).relative_to(target)) for _, _, job in jobs]
     versions = {cell.probe: cell.suite_version for _, cell in cells}
     start_folder(target, names, versions, done=False)
-    together = device.startswith("cuda") if in_step is None else in_step
+    # other mechanisms are there in the stacked form alone
+    together = bool(plan.mechanisms) or (device.startswith("cuda") if in_step is None else in_step)
     side, rest = _side_by_side(jobs, plan) if together else ([], jobs)
     with bars(len(jobs), progress) as report:
-        sequences = LongSequences(sorted({cell.seed for _, cell in cells}), device)
+        sequences = AskedSequences(sorted({cell.seed for _, cell in cells}), device)
         for group in side:
             _ask_together(group, target, plan, sequences, report)
         for path, cell in cells:
@@ -128,10 +141,18 @@ class Job:
 
     cell: Cell
     budget: float
-    precision: str
+    precision: str = "float32"
+    mechanism: str = ""
 
 
 def _jobs(cell: Cell, plan: Revisit) -> Iterator[Job]:
+    if cell.model == "ham" and cell.router in SCORED_ROUTERS:
+        for mechanism in plan.mechanisms:
+            told = replace(
+                cell, axis=", ".join(word for word in (cell.axis, mechanism) if word),
+                streams=plan.streams or cell.streams, sequences=plan.sequences or cell.sequences,
+            )  # fmt: skip
+            yield from (Job(told, budget, mechanism=mechanism) for budget in plan.budgets or cell.budgets)
     size = PRESETS[plan.preset or cell.preset]
     keeps_rows = cell.model not in STATE_ONLY
     for precision in plan.precisions:
@@ -175,6 +196,8 @@ def _write(path: Path, cell: Cell, job: Job, fitted: Fitted, scored: Evaluation,
     content["budget"]["dtype"] = job.precision
     # the cell's own identity stays as it is: its name is made of it
     content["config"] = {**content["config"], "eval_preset": plan.preset or cell.preset}
+    if job.mechanism:
+        content["config"]["mechanism"] = job.mechanism
     if plan.preset is not None:
         content["config"]["thresholds"] = f"found on {CALIBRATION_SEQUENCES} sequences of preset {plan.preset}"
         content["warnings"].append(_extrapolated(cell, fitted, plan.preset))
@@ -191,16 +214,16 @@ def _side_by_side(jobs: Sequence[Asked], plan: Revisit) -> tuple[list[list[Asked
     for asked in jobs:
         _, cell, job = asked
         known = cell.router in STACKED_ROUTERS if cell.model == "ham" else cell.model in STACKED_MODELS
-        if plan.preset is None or job.precision != "float32" or not known:
+        if (plan.preset is None and not job.mechanism) or job.precision != "float32" or not known:
             rest.append(asked)
         else:
             # the sequences are those of the first part, the line is told by the whole
             line = (cell.probe, cell.rung, cell.readout, str(cell.overrides), replace(cell, seed=0, learning_rate=0.0))
-            groups.setdefault((*line, job.budget), []).append(asked)
+            groups.setdefault((*line, job.mechanism, job.budget), []).append(asked)
     return [groups[key] for key in sorted(groups, key=lambda key: key[:4])], rest
 
 
-def _ask_together(group: Sequence[Asked], target: Path, plan: Revisit, sequences: LongSequences, report: Bars) -> None:
+def _ask_together(group: Sequence[Asked], target: Path, plan: Revisit, sequences: AskedSequences, report: Bars) -> None:
     """Ask the networks of a line that differ in seed alone, at one budget."""
     todo = [(path, cell, job) for path, cell, job in group if not _path(target, job).is_file()]
     if todo:
@@ -208,7 +231,11 @@ def _ask_together(group: Sequence[Asked], target: Path, plan: Revisit, sequences
         first = todo[0][2]
         data, settled_on = sequences.of(fitted[0].plan, streams=first.cell.streams, sequences=first.cell.sequences)
         rows = budget_rows(first.budget, fitted[0].plan.critical_rows)
-        scores = evaluate_long(fitted, data, settled_on, rows=rows, device=sequences.device)
+        if first.mechanism:
+            stack, plans = StackedNet([one.net for one in fitted], device=sequences.device), [o.plan for o in fitted]
+            scores = evaluate_stacked(stack, plans, data, budget_rows=rows, mechanism=first.mechanism, diagnose=False)
+        else:
+            scores = evaluate_long(fitted, data, settled_on, rows=rows, device=sequences.device)
         for (_, cell, job), one, scored in zip(todo, fitted, scores, strict=True):
             _write(_path(target, job), cell, job, one, scored, plan, sequences.device)
     for _, cell, _ in group:
@@ -358,4 +385,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def folder_name(folder: Path, plan: Revisit) -> Path:
     """Where results go if nobody says so."""
+    if plan.mechanisms:
+        return folder.with_name(f"{folder.name}_mechanisms")
     return folder if plan.preset is None else folder.with_name(f"{folder.name}_{plan.preset}")

@@ -196,6 +196,9 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(metavar="A,B", help="Of kept keys and values: float32, bfloat16, int8.")
     ] = None,
+    mechanism: Annotated[
+        str | None, typer.Option(metavar="A,B", help="How a budget is kept to: list, or threshold without a cap.")
+    ] = None,
     utility: Annotated[
         bool, typer.Option("--utility", help="Score routers by what each row is worth to full attention.")
     ] = False,
@@ -214,17 +217,20 @@ def evaluate(
     from probes.api import load_report
 
     target = folder
-    if preset or precision:
+    if preset or precision or mechanism:
         with usage():
             plan = Revisit(
                 preset=preset, precisions=words(precision) or ("float32",), budgets=numbers(budgets),
+                mechanisms=words(mechanism),
                 sequences=sequences, streams=streams, rungs=words(rungs),
             )  # fmt: skip
         target = out or folder_name(folder, plan)
         with usage():
             revisit(folder, target, plan, device=device, progress=not quiet)
     elif not utility:
-        raise DataError("E-OPTION", "Nothing was asked.", fix="Name --preset long, --precision int8 or --utility.")
+        raise DataError(
+            "E-OPTION", "Nothing was asked.", fix="Name --preset long, --precision int8, --mechanism list or --utility."
+        )
     if utility:
         changed = score_utility(folder, device=device, progress=not quiet)
         console().print(f"utility of {len(changed)} runs added in {folder}")
@@ -309,7 +315,7 @@ def real(
     """
     from probes.real import LABELLED_SETS
     from probes.real_run import RealPlan, read_real, run_real
-    from probes.real_table import real_table
+    from probes.real_table import real_table, told
 
     asked = LABELLED_SETS if everything else tuple(names or ())
     if not asked and not read_real(out):
@@ -324,17 +330,6 @@ def real(
     for content in read_real(out):
         for test in content["tests"]:
             console().print(told(content, test), markup=False, soft_wrap=True)
-
-
-def told(content: dict[str, Any], test: dict[str, Any]) -> str:
-    """A real test in a line."""
-    if "value" not in test:
-        return f"{content['set']}  {test['note']}"
-    share = f" at budget {test['budget_share']:g}" if "budget_share" in test else ""
-    return (
-        f"{content['set']}  {test['test']}{share}  {test['value']:.4f} [{test['low']:.4f}, {test['high']:.4f}]  "
-        f"{test['events']} events  {test['note']}"
-    )
 
 
 @app.command()

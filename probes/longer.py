@@ -29,7 +29,7 @@ from probes.stacked_long import LongStack, Past
 from probes.stacked_train import stacked_read
 from probes.train import Fitted, TrainPlan, has_thresholds, sample
 
-__all__ = ["CALIBRATION_SEQUENCES", "LongSequences", "calibrate_at", "calibration", "evaluate_long"]
+__all__ = ["CALIBRATION_SEQUENCES", "AskedSequences", "calibrate_at", "calibration", "evaluate_long"]
 
 # thresholds of a longer past are found on so many sequences of it, drawn apart from those that are scored
 CALIBRATION_SEED = VALIDATION_SEED + 1
@@ -65,7 +65,7 @@ def calibrate_at(net: ProbeNet, batch: ProbeBatch, rows: int) -> None:
         net.config = own
 
 
-class LongSequences:
+class AskedSequences:
     """The sequences that all networks of a rung are asked about, and calibrated on; those of one rung at a time.
 
     Flags are permuted on the first stream alone.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["crossed_interval", "real_table"]
+__all__ = ["crossed_interval", "real_table", "told"]
 
 RESAMPLES = 2_000
 SHORT = {"nab/realKnownCause/nyc_taxi": "nyc_taxi"}
@@ -101,3 +101,14 @@ def _scores(fits: Sequence[dict[str, Any]]) -> dict[str, str]:
                 # the rival is not fitted: one of its tables is all of them
                 found[what + label] = _told(crossed_interval(tables[: 1 if label else None]))
     return found
+
+
+def told(content: dict[str, Any], test: dict[str, Any]) -> str:
+    """A real test in a line."""
+    if "value" not in test:
+        return f"{content['set']}  {test['note']}"
+    share = f" at budget {test['budget_share']:g}" if "budget_share" in test else ""
+    return (
+        f"{content['set']}  {test['test']}{share}  {test['value']:.4f} [{test['low']:.4f}, {test['high']:.4f}]  "
+        f"{test['events']} events  {test['note']}"
+    )

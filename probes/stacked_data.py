@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ import torch
 from hamts.nn.budget import SHARES, ThresholdTable
 from probes.contract import ProbeBatch
 
-__all__ = ["Decisions", "Rows", "joined_rows", "table_weights"]
+__all__ = ["MECHANISMS", "Decisions", "Rows", "joined_rows", "table_weights"]
+
+
+# how a budget is kept to other than by both together: a list that drops the lowest, or a threshold without a cap
+MECHANISMS = ("list", "threshold")
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,29 @@ class Decisions:
 
     @classmethod
     def plain(
-        cls, rows: int | Sequence[int], *, networks: int, context_rows: int, device: str | torch.device
+        cls,
+        rows: int | Sequence[int],
+        *,
+        networks: int,
+        context_rows: int,
+        device: str | torch.device,
+        mechanism: str = "",
     ) -> Decisions:
-        """A budget of so many rows a layer, the same for all networks or one for each."""
+        """A budget of so many rows a layer, the same for all networks or one for each.
+
+        Args:
+            mechanism: one of ``MECHANISMS``; empty: a threshold under a cap.
+        """
+        if mechanism not in ("", *MECHANISMS):
+            raise ValueError(f"Unknown mechanism {mechanism!r}. Available: {list(MECHANISMS)}.")
+        if mechanism:
+            plain = cls.plain(rows, networks=networks, context_rows=context_rows, device=device)
+            if mechanism == "threshold":
+                return replace(plain, cap=torch.full_like(plain.cap, context_rows))
+            # every row asks, and the cap alone decides
+            return replace(
+                cls.plain(context_rows, networks=networks, context_rows=context_rows, device=device), cap=plain.cap
+            )
         budgets = [rows] * networks if isinstance(rows, int) else list(rows)
         shares = [min(budget / context_rows, 1.0) for budget in budgets]
         nodes, beyond = table_weights(torch.tensor(shares))

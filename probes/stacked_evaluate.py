@@ -95,11 +95,17 @@ def joined(batches: Sequence[ProbeBatch]) -> ProbeBatch:
 
 @torch.no_grad()
 def evaluate_stacked(
-    stack: StackedNet, plans: Sequence[TrainPlan], data: EvaluationSet, *, budget_rows: int, diagnose: bool = True
+    stack: StackedNet,
+    plans: Sequence[TrainPlan],
+    data: EvaluationSet,
+    *,
+    budget_rows: int,
+    diagnose: bool = True,
+    mechanism: str = "",
 ) -> list[Evaluation]:
-    """Score every network at one budget."""
+    """Score every network at one budget, kept to as the networks were trained or by one of ``MECHANISMS``."""
     T = data.rows[0].context_rows
-    plain = Decisions.plain(budget_rows, networks=stack.S, context_rows=T, device=stack.device)
+    plain = Decisions.plain(budget_rows, networks=stack.S, context_rows=T, device=stack.device, mechanism=mechanism)
     streams = [_read_stream(stack, rows, plain) for rows in data.rows]
     answers = torch.cat([part["answer"] for part in streams], 1)  # [S, E B, Q, Y]
     kept = [torch.cat(parts, 1) for parts in zip(*(part["kept"] for part in streams), strict=True)]

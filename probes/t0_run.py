@@ -14,6 +14,7 @@ import torch
 from probes import t0
 from probes.allocation import SCHEMES, allocate, recalls
 from probes.contract import EVALUATION_SEED, ProbeBatch, generator
+from probes.mechanisms import mechanism_rows
 from probes.prequential import cache_turnover, fading_error, recovery_rows, windowed_mase
 from probes.registry import Probe, list_probes
 from probes.scores import best_floor, query_error, ranks_auroc, selection, skill, stages, survival
@@ -77,6 +78,8 @@ def run_t0_suite(
             budget = max(round(fraction * case.critical), 1)
             rows += [_router_row(case, name, budget, fraction, seed) for name in t0.ROUTERS_T0]
             rows.append(_wide_row(case, budget, fraction))
+            if probe.trained:
+                rows += mechanism_rows(case, budget, fraction, seed)
         rows += _anchors(case)
         if "drift_rows" in case.batch.extra:
             rows += _prequential(case, case.critical, seed)
@@ -104,18 +107,23 @@ def _answered(case: Case, answer: torch.Tensor) -> dict[str, float]:
 
 
 def _router_row(case: Case, name: str, budget: int, fraction: float, seed: int) -> dict[str, Any]:
+    row = scored_row(case, name, keep_by(case, name, budget, seed), budget=budget, rows=budget)
+    return {**row, "budget_frac": fraction}
+
+
+def scored_row(case: Case, name: str, kept: torch.Tensor, *, budget: int, rows: float) -> dict[str, Any]:
+    """What rows kept at each query, [B, Q, L] bool, are worth; ``rows`` of them is what the bytes are counted by."""
     batch = case.batch
-    kept = keep_by(case, name, budget, seed)
     chosen = selection(kept, batch)
     exact = selection(kept, batch, tolerance=0)
     answer = t0.answer(batch, case.trace, exact.all_rows, case.floor, blend=case.blend)
     right = (answer - batch.y).abs().mul(batch.y_mask).amax(-1) <= 0.25 * float(batch.y[batch.y_mask].std())
     outcome = stages(exact.all_rows, torch.ones_like(batch.delay, dtype=torch.float32), right, batch.asked)
     width, value = case.key_width, batch.value.shape[-1]
+    exact_bytes = rows * t0.row_bytes(width, value)
     return _row(
-        case, "kv", name, budget_rows=budget, budget_frac=fraction,
-        bytes_kv=budget * t0.row_bytes(width, value), bytes_state=t0.state_bytes(width, value),
-        bytes_total=budget * t0.row_bytes(width, value) + t0.state_bytes(width, value),
+        case, "kv", name, budget_rows=budget, bytes_kv=exact_bytes,
+        bytes_state=t0.state_bytes(width, value), bytes_total=exact_bytes + t0.state_bytes(width, value),
         **_answered(case, answer), recall_any=chosen.recall(batch.asked),
         recall_exact=exact.recall(batch.asked), chance=float(chosen.chance[batch.asked].mean()),
         recall_corrected=chosen.corrected_recall(batch.asked),
