@@ -277,13 +277,13 @@ def transfer(
     ),
     routers: Annotated[str, typer.Option(metavar="A,B", help="Of ham; full for full attention.")] = "learned",
     preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
-    seeds: Annotated[int, typer.Option(help="Training seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Training seeds; 0 only prints what is there.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Over all suites; else the preset's for each of them.")] = None,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Teach a router by some suites, test it on another, with the tag noise of the headline table."""
-    from probes.transfer import run_transfers, transfer_lines, transfer_plans
+    """Teach a router by some suites, test it on another, under the headline's tag noise; print all of a folder."""
+    from probes.transfer import read_transfers, run_transfers, transfer_plans, transfer_table
 
     with usage():
         plans = transfer_plans(
@@ -291,8 +291,7 @@ def transfer(
             learning_rate=rate, device=device,
         )  # fmt: skip
         run_transfers(plans, out)
-    for line in transfer_lines(plans, out):
-        console().print(line, soft_wrap=True)
+    console().print(transfer_table(read_transfers(out)), markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from probes.results import machine
 from probes.runner import check_device
 from probes.runner_plan import critical_rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
+from probes.stats import mean_interval
 from probes.train import Fitted, TrainPlan
 from probes.transfer_train import TransferTrainer, train_side_by_side
 
@@ -34,11 +35,14 @@ __all__ = [
     "Aligned",
     "Layout",
     "TransferPlan",
+    "read_transfers",
     "run_transfer",
     "run_transfers",
     "score_transfer",
     "train_transfer",
     "transfer_path",
+    "transfer_plans",
+    "transfer_table",
 ]
 
 
@@ -287,15 +291,42 @@ def _together(errors: np.ndarray) -> list[float]:
     return [round(float(part.mean()), 6) for part in np.array_split(flat, max(len(flat) // TOGETHER, 1))]
 
 
-def transfer_lines(plans: Sequence[TransferPlan], folder: str | Path) -> list[str]:
-    """What transfers found of the tested suite, a line each."""
-    found = []
-    for plan in plans:
-        content = json.loads(transfer_path(plan, folder).read_text(encoding="utf-8"))
-        for row in content["scores"][plan.test]:
-            name = plan.router if plan.model == "ham" else plan.model
-            kept = f", recall above chance {row['recall_corrected']:.3f}" if "recall_corrected" in row else ""
-            found.append(
-                f"{plan.test} {name} seed {plan.seed} budget {row['budget']:g}: skill {row['skill']:.3f}{kept}"
-            )
-    return found
+def read_transfers(folder: str | Path) -> list[dict[str, Any]]:
+    """All documents of transfers in a results folder."""
+    paths = sorted((Path(folder) / TRANSFER_FOLDER).glob("*/*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def transfer_table(documents: Sequence[dict[str, Any]]) -> str:
+    """Markdown: of each tested rung, router and budget, skill and recall above chance over the training seeds.
+
+    Intervals resample seeds, and of skill also sequences.
+    """
+    groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
+    for content in documents:
+        plan = content["plan"]
+        line = plan["router"] if plan.get("model", "ham") == "ham" else plan["model"]
+        for row in content["scores"][plan["test"]]:
+            # the first form of these documents held no errors of sequences
+            if "errors" in row:
+                groups.setdefault((plan["test"], plan["preset"], line, row["budget"]), []).append(row)
+    lines = ["| tested on | preset | line | budget | skill | recall above chance | of each seed | seeds |"]
+    lines.append("| --- " * 8 + "|")
+    for (test, preset, line, budget), rows in sorted(groups.items()):
+        skill = _interval([_skills(row) for row in rows])
+        kept = [row["recall_corrected"] for row in rows if "recall_corrected" in row]
+        told = _interval([np.array([value]) for value in kept]) if kept else ""
+        each = ", ".join(f"{value:.2f}" for value in kept)
+        lines.append(f"| {test} | {preset} | {line} | {budget:g} | {skill} | {told} | {each} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def _skills(row: dict[str, Any]) -> np.ndarray:
+    """Skill of each few sequences; their mean is that of all."""
+    floor = float(np.mean(row["floor_errors"]))
+    return np.asarray((floor - np.array(row["errors"])) / (floor - row["oracle_mse"]))
+
+
+def _interval(tables: Sequence[np.ndarray]) -> str:
+    found = mean_interval(np.stack(tables))
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

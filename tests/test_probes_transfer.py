@@ -10,7 +10,7 @@ import torch
 
 from probes.stacked_data import Rows, joined_rows
 from probes.train import Stream
-from probes.transfer import TransferPlan, run_transfers, transfer_lines, transfer_plans
+from probes.transfer import TransferPlan, read_transfers, run_transfers, transfer_plans, transfer_table
 from probes.transfer_train import TransferTrainer
 
 torch.set_num_threads(1)
@@ -84,9 +84,9 @@ def test_routers_side_by_side_are_written_once_and_told(tmp_path: Path) -> None:
         assert ("recall_corrected" in row) == (plan.model == "ham")
     before = [path.stat().st_mtime_ns for path in paths]
     assert [path.stat().st_mtime_ns for path in run_transfers(plans, tmp_path)] == before
-    lines = transfer_lines(plans, tmp_path)
-    assert len(lines) == 8
-    assert lines[0].startswith("pbc/pbcD learned seed 0 budget 1: skill ")
+    rows = transfer_table(read_transfers(tmp_path)).splitlines()
+    assert [row.split(" | ")[2] for row in rows[2:]] == ["full", "learned", "oracle", "surprise"]
+    assert rows[3].startswith("| pbc/pbcD | smoke | learned | 1 | ") and rows[3].endswith(" | 2 |")
     with pytest.raises(ValueError, match="differ in router, model and seed alone"):
         run_transfers([plans[0], TransferPlan(test="pbc/pbcS")], tmp_path)
     with pytest.raises(ValueError, match="'long' to train at"):
