@@ -103,6 +103,11 @@ class ProbeReport:
                 trained = self.frame[self.frame["tier"] == "T1"]
                 names = {*trained["router"], *trained["model"]} - {"none", "ham"}
                 known = sorted(part for part in names if not part.startswith("floor/"))
+                if name in known:
+                    raise DataError(
+                        "E-PROBE-COMPARE", f"The runs of {name!r} have lost the errors of their sequences.",
+                        fix="Copy the .npz files that lie beside their documents, or run them again.",
+                    )  # fmt: skip
                 raise DataError(
                     "E-PROBE-COMPARE", f"There are no runs of {name!r} in tier 1.", fix=f"Name one of {known}."
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -267,6 +268,13 @@ def test_routers_are_compared_on_the_same_sequences(folder: Path) -> None:
     assert (same["value"] == 0.0).all()
     with pytest.raises(DataError, match="no runs of 'nobody'"):
         load_report(folder).compare("tags", "nobody")
+
+
+def test_documents_without_the_errors_of_their_sequences_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.npz"))
+    with pytest.raises(DataError, match="have lost the errors of their sequences"):
+        load_report(bare, partial=True).compare("tags", "random")
 
 
 def test_the_page_holds_ten_panels_and_needs_no_other_file(folder: Path, tmp_path: Path) -> None:
