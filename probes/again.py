@@ -23,7 +23,7 @@ from probes.registry import Probe, get_probe
 from probes.results import document, read_documents, start_folder, write_document
 from probes.runner import Bars, bars, check_device
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, budget_rows, critical_rows
-from probes.saved import load_network, network_path, network_paths
+from probes.saved import load_cell, load_network, network_path, network_paths
 from probes.stacked import StackedNet
 from probes.stacked_data import MECHANISMS
 from probes.stacked_evaluate import evaluate_stacked
@@ -227,7 +227,10 @@ def _ask_together(group: Sequence[Asked], target: Path, plan: Revisit, sequences
     """Ask the networks of a line that differ in seed alone, at one budget."""
     todo = [(path, cell, job) for path, cell, job in group if not _path(target, job).is_file()]
     if todo:
-        fitted = [asked_at(load_network(path)[1], cell, plan.preset) for path, cell, _ in todo]
+        # the budgets of a line come one after another
+        loaded = {path: sequences.loaded.get(path) or load_network(path)[1] for path, _, _ in todo}
+        sequences.loaded = loaded
+        fitted = [asked_at(loaded[path], cell, plan.preset) for path, cell, _ in todo]
         first = todo[0][2]
         data, settled_on = sequences.of(fitted[0].plan, streams=first.cell.streams, sequences=first.cell.sequences)
         rows = budget_rows(first.budget, fitted[0].plan.critical_rows)
@@ -289,7 +292,7 @@ def chosen_cells(root: Path, rungs: Sequence[str] = ()) -> Iterator[tuple[Path, 
     for path in network_paths(root):
         if rungs and path.name.partition("__")[0] not in rungs:
             continue
-        cell, _ = load_network(path)
+        cell = load_cell(path)
         if path != network_path(cell, root):
             raise DataError(
                 "E-PROBE-VERSION", f"'{path}' was trained by another version of the runner, or was renamed.",

@@ -103,7 +103,7 @@ class ProbeReport:
                 trained = self.frame[self.frame["tier"] == "T1"]
                 names = {*trained["router"], *trained["model"]} - {"none", "ham"}
                 known = sorted(part for part in names if not part.startswith("floor/"))
-                if name in known:
+                if self._runs(name):
                     raise DataError(
                         "E-PROBE-COMPARE", f"The runs of {name!r} have lost the errors of their sequences.",
                         fix="Copy the .npz files that lie beside their documents, or run them again.",
@@ -137,9 +137,21 @@ class ProbeReport:
     def _errors(self, name: str) -> dict[tuple[str, float], dict[int, np.ndarray]]:
         """Errors of single sequences by rung and budget, then by training seed; the best learning rate of each."""
         found: dict[tuple[str, float], dict[int, np.ndarray]] = {}
+        for content in self._runs(name):
+            identity = content["identity"]
+            errors = sequence_errors(content)
+            if errors is None:
+                continue
+            key = (identity["rung"], float(content["budget"]["frac"]))
+            found.setdefault(key, {})[int(content["data_manifest"]["train_seed"])] = errors
+        return found
+
+    def _runs(self, name: str) -> list[dict[str, Any]]:
+        """Trained runs of a router or model; what else differs stands in brackets."""
+        plain, _, axis = name.partition(" [")
+        found = []
         for content in best_rates(self.documents):
             identity = content["identity"]
-            plain, _, axis = name.partition(" [")
             if identity["tier"] != "T1" or plain not in (identity["router"], identity["model"]):
                 continue
             if axis.rstrip("]") != identity.get("axis", ""):
@@ -148,11 +160,7 @@ class ProbeReport:
                 raise DataError(
                     "E-PROBE-COMPARE", "'ham' has several routers.", fix="Name a router, such as 'learned'."
                 )
-            errors = sequence_errors(content)
-            if errors is None:
-                continue
-            key = (identity["rung"], float(content["budget"]["frac"]))
-            found.setdefault(key, {})[int(content["data_manifest"]["train_seed"])] = errors
+            found.append(content)
         return found
 
     def _floor(self, rung: str) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -73,6 +74,7 @@ class AskedSequences:
 
     def __init__(self, seeds: Sequence[int], device: str) -> None:
         self.seeds, self.device = seeds, device
+        self.loaded: dict[Path, Fitted] = {}
         self._key: tuple[object, ...] = ()
 
     def of(self, plan: TrainPlan, *, streams: int, sequences: int) -> tuple[EvaluationSet, Rows]:

@@ -19,7 +19,7 @@ from probes.registry import get_probe
 from probes.runner_plan import Cell
 from probes.train import Fitted, TrainPlan, make_net
 
-__all__ = ["SUFFIX", "load_network", "network_path", "network_paths", "save_network"]
+__all__ = ["SUFFIX", "load_cell", "load_network", "network_path", "network_paths", "save_network"]
 
 SUFFIX = ".safetensors"
 NET_FORMAT = 1
@@ -66,10 +66,33 @@ def load_network(path: Path, *, device: str = "cpu") -> tuple[Cell, Fitted]:
     Raises:
         DataError: E-PROBE-DAMAGED (no network of a probe), E-PROBE-VERSION (trained under another contract or suite).
     """
+    cell, about = _about(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    plan = TrainPlan(
+        probe=get_probe(cell.probe)[0], config=cell.config, net=NetConfig(**about["net"]), steps=cell.steps,
+        learning_rate=cell.learning_rate, seed=cell.seed, critical_rows=about["critical_rows"],
+        echo=cell.readout == "echo", device=device,
+    )  # fmt: skip
+    net = make_net(plan)
+    net.load_state_dict(tensors)
+    net.eval()
+    with torch.no_grad():
+        net.to(device)
+    losses = [(int(step), float(error)) for step, error in about["losses"]]
+    return cell, Fitted(net, plan, float(about["seconds"]), losses, str(about["status"]))
+
+
+def load_cell(path: Path) -> Cell:
+    """The cell of a network that is left on disk; errors as of ``load_network``."""
+    return _about(path)[0]
+
+
+def _about(path: Path) -> tuple[Cell, dict[str, Any]]:
+    """What a file says of its network, if it is of this version."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["probe"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         cell = _cell(about["cell"])
         version = about["contract_version"]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -84,18 +107,7 @@ def load_network(path: Path, *, device: str = "cpu") -> tuple[Cell, Fitted]:
             f" {CONTRACT_VERSION}, {cell.probe} {probe.version}.",
             fix="Train it again: versions of a suite are never compared with each other.",
         )
-    plan = TrainPlan(
-        probe=probe, config=cell.config, net=NetConfig(**about["net"]), steps=cell.steps,
-        learning_rate=cell.learning_rate, seed=cell.seed, critical_rows=about["critical_rows"],
-        echo=cell.readout == "echo", device=device,
-    )  # fmt: skip
-    net = make_net(plan)
-    net.load_state_dict(tensors)
-    net.eval()
-    with torch.no_grad():
-        net.to(device)
-    losses = [(int(step), float(error)) for step, error in about["losses"]]
-    return cell, Fitted(net, plan, float(about["seconds"]), losses, str(about["status"]))
+    return cell, about
 
 
 def _cell(content: dict[str, Any]) -> Cell:
