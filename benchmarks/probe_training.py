@@ -1,4 +1,4 @@
-"""How long a step of tier-1 training takes: eager, captured, and compiled.
+"""How long a step of tier-1 training takes.
 
     python -m benchmarks.probe_training                 # four networks of each kind, preset small, rung der
     python -m benchmarks.probe_training --networks 5 --kinds ham/surprise full
@@ -18,7 +18,6 @@ from probes.models import NetConfig
 from probes.registry import get_probe
 from probes.runner_plan import critical_rows
 from probes.stacked_data import Rows
-from probes.stacked_ops import compiled_ops
 from probes.stacked_train import StackedTrainer
 from probes.train import BATCH_SEQUENCES, TrainPlan, sample
 
@@ -35,14 +34,11 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
-    print("| networks | ms a step | compiled | seconds to compile | losses differ by |")
-    print("|---|---|---|---|---|")
+    print("| networks | ms a step | seconds until the first is done |")
+    print("|---|---|---|")
     for kind in asked.kinds:
-        plans = plans_of(kind, asked)
-        plain, fused = (timed(plans, fused=fused) for fused in (False, True))
-        apart = max(abs(a - b) / abs(a) for a, b in zip(plain[1], fused[1], strict=True))
-        steps = f"{plain[0] * 1e3:.2f} | {fused[0] * 1e3:.2f} | {fused[2]:.1f}"
-        print(f"| {asked.networks} x {kind} | {steps} | {apart:.1e} |", flush=True)
+        step, first = timed(plans_of(kind, asked))
+        print(f"| {asked.networks} x {kind} | {step * 1e3:.2f} | {first:.1f} |", flush=True)
 
 
 def plans_of(kind: str, asked: argparse.Namespace) -> list[TrainPlan]:
@@ -61,22 +57,20 @@ def plans_of(kind: str, asked: argparse.Namespace) -> list[TrainPlan]:
     ]  # fmt: skip
 
 
-def timed(plans: list[TrainPlan], *, fused: bool) -> tuple[float, list[float], float]:
-    """Seconds a step after the warm phase, the first losses, and seconds until the first step was done."""
+def timed(plans: list[TrainPlan]) -> tuple[float, float]:
+    """Seconds a step after the warm phase, and seconds until the first steps were done, recording included."""
     device = plans[0].device
     rows = Rows.of([sample(plan, generator(plan.seed), BATCH_SEQUENCES) for plan in plans], device)
     trainer = StackedTrainer(plans)
-    if fused:
-        trainer.stack.ops = compiled_ops()
     # what is drawn on a device differs from run to run
     trainer.one.explores, trainer.one.warm_steps = False, 0
     trainer.fit(rows)
     began = time.perf_counter()
     advance(trainer, rows, range(FIRST_STEPS))
-    losses, first = trainer.one.losses.tolist(), time.perf_counter() - began
+    first = time.perf_counter() - began
     began = time.perf_counter()
     advance(trainer, rows, range(FIRST_STEPS, FIRST_STEPS + STEPS))
-    return (time.perf_counter() - began) / STEPS, losses, first
+    return (time.perf_counter() - began) / STEPS, first
 
 
 def advance(trainer: StackedTrainer, rows: Rows, steps: range) -> None:

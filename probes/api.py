@@ -193,14 +193,13 @@ def run_probes(
         out: folder of results; runs that are there already are not run again. None: a temporary one.
         external: of tier 2: objects with ``forecast``, by name; see ``probes.adapter``.
         options: further fields of ``RunPlan``, such as ``steps``, ``streams``, ``sequences``, ``readout``; and
-            ``max_time_s``: stop cleanly after so long, report what is there, and go on with the next call; and
-            ``fused``: on a GPU, compile the arithmetic of the layers first.
+            ``max_time_s``: stop cleanly after so long, report what is there, and go on with the next call.
 
     Raises:
         ValueError: an unknown name.
         DataError: E-PROBE-VERSION, E-OPTION.
     """
-    max_time_s, fused = options.pop("max_time_s", None), options.pop("fused", False)
+    max_time_s = options.pop("max_time_s", None)
     names = (probes,) if isinstance(probes, str) else tuple(probes)
     names = tuple(list_probes()) if names == ("all",) else names
     folder = Path(tempfile.mkdtemp(prefix="hamts_probes_")) if out is None else Path(out)
@@ -211,7 +210,7 @@ def run_probes(
             probes=names, preset=preset, models=tuple(models), routers=tuple(routers), budgets=tuple(budgets),
             seeds=seeds, **options,
         )  # fmt: skip
-        run_plan(plan, folder, device=device, workers=workers, progress=progress, max_time_s=max_time_s, fused=fused)
+        run_plan(plan, folder, device=device, workers=workers, progress=progress, max_time_s=max_time_s)
     elif tier == "T2":
         from probes.adapter import run_external
 

@@ -115,7 +115,6 @@ def run(  # noqa: PLR0913 - one option for each argument
     max_time: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop cleanly after so long; the same call goes on.")
     ] = None,
-    fused: Annotated[bool, typer.Option("--fused", help="On a GPU: compile first, train twice as fast.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
 ) -> None:
     """Run probes; call it again to go on where it stopped."""
@@ -136,7 +135,7 @@ def run(  # noqa: PLR0913 - one option for each argument
     smoke = preset == "smoke"
     options: dict[str, Any] = {}
     if tier == "T1":
-        options = {"readout": readout, "steps": steps, "fused": fused, "state_width": state_width}
+        options = {"readout": readout, "steps": steps, "state_width": state_width}
     with usage():
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")

@@ -43,7 +43,6 @@ def run_plan(
     progress: bool = True,
     max_time_s: float | None = None,
     in_step: bool | None = None,
-    fused: bool = False,
 ) -> list[Path]:
     """Run all cells of a plan that are not in the folder yet.
 
@@ -52,7 +51,6 @@ def run_plan(
         workers: rungs a device (in step), or cells (one by one), at a time, each in a process of its own.
         progress: bars on a terminal.
         max_time_s: stop cleanly after so many seconds; what is unfinished is run by the next call.
-        fused: in step: compile the layers' arithmetic; a minute more before the first step, and twice as many of them.
         in_step: train all networks of a rung side by side, which is what a GPU is fast at; None: on a GPU.
 
     Returns: the documents of the plan, those from before included.
@@ -78,7 +76,7 @@ def run_plan(
     if device.startswith("cuda") if in_step is None else in_step:
         own, rest = plan.split(STACKED_MODELS, STACKED_ROUTERS)
         if own is not None:
-            written = _run_rungs(own, root, device, workers, deadline, progress, fused=fused, done=rest is None)
+            written = _run_rungs(own, root, device, workers, deadline, progress, done=rest is None)
         if rest is None:
             return written
         plan = rest
@@ -104,7 +102,6 @@ def _run_rungs(
     deadline: float | None,
     progress: bool,
     *,
-    fused: bool,
     done: bool,
 ) -> list[Path]:
     """Rungs in the order asked for, some at a time; one that fails or runs out of time does not cost the others."""
@@ -115,7 +112,7 @@ def _run_rungs(
     failures: list[str] = []
     late: list[str] = []
     with bars(len(rungs), progress) as report:
-        for rung, work in _rungs_done(plan, rungs, root, device, workers, deadline, fused):
+        for rung, work in _rungs_done(plan, rungs, root, device, workers, deadline):
             try:
                 found = work()
                 written += found
@@ -138,13 +135,12 @@ def _rungs_done(
     device: str,
     workers: int,
     deadline: float | None,
-    fused: bool,
 ) -> Iterator[tuple[str, Callable[[], list[Path]]]]:
     """Rungs as they are done, and what gives their documents, or raises: here, or in processes of their own."""
     devices = devices_of(device)
     if workers <= 1 and len(devices) == 1:
         for probe, rung in rungs:
-            yield rung, partial(run_rung, plan, probe, rung, root, device=devices[0], deadline=deadline, fused=fused)
+            yield rung, partial(run_rung, plan, probe, rung, root, device=devices[0], deadline=deadline)
         return
     context = multiprocessing.get_context("spawn")
     with ExitStack() as pools:
@@ -153,7 +149,7 @@ def _rungs_done(
             pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
             pools.enter_context(pool)
             running |= {
-                pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline, fused=fused): rung
+                pool.submit(run_rung, plan, probe, rung, root, device=each, deadline=deadline): rung
                 for probe, rung in rungs[place :: len(devices)]
             }
         for finished in as_completed(running):

@@ -1,4 +1,4 @@
-"""The arithmetic of stacked layers between their decisions, as functions of tensors that a compiler may fuse.
+"""The arithmetic of stacked layers between their decisions, as functions of tensors.
 
 S networks · B sequences · N rows · T context rows · D width · E memory width · K state width
 """
@@ -6,8 +6,7 @@ S networks · B sequences · N rows · T context rows · D width · E memory wid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from hamts.nn.ham import CONV_WIDTH
 from hamts.nn.scores import kept_probability, surprise
 
-__all__ = ["EAGER", "Ops", "compiled_ops"]
+__all__ = ["EAGER", "Ops"]
 
 HEAD_EPS = 1e-6
 # rows of a chunk of the recurrence: few long chunks cost fewer launches than many short ones
@@ -181,7 +180,7 @@ def router_loss(bias: Tensor, mass: Tensor, sights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ops:
-    """The functions above, as they are or compiled."""
+    """The functions above; a reading may put others in their place."""
 
     norm: Callable[..., Tensor] = norm
     enter: Callable[..., tuple[Tensor, Tensor]] = enter
@@ -199,15 +198,3 @@ class Ops:
 
 
 EAGER = Ops()
-
-
-@cache
-def compiled_ops(backend: str = "inductor") -> Ops:
-    """Every function compiled for the shapes it meets."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 64
-    return replace(
-        EAGER,
-        **{f.name: torch.compile(getattr(EAGER, f.name), dynamic=False, backend=backend) for f in fields(EAGER)},
-    )

@@ -24,7 +24,6 @@ from probes.runner_plan import Cell, RunPlan, budget_rows, critical_rows
 from probes.saved import save_network
 from probes.stacked_data import Rows, joined_rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
-from probes.stacked_ops import compiled_ops
 from probes.stacked_train import StackedTrainer, Validation
 from probes.summary import chosen_rates
 from probes.train import BATCH_SEQUENCES, CHECKS, POOL_SEQUENCES, Stream, TrainPlan, sample
@@ -43,13 +42,12 @@ class OutOfTime(Exception):
 
 
 def run_rung(
-    plan: RunPlan, probe: str, rung: str, root: Path, *, device: str, deadline: float | None = None, fused: bool = False
+    plan: RunPlan, probe: str, rung: str, root: Path, *, device: str, deadline: float | None = None
 ) -> list[Path]:
     """Train and score every cell of a rung that is not there yet: first the learning rates, then all seeds.
 
     Args:
         deadline: of ``time.time``; OutOfTime is raised when it has passed.
-        fused: compile the arithmetic of the layers: a minute more before the first step, and twice as many of them.
 
     How it goes is noted in ``LOG_FILE``.
 
@@ -65,10 +63,10 @@ def run_rung(
             log.write(f"{time.strftime('%H:%M:%S')} {rung} {text}\n")
 
     trials = [cell for cell in plan.trial_cells() if (cell.probe, cell.rung) == (probe, rung)]
-    written = _run_in_step(trials, root, device, deadline, fused, say)
+    written = _run_in_step(trials, root, device, deadline, say)
     rates = chosen_rates([json.loads(path.read_text(encoding="utf-8")) for path in written])
     cells = [cell for cell in plan.main_cells(rates) if (cell.probe, cell.rung) == (probe, rung)]
-    return sorted({*written, *_run_in_step(cells, root, device, deadline, fused, say)})
+    return sorted({*written, *_run_in_step(cells, root, device, deadline, say)})
 
 
 def cell_plan(cell: Cell, critical: int, device: str) -> TrainPlan:
@@ -90,9 +88,7 @@ class _Stack:
     trainer: StackedTrainer
 
 
-def _run_in_step(
-    cells: Sequence[Cell], root: Path, device: str, deadline: float | None, fused: bool, say: Say
-) -> list[Path]:
+def _run_in_step(cells: Sequence[Cell], root: Path, device: str, deadline: float | None, say: Say) -> list[Path]:
     """Train what is missing of some cells of one rung, step by step together, then score and write each stack."""
     wanted = {cell: [root / cell.probe / cell.file_name(budget) for budget in cell.budgets] for cell in cells}
     every = [path for paths in wanted.values() for path in paths]
@@ -112,7 +108,7 @@ def _run_in_step(
         )
         pools = Pools(plan, seeds)
         try:
-            stacks, last = _train(list(groups.values()), critical, device, pools, deadline, fused, say)
+            stacks, last = _train(list(groups.values()), critical, device, pools, deadline, say)
         finally:
             pools.close()
         seconds = (time.time() - started) / len(todo)
@@ -134,7 +130,6 @@ def _train(
     device: str,
     pools: Pools,
     deadline: float | None,
-    fused: bool,
     say: Say,
 ) -> tuple[list[_Stack], dict[int, Rows]]:
     """Train stacks in step; also the batch after the last, by seed, which thresholds are calibrated on."""
@@ -150,7 +145,7 @@ def _train(
         if deadline is not None and step % BATCHES == 0 and time.time() > deadline:
             raise OutOfTime(f"{groups[0][0].rung} stopped at step {step} of {steps}.")
         if not stacks:
-            stacks = _stacks(groups, critical, device, batch, fused)
+            stacks = _stacks(groups, critical, device, batch)
         elif stacks[0].static.inputs.shape[2] != batch[seeds[0]].inputs.shape[2]:
             _resize(stacks, batch)
         for static, own in {id(s.static): (s.static, _seeds(s.plans)) for s in stacks}.values():
@@ -174,13 +169,11 @@ def _short(cell: Cell) -> str:
     return cell.router if cell.model == "ham" else f"{cell.model}@{cell.budgets[0]:g}"
 
 
-def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[int, Rows], fused: bool) -> list[_Stack]:
+def _stacks(groups: list[list[Cell]], critical: int, device: str, batch: dict[int, Rows]) -> list[_Stack]:
     found: list[_Stack] = []
     for cells in groups:
         plans = [cell_plan(cell, critical, device) for cell in cells]
         trainer = StackedTrainer(plans)
-        if fused:
-            trainer.stack.ops = compiled_ops()
         found.append(_Stack(cells, plans, joined_rows([batch[seed] for seed in _seeds(plans)]), trainer))
     _resize(found, batch)
     return found

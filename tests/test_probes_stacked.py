@@ -20,7 +20,6 @@ from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, RunPlan, critica
 from probes.stacked import StackedNet
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
-from probes.stacked_ops import compiled_ops
 from probes.stacked_train import StackedTrainer, stacked_loss, train_stacked
 from probes.summary import best_rates, score_table
 from probes.train import TrainPlan, everything, forward, make_net, sample, train, training_loss
@@ -184,14 +183,11 @@ def test_a_hidden_state_says_nothing_to_questions_and_everything_to_the_other_se
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("model", "router"), [("ham", "learned"), ("ham", "shuffled"), ("full", "none")])
-def test_a_captured_step_is_the_step(model: str, router: str, fused: bool) -> None:
+def test_a_captured_step_is_the_step(model: str, router: str) -> None:
     plans = [replace(plan(model, router, seed=seed), device="cuda") for seed in (0, 1)]
     rows = Rows.of([sample(each, generator(each.seed), 32) for each in plans], "cuda")
     eager, captured = StackedTrainer(plans), StackedTrainer(plans)
-    if fused:
-        captured.stack.ops = compiled_ops()
     for trainer in (eager, captured):
         trainer.one.explores = False
         trainer.fit(rows)

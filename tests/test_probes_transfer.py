@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,26 @@ def test_routers_side_by_side_are_written_once_and_told(tmp_path: Path) -> None:
         run_transfers([plans[0], TransferPlan(test="pbc/pbcS")], tmp_path)
     with pytest.raises(ValueError, match="'long' to train at"):
         transfer_plans(preset="long")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("router", ["learned", "mix"])
+def test_turns_that_were_captured_are_the_turns(router: str) -> None:
+    plans = [TransferPlan(steps=9, router=router, seed=seed, device="cuda") for seed in (0, 1)]
+    launched, captured = TransferTrainer(plans), TransferTrainer(plans)
+    for trainer in (launched, captured):
+        trainer.one.explores = False
+    for place in range(captured.turns):
+        rows = joined_rows([Rows.of([Stream(replace(own[place], device="cpu")).next(0)]) for own in captured.parts])
+        for trainer in (launched, captured):
+            trainer.take(place, rows.to("cuda"))
+    launched.stream, stream = None, captured.stream
+    assert stream is not None
+    for step in range(9):
+        launched.turn(step)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            captured.turn(step)
+        stream.synchronize()
+        torch.testing.assert_close(captured.one.losses, launched.one.losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captured.stack.flat, launched.stack.flat, rtol=1e-3, atol=1e-4)
