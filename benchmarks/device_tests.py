@@ -32,6 +32,7 @@ FILES = (
     "tests/test_compact.py",
     "tests/test_kernels_choice.py",
     "tests/test_probes_stacked.py",
+    "tests/test_probes_transfer.py",
 )
 # without the configuration that needs plugins
 OPTIONS = (
