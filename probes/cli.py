@@ -356,11 +356,13 @@ def table(
     ] = None,
     partial: Partial = False,
 ) -> None:
-    """What the results say about the open questions, with intervals."""
+    """What the results say about the open questions, with intervals; of networks asked again, their scores."""
+    from probes.again_table import again_markdown, asked_again
     from probes.answers import answers_markdown, write_between
     from probes.results import read_documents
 
-    text = answers_markdown(read_documents(folder, partial=partial))
+    found = read_documents(folder, partial=partial)
+    text = again_markdown(found) if asked_again(found) else answers_markdown(found)
     if into is None:
         console().print(text, markup=False, soft_wrap=True)
         return

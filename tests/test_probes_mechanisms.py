@@ -10,6 +10,8 @@ import torch
 
 from probes import t0
 from probes.again import Revisit, folder_name, revisit
+from probes.again_table import again_markdown, asked_again
+from probes.api import load_report
 from probes.contract import generator
 from probes.mechanisms import MECHANISMS, keep_with
 from probes.registry import get_probe
@@ -94,5 +96,11 @@ def test_saved_networks_are_asked_with_other_mechanisms(tmp_path: Path) -> None:
     # a list is always full
     assert contents["list"]["results"]["usage_rows"]["median"] == 12
     assert contents["threshold"]["config"]["mechanism"] == "threshold"
+    found = load_report(tmp_path / "out").documents
+    assert asked_again(found) and not asked_again(load_report(tmp_path / "run").documents)
+    table = again_markdown(found).splitlines()
+    assert table[0] == "|  | der |"
+    assert [row.split(" | ")[0] for row in table[2:4]] == ["| ham · surprise [list]", "| ham · surprise [threshold]"]
+    assert " r " in table[2] and table[2].endswith(" kB |")
     with pytest.raises(ValueError, match="one thing at a time"):
         Revisit(mechanisms=("list",), preset="long")
