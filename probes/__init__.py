@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probes.adapter import Forecaster, HamtsAdapter
-    from probes.again import Revisit, revisit, score_utility
+    from probes.again import Revisit, revisit
+    from probes.again_utility import score_utility
     from probes.api import ProbeReport, load_report, run_probes
     from probes.contract import ProbeBatch, ProbeConfig
     from probes.frames import ProbeFromFrame
@@ -34,7 +35,7 @@ _HOME = {
     "run_real": "probes.real_run",
     "Revisit": "probes.again",
     "revisit": "probes.again",
-    "score_utility": "probes.again",
+    "score_utility": "probes.again_utility",
     "Probe": "probes.registry",
     "get_probe": "probes.registry",
     "list_probes": "probes.registry",

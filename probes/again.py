@@ -7,7 +7,6 @@ say so; they go to a folder of their own. Its thresholds are found anew for the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,12 +28,13 @@ from probes.stacked_data import MECHANISMS
 from probes.stacked_evaluate import evaluate_stacked
 from probes.summary import best_rates
 from probes.train import Fitted
-from probes.utility import Gold, describe, gold_utility, router_scores, utility_of
 
-__all__ = ["Revisit", "folder_name", "longer_config", "revisit", "score_utility", "utility_table"]
+__all__ = ["POSITIONS", "Revisit", "chosen_cells", "folder_name", "longer_config", "revisit"]
 
 # routers whose score a threshold or a list can go by
 SCORED_ROUTERS = ("surprise", "innovation", "error", "write", "learned", "mix")
+# of rows beyond those of training
+POSITIONS = ("kept", "scaled")
 # sizes that a preset may change under a network; everything else decides what its columns mean
 SIZES = ("context_rows", "items", "queries", "counts")
 
@@ -48,6 +48,7 @@ class Revisit:
         precisions: of the keys and values of kept rows.
         mechanisms: how HAM's scored routers keep to a budget, of ``MECHANISMS``; none: as they were trained.
         budgets: multiples of the critical rows; none: those of each network.
+        positions: of another preset's rows, of ``POSITIONS``: as they are, or scaled to the ages of training.
         streams, sequences: None: the preset's.
         rungs: of the folder; none: all.
     """
@@ -59,11 +60,12 @@ class Revisit:
     streams: int | None = None
     sequences: int | None = None
     rungs: tuple[str, ...] = ()
+    positions: tuple[str, ...] = POSITIONS
 
     def __post_init__(self) -> None:
         for what, names, known in (
             ("preset", [self.preset or "long"], PRESETS), ("precision", self.precisions, PRECISIONS),
-            ("mechanism", self.mechanisms, MECHANISMS),
+            ("mechanism", self.mechanisms, MECHANISMS), ("positions", self.positions, POSITIONS),
         ):  # fmt: skip
             unknown = sorted(set(names) - set(known))
             if unknown:
@@ -121,9 +123,8 @@ def revisit(
     names = [str(_path(target, job).relative_to(target)) for _, _, job in jobs]
     versions = {cell.probe: cell.suite_version for _, cell in cells}
     start_folder(target, names, versions, done=False)
-    # other mechanisms are there in the stacked form alone
-    together = bool(plan.mechanisms) or (device.startswith("cuda") if in_step is None else in_step)
-    side, rest = _side_by_side(jobs, plan) if together else ([], jobs)
+    together = device.startswith("cuda") if in_step is None else in_step
+    side, rest = _side_by_side(jobs, plan, together)
     with bars(len(jobs), progress) as report:
         sequences = AskedSequences(sorted({cell.seed for _, cell in cells}), device)
         for group in side:
@@ -143,6 +144,7 @@ class Job:
     budget: float
     precision: str = "float32"
     mechanism: str = ""
+    positions: str = "kept"
 
 
 def _jobs(cell: Cell, plan: Revisit) -> Iterator[Job]:
@@ -154,20 +156,26 @@ def _jobs(cell: Cell, plan: Revisit) -> Iterator[Job]:
             )  # fmt: skip
             yield from (Job(told, budget, mechanism=mechanism) for budget in plan.budgets or cell.budgets)
     size = PRESETS[plan.preset or cell.preset]
+    stacked = cell.router in STACKED_ROUTERS if cell.model == "ham" else cell.model in STACKED_MODELS
     keeps_rows = cell.model not in STATE_ONLY
     for precision in plan.precisions:
         exact = precision == "float32"
         # what has been run already, or has nothing to round
         if (exact and plan.preset is None) or not (exact or keeps_rows):
             continue
-        words = [f"at {plan.preset}" if plan.preset else "", "" if exact else precision]
-        told = replace(
-            cell, axis=", ".join(word for word in (cell.axis, *words) if word),
-            streams=plan.streams or size.eval_streams, sequences=plan.sequences or size.eval_sequences,
-        )  # fmt: skip
-        # a rival has the size it was trained at
-        budgets = plan.budgets if plan.budgets and cell.model == "ham" else cell.budgets
-        yield from (Job(told, budget, precision) for budget in budgets)
+        for positions in plan.positions if plan.preset else POSITIONS[:1]:
+            scaled = positions == "scaled"
+            # scaled in the stacked form alone; what keeps no rows turns none
+            if scaled and not (stacked and exact and keeps_rows):
+                continue
+            words = [f"at {plan.preset}" if plan.preset else "", "scaled" * scaled, "" if exact else precision]
+            told = replace(
+                cell, axis=", ".join(word for word in (cell.axis, *words) if word),
+                streams=plan.streams or size.eval_streams, sequences=plan.sequences or size.eval_sequences,
+            )  # fmt: skip
+            # a rival has the size it was trained at
+            budgets = plan.budgets if plan.budgets and cell.model == "ham" else cell.budgets
+            yield from (Job(told, budget, precision, positions=positions) for budget in budgets)
 
 
 def _path(target: Path, job: Job) -> Path:
@@ -199,6 +207,7 @@ def _write(path: Path, cell: Cell, job: Job, fitted: Fitted, scored: Evaluation,
     if job.mechanism:
         content["config"]["mechanism"] = job.mechanism
     if plan.preset is not None:
+        content["config"]["positions"] = job.positions
         content["config"]["thresholds"] = f"found on {CALIBRATION_SEQUENCES} sequences of preset {plan.preset}"
         content["warnings"].append(_extrapolated(cell, fitted, plan.preset))
     write_document(path, content, scored.errors)
@@ -207,19 +216,21 @@ def _write(path: Path, cell: Cell, job: Job, fitted: Fitted, scored: Evaluation,
 Asked = tuple[Path, Cell, Job]
 
 
-def _side_by_side(jobs: Sequence[Asked], plan: Revisit) -> tuple[list[list[Asked]], list[Asked]]:
-    """Jobs that can be read side by side, rung by rung and seeds of a line together, and the others."""
+def _side_by_side(jobs: Sequence[Asked], plan: Revisit, together: bool) -> tuple[list[list[Asked]], list[Asked]]:
+    """Jobs that are read side by side, rung by rung and seeds of a line together, and the others."""
     groups: dict[Any, list[Asked]] = {}
     rest: list[Asked] = []
     for asked in jobs:
         _, cell, job = asked
-        known = cell.router in STACKED_ROUTERS if cell.model == "ham" else cell.model in STACKED_MODELS
-        if (plan.preset is None and not job.mechanism) or job.precision != "float32" or not known:
+        stacked = cell.router in STACKED_ROUTERS if cell.model == "ham" else cell.model in STACKED_MODELS
+        # what is there in the stacked form alone, and what may as well be read in it
+        only = bool(job.mechanism) or job.positions == "scaled"
+        if not only and not (together and stacked and plan.preset is not None and job.precision == "float32"):
             rest.append(asked)
-        else:
-            # the sequences are those of the first part, the line is told by the whole
-            line = (cell.probe, cell.rung, cell.readout, str(cell.overrides), replace(cell, seed=0, learning_rate=0.0))
-            groups.setdefault((*line, job.mechanism, job.budget), []).append(asked)
+            continue
+        # the sequences are those of the first part, the line is told by the whole
+        line = (cell.probe, cell.rung, cell.readout, str(cell.overrides), replace(cell, seed=0, learning_rate=0.0))
+        groups.setdefault((*line, job.mechanism, job.positions, job.budget), []).append(asked)
     return [groups[key] for key in sorted(groups, key=lambda key: key[:4])], rest
 
 
@@ -238,7 +249,11 @@ def _ask_together(group: Sequence[Asked], target: Path, plan: Revisit, sequences
             stack, plans = StackedNet([one.net for one in fitted], device=sequences.device), [o.plan for o in fitted]
             scores = evaluate_stacked(stack, plans, data, budget_rows=rows, mechanism=first.mechanism, diagnose=False)
         else:
-            scores = evaluate_long(fitted, data, settled_on, rows=rows, device=sequences.device)
+            scale = first.cell.config.context_rows / fitted[0].plan.config.context_rows
+            scores = evaluate_long(
+                fitted, data, settled_on, rows=rows, device=sequences.device,
+                scale=scale if first.positions == "scaled" else 1.0,
+            )  # fmt: skip
         for (_, cell, job), one, scored in zip(todo, fitted, scores, strict=True):
             _write(_path(target, job), cell, job, one, scored, plan, sequences.device)
     for _, cell, _ in group:
@@ -300,90 +315,6 @@ def chosen_cells(root: Path, rungs: Sequence[str] = ()) -> Iterator[tuple[Path, 
             )  # fmt: skip
         if cell.hash in hashes:
             yield path, cell
-
-
-# --- utility
-
-
-def score_utility(folder: str | Path, *, device: str = "cpu", sequences: int = 32, progress: bool = True) -> list[Path]:
-    """Add to the documents of a folder how well each router orders rows by what they are worth to full attention.
-
-    Of each rung, the full-attention network of the same training seed is the teacher, else the first there is.
-    Documents that have it already are left as they are.
-
-    Raises:
-        DataError: E-FILE, a folder without networks, or without one of full attention.
-    """
-    check_device(device)
-    root = Path(folder)
-    cells = list(chosen_cells(root))
-    teachers = {(cell.rung, cell.readout, cell.seed): path for path, cell in cells if cell.model == "full"}
-    if not teachers:
-        raise DataError(
-            "E-FILE", f"'{root}' holds no network of full attention, which utility is measured by.",
-            fix="Run the same probes with --models full into it.",
-        )  # fmt: skip
-    documents: dict[str, list[dict[str, Any]]] = {}
-    for content in read_documents(root, partial=True):
-        documents.setdefault(content["identity"]["config_hash"], []).append(content)
-    gold: dict[Path, Gold] = {}
-    changed = []
-    with bars(len(cells), progress) as report:
-        for path, cell in cells:
-            teacher = _teacher(teachers, cell)
-            todo = [c for c in documents.get(cell.hash, []) if "utility" not in c["diagnosis"]]
-            if teacher is not None and todo and cell.model == "ham":
-                if teacher not in gold:
-                    gold[teacher] = gold_utility(load_network(teacher, device=device)[1], sequences=sequences)
-                changed += _note(load_network(path, device=device)[1], gold[teacher], todo)
-            report.finish(cell.name)
-    return changed
-
-
-def _teacher(teachers: dict[tuple[str, str, int], Path], cell: Cell) -> Path | None:
-    same = teachers.get((cell.rung, cell.readout, cell.seed))
-    others = [path for key, path in sorted(teachers.items()) if key[:2] == (cell.rung, cell.readout)]
-    return same or (others[0] if others else None)
-
-
-def _note(fitted: Fitted, gold: Gold, documents: Sequence[dict[str, Any]]) -> list[Path]:
-    """Write the scores of one network into its documents."""
-    scores = router_scores(fitted, gold.batch)
-    if not scores:
-        return []
-    found, about = utility_of(scores, gold), describe(gold, scores)
-    written = []
-    for content in documents:
-        path = Path(content.pop("path"))
-        for name, value in found.items():
-            content["results"][name] = {"values": [value], "median": value, "std": 0.0, "n": len(gold.batch)}
-        content["diagnosis"]["utility"] = about
-        write_document(path, content)
-        written.append(path)
-    return written
-
-
-def utility_table(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each rung and line that has a utility, mean over training seeds."""
-    from probes.summary import label
-
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for content in best_rates(documents):
-        if "utility" in content["diagnosis"]:
-            key = (content["identity"]["rung"], label(content["identity"]))
-            rows.setdefault(key, []).append(content)
-    names = ("utility_auroc", "utility_auroc_window", "utility_ap", "utility_ap_chance", "utility_spearman")
-    return [
-        {"rung": rung, "line": line,
-         **{name: _mean([c["results"][name]["median"] for c in group if name in c["results"]]) for name in names},
-         "gold AUROC of the truth": _mean([c["diagnosis"]["utility"]["gold_auroc_of_truth"] for c in group]),
-         "seeds": len({c["data_manifest"]["train_seed"] for c in group})}
-        for (rung, line), group in rows.items()
-    ]  # fmt: skip
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def folder_name(folder: Path, plan: Revisit) -> Path:

@@ -187,7 +187,7 @@ def validate(
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one option for each thing that can be asked
     folder: Folder,
     preset: Annotated[
         str | None, typer.Option(help="Ask about sequences of another size, such as long (8,192 rows).")
@@ -201,6 +201,9 @@ def evaluate(
     utility: Annotated[
         bool, typer.Option("--utility", help="Score routers by what each row is worth to full attention.")
     ] = False,
+    positions: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of another preset's rows: kept, scaled; both unless named.")
+    ] = None,
     budgets: Annotated[str | None, typer.Option(metavar="X,Y", help="Other multiples of the critical rows.")] = None,
     sequences: Annotated[int | None, typer.Option(help="A stream, instead of the preset's.")] = None,
     streams: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
@@ -212,7 +215,8 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars.")] = False,
 ) -> None:
     """Ask the saved networks of a run again, without training: longer pasts, less exact entries, worth of rows."""
-    from probes.again import Revisit, folder_name, revisit, score_utility
+    from probes.again import POSITIONS, Revisit, folder_name, revisit
+    from probes.again_utility import score_utility
     from probes.api import load_report
 
     target = folder
@@ -220,7 +224,7 @@ def evaluate(
         with usage():
             plan = Revisit(
                 preset=preset, precisions=words(precision) or ("float32",), budgets=numbers(budgets),
-                mechanisms=words(mechanism),
+                mechanisms=words(mechanism), positions=words(positions) or POSITIONS,
                 sequences=sequences, streams=streams, rungs=words(rungs),
             )  # fmt: skip
         target = out or folder_name(folder, plan)

@@ -7,6 +7,8 @@ otherwise. So thresholds are found anew, for the share that is asked, on a few s
 rungs, and goes on where it stopped; several calls may share a folder if each names its own rungs. The seeds of a line
 are read together, at each of its budgets: a reading for calibration, one a stream, and one with permuted flags.
 
+Positions are those of a longer past than any that was trained on: kept as they are, or scaled to the ages of training.
+
 S networks · E evaluation streams · B sequences of a stream · T context rows · Q queries
 """
 
@@ -88,15 +90,22 @@ class AskedSequences:
 
 @torch.no_grad()
 def evaluate_long(
-    fitted: Sequence[Fitted], data: EvaluationSet, settled_on: Rows, *, rows: int, device: str
+    fitted: Sequence[Fitted],
+    data: EvaluationSet,
+    settled_on: Rows,
+    *,
+    rows: int,
+    device: str,
+    scale: float = 1.0,
 ) -> list[Evaluation]:
     """Score networks that differ in seed alone at one budget: ``evaluate_stacked`` without causal use.
 
     Args:
         fitted: with the longer sequences in their plans (``again.asked_at``).
+        scale: of positions, see ``LongStack``.
         settled_on: what thresholds for the share that ``rows`` are of the context are found on.
     """
-    stack = LongStack([one.net for one in fitted], device=device)
+    stack = LongStack([one.net for one in fitted], device=device, scale=scale)
     plain = Decisions.plain(rows, networks=stack.S, context_rows=settled_on.context_rows, device=device)
     stack.calibrate(settled_on, plain)
     answers, kept, scores, found = [], [], [], []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probes.again import utility_table
+from probes.again_utility import utility_table
 from probes.contract import generator
 from probes.plots import lines_svg, raster_svg, scatter_svg, stacks_svg
 from probes.registry import list_probes

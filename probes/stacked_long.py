@@ -11,7 +11,7 @@ n rows of a chunk · M entries that a chunk may read · A shares of a threshold 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from hamts.nn.eviction import whole_numbers
+from probes.models import ProbeNet
 from probes.stacked import LayerRead, StackedNet
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_ops import EAGER, Ops
@@ -49,7 +50,15 @@ class LongStack(StackedNet):
 
     Nothing is trained here. ``read`` gives, for each layer, a ``Past`` in the place of ``visible``, and in the place
     of ``weight`` what each query row pays to each context row, [S B, N - T, T].
+
+    Args:
+        scale: multiplies the positions that keys and queries are turned by: ages beyond those of training turn them
+            to where no training has been (position interpolation, arXiv 2306.15595).
     """
+
+    def __init__(self, nets: Sequence[ProbeNet], *, device: str | torch.device, scale: float = 1.0) -> None:
+        super().__init__(nets, device=device)
+        self.scale, self._setting = scale, False
 
     def calibrate(self, rows: Rows, decisions: Decisions) -> None:
         """Set the threshold of every layer that keeps rows by a score: the share asked for of these very rows.
@@ -67,13 +76,11 @@ class LongStack(StackedNet):
         finally:
             self._setting, self.config = False, own
 
-    _setting = False
-
     def _fit(self, rows: Rows) -> None:
         size = (rows.context_rows, rows.inputs.shape[2])
         if size not in self.frames:
             # masks between all rows are what this form does without
-            plain = Frame.of(*size, set(), self.config.memory_width, self.device)
+            plain = Frame.of(*size, set(), self.config.memory_width, self.device, scale=self.scale)
             none = torch.zeros(0, device=self.device)
             windows = {kind.window for kind in self.kind}
             self.frames[size] = replace(plain, band=dict.fromkeys(windows, none), age=none)

@@ -69,7 +69,8 @@ class Frame:
     sine: torch.Tensor  # [N, pairs]
 
     @classmethod
-    def of(cls, T: int, N: int, windows: set[int], width: int, device: torch.device) -> Frame:
+    def of(cls, T: int, N: int, windows: set[int], width: int, device: torch.device, *, scale: float = 1.0) -> Frame:
+        """Of T context rows of N; ``scale`` multiplies the positions that keys and queries are turned by."""
         row = torch.arange(N, device=device)
         age = row[:, None] - row[None]  # [N, N]
         band = {w: torch.where((age >= 0) & (age < w), 0.0, -torch.inf) for w in windows}
@@ -77,7 +78,7 @@ class Frame:
         half = torch.float16 if device.type == "cuda" else torch.float32
         pairs = int(width * ROTARY_SHARE) // 2
         rates = torch.logspace(0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64)
-        angle = row.double()[:, None] * (rates * (2 * math.pi / 4)).to(device)  # [N, pairs]
+        angle = scale * row.double()[:, None] * (rates * (2 * math.pi / 4)).to(device)  # [N, pairs]
         return cls(
             T, band, left, {w: mask.to(half) for w, mask in left.items()}, age[:, :T],
             torch.arange(T, device=device, dtype=torch.float32), row >= T, error_weights(T, device),

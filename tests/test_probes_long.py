@@ -21,6 +21,7 @@ from probes.runner_plan import RunPlan, critical_rows
 from probes.stacked import StackedNet
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_long import LongStack
+from probes.stacked_parts import Frame
 from probes.stacked_train import stacked_read
 from probes.train import TrainPlan, make_net, sample
 
@@ -65,6 +66,13 @@ def test_reading_in_chunks_is_reading_all_rows_at_once(
         assert torch.equal(other.visible.kept, kept)
         paid = one.weight[:, T:, :T] * one.visible[:, T:]
         torch.testing.assert_close(other.weight, paid, rtol=1e-4, atol=1e-6)
+
+
+def test_scaled_positions_turn_less() -> None:
+    plain, scaled = (Frame.of(8, 12, set(), 8, torch.device("cpu"), scale=scale) for scale in (1.0, 0.5))
+    torch.testing.assert_close(scaled.cosine[::2], plain.cosine[:6])
+    torch.testing.assert_close(scaled.sine[::2], plain.sine[:6])
+    assert torch.equal(scaled.age, plain.age)
 
 
 # --- thresholds
@@ -124,8 +132,16 @@ def test_seeds_side_by_side_score_as_networks_one_by_one(folder: Path, tmp_path:
     asked = Revisit(preset="small", streams=1, sequences=6)
     for name, together in (("one", False), ("side", True)):
         revisit(folder, tmp_path / name, asked, progress=False, in_step=together)
+    # scaled positions are read side by side in both calls
+    skills = {}
+    for path in (tmp_path / "one").glob("*/*.json"):
+        content = json.loads(path.read_text())
+        skills.setdefault(content["identity"]["axis"], []).append(content["results"]["skill"]["value"])
+        assert content["config"]["positions"] == ("scaled" if "scaled" in content["identity"]["axis"] else "kept")
+    assert {axis: len(values) for axis, values in skills.items()} == {"at small": 6, "at small, scaled": 6}
+    assert sorted(skills["at small"]) != sorted(skills["at small, scaled"])
     paths = sorted((tmp_path / "one").glob("*/*.json"))
-    assert len(paths) == 6
+    assert len(paths) == 12
     for path in paths:
         one, side = (json.loads((tmp_path / name / "der" / path.name).read_text()) for name in ("one", "side"))
         assert side["config"]["thresholds"] == "found on 8 sequences of preset small"
@@ -140,5 +156,7 @@ def test_seeds_side_by_side_score_as_networks_one_by_one(folder: Path, tmp_path:
 def test_rungs_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no finished network of pbcD"):
         revisit(folder, tmp_path, Revisit(preset="small", rungs=("pbcD",)), progress=False)
-    found = revisit(folder, tmp_path, Revisit(preset="small", rungs=("der",), streams=1, sequences=2), progress=False)
-    assert len(found) == 6
+    asked = Revisit(preset="small", rungs=("der",), streams=1, sequences=2, positions=("kept",))
+    assert len(revisit(folder, tmp_path, asked, progress=False)) == 6
+    with pytest.raises(ValueError, match="Unknown positions 'far'"):
+        Revisit(preset="small", positions=("far",))
