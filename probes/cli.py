@@ -281,7 +281,7 @@ def transfer(
     routers: Annotated[str, typer.Option(metavar="A,B", help="Of ham; full for full attention.")] = "learned",
     preset: Annotated[str, typer.Option(help="smoke, small or standard.")] = "smoke",
     seeds: Annotated[int, typer.Option(help="Training seeds; 0 only prints what is there.")] = 3,
-    steps: Annotated[int | None, typer.Option(help="Over all suites; else the preset's for each of them.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Over all suites; else for each as many as the rung takes.")] = None,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:

@@ -146,12 +146,13 @@ def transfer_plans(
 
     Args:
         routers: of HAM; ``full`` stands for full attention.
-        steps: over all suites; None: the preset's for each of them.
+        steps: over all suites; None: for each of them as many as the tested rung takes.
     """
     check_device(device)
     if preset not in PRESETS or not PRESETS[preset].train_steps:
         raise ValueError(f"Unknown preset {preset!r} to train at. Available: ['small', 'smoke', 'standard'].")
-    each = PRESETS[preset].train_steps
+    tested, rung = get_probe(test)
+    each = tested.train_steps(preset, rung or tested.main_rung())
     return [
         TransferPlan(
             teach=tuple(teach), test=test, preset=preset, router="learned" if router == "full" else router,
