@@ -74,9 +74,9 @@ def test_nothing_flows_through_the_score_of_a_router_that_is_not_taught() -> Non
 
 
 def test_routers_side_by_side_are_written_once_and_told(tmp_path: Path) -> None:
-    plans = transfer_plans(routers=("learned", "surprise", "oracle", "full"), seeds=2, steps=6)
+    plans = transfer_plans(routers=("learned", "full"), seeds=2, steps=3)
     paths = run_transfers(plans, tmp_path, budgets=(1.0,), streams=1, sequences=16)
-    assert len({path.name for path in paths}) == 8
+    assert len({path.name for path in paths}) == 4
     for plan, path in zip(plans, paths, strict=True):
         content = json.loads(path.read_text())
         assert content["plan"]["router"] == plan.router
@@ -86,7 +86,7 @@ def test_routers_side_by_side_are_written_once_and_told(tmp_path: Path) -> None:
     before = [path.stat().st_mtime_ns for path in paths]
     assert [path.stat().st_mtime_ns for path in run_transfers(plans, tmp_path)] == before
     rows = transfer_table(read_transfers(tmp_path)).splitlines()
-    assert [row.split(" | ")[2] for row in rows[2:]] == ["full", "learned", "oracle", "surprise"]
+    assert [row.split(" | ")[2] for row in rows[2:]] == ["full", "learned"]
     assert rows[3].startswith("| pbc/pbcD | smoke | learned | 1 | ") and rows[3].endswith(" | 2 |")
     with pytest.raises(ValueError, match="differ in router, model and seed alone"):
         run_transfers([plans[0], TransferPlan(test="pbc/pbcS")], tmp_path)
