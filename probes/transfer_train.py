@@ -7,6 +7,7 @@ S networks · P parameters · A shares of a threshold table
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE
 from probes.contract import generator
 from probes.stacked import StackedNet
 from probes.stacked_data import Decisions, Rows, joined_rows, table_weights
-from probes.stacked_run import BATCHES, Pools, _copy
+from probes.stacked_run import BATCHES, SWITCH_S, Pools, _copy
 from probes.stacked_train import StackedStep, StackedTrainer, Validation, stacked_read
 from probes.train import CHECKS, Fitted, Stream, TrainPlan
 
@@ -157,6 +158,9 @@ def train_side_by_side(
 ) -> list[tuple[TransferTrainer, list[Fitted]]]:
     """Train stacks that read the same sequences: each group differs in seed alone, the groups in router or model."""
     started = time.monotonic()
+    if device.startswith("cuda"):
+        # the thread that feeds a device must not wait for those that draw sequences
+        sys.setswitchinterval(SWITCH_S)
     trainers = [TransferTrainer(group) for group in groups]
     first, turns, steps = trainers[0], trainers[0].turns, groups[0][0].steps
     pools = [
