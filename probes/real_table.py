@@ -46,8 +46,10 @@ def real_table(documents: Sequence[dict[str, Any]]) -> str:
         groups.setdefault((content["set"], content["preset"]), []).append(content)
     columns: dict[str, dict[str, str]] = {}
     for (name, preset), fits in sorted(groups.items(), key=lambda item: (item[0][1] != "tiny", item[0])):
-        events = {content["events"] for content in fits}
-        head = f"{SHORT.get(name, name)}, {preset} ({max(events)} events, {len(fits)} fits)"
+        tested = max((test["events"] for content in fits for test in content["tests"] if "events" in test), default=0)
+        scored = max(content["events"] for content in fits)
+        events = f"{tested} events" if tested == scored else f"{tested} events, {scored} scored"
+        head = f"{SHORT.get(name, name)}, {preset} ({events}, {len(fits)} fits)"
         columns[head] = {**_tests(fits), **_scores(fits)}
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
     lines = ["|  | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]

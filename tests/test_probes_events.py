@@ -188,7 +188,10 @@ def test_a_table_of_fits_has_a_column_for_each_set_and_preset() -> None:
         scores = {"metric": "event_window_mase", "value": 1.0, "groups": [[2.0, 2], [4.0, 2]]}
         return {
             "set": "batadal", "preset": preset, "events": 2,
-            "tests": [{"test": "edit", "rows": rows}, {"test": "lead", "budget_share": 0.1, "rows": rows}],
+            "tests": [
+                {"test": "edit", "events": 2, "rows": rows},
+                {"test": "lead", "events": 2, "budget_share": 0.1, "rows": rows},
+            ],
             "event_scores": {"ham": [scores], "seasonal_naive": [scores]},
         }  # fmt: skip
 
