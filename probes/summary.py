@@ -95,11 +95,14 @@ def score_table(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _interval(group: Sequence[dict[str, Any]], skills: list[float]) -> tuple[float, float, str]:
-    """Over training seeds and sequences where the errors lie beside the documents."""
+    """Over training seeds and sequences where the errors lie beside the documents; else over seeds alone."""
     errors = [sequence_errors(content) for content in group] if group[0]["identity"]["tier"] != "T0" else [None]
     tables = [1.0 - part / c["floor"]["mse"] for part, c in zip(errors, group, strict=False) if part is not None]
     if len(tables) < len(group):
-        return math.nan, math.nan, "one_draw" if len(skills) == 1 else ""
+        if len(skills) == 1:
+            return math.nan, math.nan, "one_draw"
+        found = mean_interval(np.array(skills)[:, None], resamples=500)
+        return found.low, found.high, "seeds_alone"
     width = min(len(table) for table in tables)
     found = mean_interval(np.stack([table[:width] for table in tables]), resamples=500)
     return found.low, found.high, found.flag

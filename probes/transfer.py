@@ -188,7 +188,7 @@ def transfer_path(plan: TransferPlan, folder: str | Path) -> Path:
     """Where the document of a transfer lies."""
     rung = plan.test.partition("/")[2] or plan.test
     line = plan.router if plan.model == "ham" else plan.model
-    return Path(folder) / TRANSFER_FOLDER / rung / f"{line}__{plan.preset}__s{plan.seed}.json"
+    return Path(folder) / TRANSFER_FOLDER / rung / f"{line}__{plan.preset}__{plan.steps}__s{plan.seed}.json"
 
 
 def run_transfers(
@@ -303,22 +303,24 @@ def transfer_table(documents: Sequence[dict[str, Any]]) -> str:
 
     Intervals resample seeds, and of skill also sequences.
     """
-    groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, int, str, float], list[dict[str, Any]]] = {}
     for content in documents:
         plan = content["plan"]
         line = plan["router"] if plan.get("model", "ham") == "ham" else plan["model"]
         for row in content["scores"][plan["test"]]:
             # the first form of these documents held no errors of sequences
             if "errors" in row:
-                groups.setdefault((plan["test"], plan["preset"], line, row["budget"]), []).append(row)
-    lines = ["| tested on | preset | line | budget | skill | recall above chance | of each seed | seeds |"]
-    lines.append("| --- " * 8 + "|")
-    for (test, preset, line, budget), rows in sorted(groups.items()):
+                groups.setdefault((plan["test"], plan["preset"], plan["steps"], line, row["budget"]), []).append(row)
+    lines = ["| tested on | preset | steps | line | budget | skill | recall above chance | of each seed | seeds |"]
+    lines.append("| --- " * 9 + "|")
+    for (test, preset, steps, line, budget), rows in sorted(groups.items()):
         skill = _interval([_skills(row) for row in rows])
         kept = [row["recall_corrected"] for row in rows if "recall_corrected" in row]
         told = _interval([np.array([value]) for value in kept]) if kept else ""
         each = ", ".join(f"{value:.2f}" for value in kept)
-        lines.append(f"| {test} | {preset} | {line} | {budget:g} | {skill} | {told} | {each} | {len(rows)} |")
+        lines.append(
+            f"| {test} | {preset} | {steps:,} | {line} | {budget:g} | {skill} | {told} | {each} | {len(rows)} |"
+        )
     return "\n".join(lines)
 
 

@@ -86,8 +86,8 @@ def test_routers_side_by_side_are_written_once_and_told(tmp_path: Path) -> None:
     before = [path.stat().st_mtime_ns for path in paths]
     assert [path.stat().st_mtime_ns for path in run_transfers(plans, tmp_path)] == before
     rows = transfer_table(read_transfers(tmp_path)).splitlines()
-    assert [row.split(" | ")[2] for row in rows[2:]] == ["full", "learned"]
-    assert rows[3].startswith("| pbc/pbcD | smoke | learned | 1 | ") and rows[3].endswith(" | 2 |")
+    assert [row.split(" | ")[3] for row in rows[2:]] == ["full", "learned"]
+    assert rows[3].startswith("| pbc/pbcD | smoke | 3 | learned | 1 | ") and rows[3].endswith(" | 2 |")
     with pytest.raises(ValueError, match="differ in router, model and seed alone"):
         run_transfers([plans[0], TransferPlan(test="pbc/pbcS")], tmp_path)
     with pytest.raises(ValueError, match="'long' to train at"):
