@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hamts.tag_types import TagType
+
 __all__ = [
     "ALLOCATIONS", "AUXILIARY_TARGETS", "EVICTIONS", "MIXERS", "PRESETS", "ROUTERS", "THRESHOLDS", "MachineConfig",
     "MemoryConfig", "ModelConfig", "Preset", "TagType", "TrainConfig",
@@ -65,6 +67,9 @@ class ModelConfig:
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later.
         entry_bias, match_gain: at first, what is added to the logits of entries, and how sharply queries match keys.
+        read_reference: keys at which logits of the exact read are as they are; with more they are multiplied by
+            log(keys) / log(this), so that a long list does not drown what matches. 0: never.
+        rotary_share: of a head's width that turns with time; the rest matches content at any age.
         write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping
             makes the rule nonlinear: it then runs step by step.
     """
@@ -93,6 +98,8 @@ class ModelConfig:
     event_context: bool = False
     entry_bias: float = -4.0
     match_gain: float = 1.0
+    read_reference: int = 0
+    rotary_share: float = 0.5
     write_clip: float = 0.0
     mlp_ratio: float = 2.0
     dropout: float = 0.1
@@ -109,9 +116,13 @@ class ModelConfig:
         if not 1 <= self.cross_span_patches <= self.window_patches:
             wrong = f"{self.cross_span_patches} with window_patches={self.window_patches}"
             raise ValueError(f"cross_span_patches must lie in 1..window_patches. Got {wrong}.")
-        for name, nothing in (("state_width", "that of a head"), ("write_clip", "no limit")):
+        nothings = {"state_width": "that of a head", "write_clip": "no limit", "read_reference": "logits as they are"}
+        for name, nothing in nothings.items():
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 ({nothing}) or more. Got {getattr(self, name)}.")
+        if self.read_reference == 1 or not 0 <= self.rotary_share <= 1:
+            wrong = f"read_reference={self.read_reference}, rotary_share={self.rotary_share}"
+            raise ValueError(f"read_reference must not be 1, and rotary_share lie in [0, 1]. Got {wrong}.")
         unknown = [name for name in self.router_names if name not in ROUTERS]
         if unknown or not self.router_names:
             raise ValueError(f"Unknown router {self.router!r}. Available: {sorted(ROUTERS)}, joined by '+'.")
@@ -146,35 +157,6 @@ class ModelConfig:
     def from_dict(cls, content: dict[str, Any]) -> ModelConfig:
         tuples = {name: tuple(content[name]) for name in ("half_life_steps", "quantiles")}
         return cls(**{**content, **tuples})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TagType:
-    """What a tag of one event or action column asks for.
-
-    Attributes:
-        name: the column.
-        priority: where tags without a quota of their own share what is left, lower ones leave first.
-        quota: share of the must-keep entries reserved for this type, and the most it may hold; None: no quota of its
-            own.
-        before_patches: patches before the tag that are kept with it; they must still be in the window.
-        after_patches: patches after it: the effect of an action comes later.
-    """
-
-    name: str
-    priority: float = 1.0
-    quota: float | None = None
-    before_patches: int = 0
-    after_patches: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.priority > 0:
-            raise ValueError(f"priority must be above 0. Got {self.priority} for tag type {self.name!r}.")
-        if self.quota is not None and not 0 <= self.quota <= 1:
-            raise ValueError(f"quota must lie in [0, 1]. Got {self.quota} for tag type {self.name!r}.")
-        for name in ("before_patches", "after_patches"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more. Got {getattr(self, name)} for tag type {self.name!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

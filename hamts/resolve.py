@@ -25,7 +25,14 @@ __all__ = ["FitOptions", "Plan", "describe", "machine_config", "make_plan", "ris
 # options since format 1.0, by part of a plan, and what was done before they were there
 LATER_FIELDS: dict[str, dict[str, Any]] = {
     "machine": {"cuda_graphs": False},
-    "model": {"event_context": False, "entry_bias": -4.0, "match_gain": 1.0, "state_width": 0},
+    "model": {
+        "event_context": False,
+        "entry_bias": -4.0,
+        "match_gain": 1.0,
+        "state_width": 0,
+        "read_reference": 0,
+        "rotary_share": 0.5,
+    },
     "train": {"recall_share": 0.0},
 }
 

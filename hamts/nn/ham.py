@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from hamts.config import ModelConfig
 from hamts.nn.budget import ThresholdTable
 from hamts.nn.clipped import Clipped
+from hamts.nn.counts import sharpened
 from hamts.nn.decide import Decision, decide, prepared
 from hamts.nn.eviction import end_times
 from hamts.nn.heads import HeadNorm, Turn, angles, rotate, turned
@@ -61,12 +62,11 @@ class HAMLayer(nn.Module):
         # both branches share keys and values, unless the state has a width of its own
         self.shared = G == K
         self.window, self.cross_span = config.window_patches, config.cross_span_patches
-        self.write_clip = config.write_clip
+        self.write_clip, self.config = config.write_clip, config
         self.to_memory = nn.Linear(D, 3 * D if self.shared else 3 * H * G + 2 * D, bias=False)
         self.to_query = nn.Linear(D, D, bias=False)
         self.conv = nn.Parameter(torch.empty(3 * H * G, CONV_WIDTH))  # [3 H G, taps]
-        # decay, write gate, recurrent gate, scratchpad gate
-        self.to_gates = nn.Linear(D, 4 * H)
+        self.to_gates = nn.Linear(D, 4 * H)  # decay, write gate, recurrent gate, scratchpad gate
         self.to_output_gate = nn.Linear(D, D)
         self.to_output = nn.Linear(D, D, bias=False)
         self.decay_rate = nn.Parameter(torch.empty(H))  # [H] log of the decay per patch
@@ -194,7 +194,7 @@ class HAMLayer(nn.Module):
 
     def turn_of(self, position: torch.Tensor) -> Turn:
         """Angles by which the read's queries and keys turn with time, position [B, N]."""
-        return angles(position, self.head_width, self.conv.dtype)
+        return angles(position, self.head_width, self.conv.dtype, self.config.rotary_share)
 
     def _inputs(self, mixed: torch.Tensor, tokens: Tokens, memory: LayerMemory, turn: Turn) -> Inputs:
         """What both branches take of the projections, [B, C, N, 3 D] or [B, C, N, 3 H G + 2 D]."""
@@ -304,17 +304,17 @@ class HAMLayer(nn.Module):
             visible_until=until,
             marks=entries.marks,
         )
+        spans = {"window": self.window, "cross_span": self.cross_span}
         read = self.kernels.attend(
-            queries,
+            sharpened(queries, scratch, policy.readable, **spans, reference=self.config.read_reference),
             local_keys=local.keys,
             local_values=local.values,
             local_present=local.present,
             scratch=scratch,
             readable=policy.readable,
             channel_bias=self.channel_bias,
-            window=self.window,
-            cross_span=self.cross_span,
             local_marks=local.marks,
+            **spans,
         )
         return read, entries, until, visible_from
 

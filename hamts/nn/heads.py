@@ -16,17 +16,17 @@ __all__ = ["HeadNorm", "Turn", "angles", "rotate", "turned"]
 # cosine and sine of every pair's angle, 2 x [B, N, pairs]
 Turn = tuple[torch.Tensor, torch.Tensor]
 
-# half of a head's width turns with time, the other half matches content at any age
+# half of a head's width turns with time where nothing else is said, the other half matches content at any age
 ROTARY_SHARE = 0.5
 ROTARY_LONGEST_PATCHES = 4096.0
 
 
-def angles(position: torch.Tensor, head_width: int, kind: torch.dtype) -> Turn:
+def angles(position: torch.Tensor, head_width: int, kind: torch.dtype, share: float = ROTARY_SHARE) -> Turn:
     """Angles of true time, position [B, N] float64 in patches, for heads of this width, 2 x [B, N, pairs].
 
     They are taken in float64: at a million patches float32 would be off by several degrees.
     """
-    pairs = int(head_width * ROTARY_SHARE) // 2
+    pairs = int(head_width * share) // 2
     rates = torch.logspace(
         0, -math.log2(ROTARY_LONGEST_PATCHES / 4), pairs, base=2.0, dtype=torch.float64, device=position.device
     ) * (2 * math.pi / 4)  # [pairs]; periods from 4 patches to the longest
@@ -44,9 +44,9 @@ def turned(x: torch.Tensor, turn: Turn) -> torch.Tensor:
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], -1)
 
 
-def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, position: torch.Tensor, share: float = ROTARY_SHARE) -> torch.Tensor:
     """Rotary position on true time. x [B, N, C, H, K], position [B, N] float64 in patches -> [B, N, C, H, K]."""
-    return turned(x, angles(position, x.shape[-1], x.dtype))
+    return turned(x, angles(position, x.shape[-1], x.dtype, share))
 
 
 class HeadNorm(nn.Module):

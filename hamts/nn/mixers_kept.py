@@ -6,6 +6,8 @@ m tokens of a pool or block · G pools or blocks
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -197,8 +199,12 @@ class BlockSparseLayer(MixerLayer):
         bias = own[:, :, None] * self.exact.channel_bias[:, None]  # [B, C, H, J]
         entry = torch.cat([torch.zeros_like(channel), torch.ones_like(kept.channel)], 1)[:, None, None]  # [B, 1, 1, J]
         bias = bias + entry * self.exact.scratch_bias[:, None]  # [B, C, H, J]
-        logits = torch.einsum("bnchk,bjhk->bnchj", queries.to(kind), keys) + bias[:, None]  # [B, N, C, H, J]
         mask = torch.cat([near.flatten(3)[:, :, :, None].expand(-1, -1, -1, self.heads, -1), seen], -1)
+        if self.exact.read_reference:
+            # of the keys that are read, not of those that are there
+            read = mask.sum(-1, keepdim=True).clamp_min(1)  # [B, N, C, H, 1]
+            queries = queries * (read.log() / math.log(self.exact.read_reference)).to(queries.dtype)
+        logits = torch.einsum("bnchk,bjhk->bnchj", queries.to(kind), keys) + bias[:, None]  # [B, N, C, H, J]
         # a query that sees nothing gets 0, and no gradient that is not a number
         logits = logits.masked_fill(~mask & mask.any(-1, keepdim=True), -torch.inf)
         weight = torch.softmax(logits, -1) * mask  # [B, N, C, H, J]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hamts.config import ModelConfig
+from hamts.nn.counts import sharpened
 from hamts.nn.ham import CONV_WIDTH, FASTEST_TOKENS, MARKS, SLOWEST_TOKENS, HeadNorm, LayerTrace, rotate
 from hamts.nn.tokens import Policy, Tokens
 from hamts.ops.kernels import Kernels
@@ -233,6 +234,7 @@ class ExactBranch(nn.Module):
         self.heads, self.head_width = H, K
         self.window, self.rows = window, rows
         self.cross_span = min(config.cross_span_patches, window)
+        self.rotary_share, self.read_reference = config.rotary_share, config.read_reference
         self.to_query = nn.Linear(D, D, bias=False)
         self.query_norm, self.key_norm = HeadNorm(H, K, gain=config.match_gain), HeadNorm(H, K)
         self.from_marks = nn.Parameter(torch.zeros(H, 2, K))  # [H, 2, K]
@@ -270,7 +272,7 @@ class ExactBranch(nn.Module):
         keys, values = pair.unbind(3)  # 2 x [B, C, N, H, K]
         C = keys.shape[1]
         chunk = Recent(
-            keys=rotate(self.key_norm(keys).transpose(1, 2), tokens.position),
+            keys=rotate(self.key_norm(keys).transpose(1, 2), tokens.position, self.rotary_share),
             values=values.transpose(1, 2),
             marks=tokens.marks.transpose(1, 2),
             score=score.transpose(1, 2),
@@ -283,7 +285,7 @@ class ExactBranch(nn.Module):
         """Scaled and rotated queries, [B, N, C, H, K]."""
         B, C, N, _ = x.shape
         raw = self.to_query(x).reshape(B, C, N, self.heads, self.head_width).transpose(1, 2)  # [B, N, C, H, K]
-        return rotate(self.query_norm(raw), tokens.position) * self.head_width**-0.5
+        return rotate(self.query_norm(raw), tokens.position, self.rotary_share) * self.head_width**-0.5
 
     def forward(
         self,
@@ -306,17 +308,17 @@ class ExactBranch(nn.Module):
             marks=kept.marks,
         )
         local = {name: last_rows(getattr(rows, name), self.window + N) for name in ("keys", "values", "marks")}
+        spans = {"window": self.window, "cross_span": self.cross_span}
         return kernels.attend(
-            queries,
+            sharpened(queries, scratch, policy.readable, **spans, reference=self.read_reference),
             local_keys=local["keys"],
             local_values=local["values"],
             local_present=last_rows(rows.present, self.window + N),
             scratch=scratch,
             readable=policy.readable,
             channel_bias=self.channel_bias,
-            window=self.window,
-            cross_span=self.cross_span,
             local_marks=local["marks"],
+            **spans,
         )
 
     def leveled(self, output: torch.Tensor, marks: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
