@@ -1,7 +1,13 @@
-"""Pilot of the frontier: which protocol of training teaches full attention to recall an echo, at equal seconds.
+"""Pilot of the frontier: what makes recall that was learned in short histories hold in long ones.
 
-``python -m benchmarks.frontier_pilot --seconds 130 --folder out`` fits the variants side by side for so long, and says
-the loss at held-out echoes and elsewhere as it goes.
+``python -m benchmarks.frontier_pilot --workers 15 --folder out`` fits each variant for as many steps with a seed that
+no cell uses, and reads the histories of validation rows from their first row, as a cell reads those of the test rows.
+Rivals that attend are also read with the same weights in other ways, which tells apart what fails in a long history:
+
+    sharp    logits times log(keys) / log(512), though they were not trained so: undoes a diluted softmax, moves nothing
+    near     only the last 335 patches, those of ``window`` at a tenth: no long list, and no age beyond them
+
+``--table`` prints what is there. Losses are weighted quantile losses.
 """
 
 from __future__ import annotations
@@ -9,118 +15,193 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 
-from benchmarks import frontier
-from benchmarks.frontier_echoes import fresh_echoes
+from benchmarks.frontier_cell import SIZES, equal_bytes, fit, give_back, judged, point_of
+from benchmarks.frontier_claims import markdown
 from benchmarks.frontier_grid import MODELS
-from benchmarks.frontier_sets import SETS
+from benchmarks.frontier_sets import SETS, Carrier, load
 from benchmarks.side_by_side import Job, run_jobs
-from hamts.checks import VALIDATION_WARMUP_PATCHES, Run, validation_score
-from hamts.config import MachineConfig
-from hamts.data.frame import to_panel
-from hamts.fitting import train_panel
-from hamts.resolve import FitOptions, make_plan
+from hamts.config import ModelConfig
+from hamts.fitting import Trained
+from hamts.frontier import measure_points
 
-# streams and patches of a step
-SHORT = {"batch_windows": 64, "context_patches": 64, "prefix_patches": 1}
-MIDDLE = {**SHORT, "batch_windows": 32, "context_patches": 128}
-LONG = {**SHORT, "batch_windows": 16, "context_patches": 256}
-OPEN, SHARP = {"entry_bias": -1.0}, {"entry_bias": -1.0, "match_gain": 2.0}
-VARIANTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "epf-attention-64": ("epf", "attention", SHORT, {}),
-    "epf-attention-64-sharp": ("epf", "attention", SHORT, SHARP),
-    "epf-attention-64-sharp-apart": ("epf", "attention", SHORT, {**SHARP, "event_context": False}),
-    "epf-attention-128-sharp": ("epf", "attention", MIDDLE, SHARP),
-    "epf-attention-256-sharp": ("epf", "attention", LONG, SHARP),
-    "epf-recurrent-64": ("epf", "recurrent", SHORT, {}),
-    "epf-learned-64-sharp": ("epf", "learned", SHORT, SHARP),
-    "household-attention-64": ("household", "attention", SHORT, {}),
-    "household-attention-64-open": ("household", "attention", SHORT, OPEN),
-    "household-attention-64-sharp": ("household", "attention", SHORT, SHARP),
-    "household-attention-64-sharper": ("household", "attention", SHORT, {"entry_bias": 0.0, "match_gain": 3.0}),
-    "household-attention-128-sharp": ("household", "attention", MIDDLE, SHARP),
-    "household-recurrent-64": ("household", "recurrent", SHORT, {}),
-    "household-surprise-64-sharp": ("household", "surprise", SHORT, SHARP),
+RESULTS = Path(__file__).parent / "results" / "frontier" / "pilot3"
+SEED, RATE, TENTH, NEAR = 7, 3e-3, 0.1, 335
+STEPS = {"epf": 340, "household": 450}
+REFERENCE = 512
+LOG: dict[str, Any] = {"read_reference": REFERENCE}
+UNTURNED: dict[str, Any] = {"rotary_share": 0.0}
+LONG: dict[str, Any] = {"prefix_patches": 2048, "batch_windows": 16}
+PARTS = ("events", "day", "week", "month", "year", "all")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One fit: a model on a set, and what differs from the second registration."""
+
+    set: str
+    model: str
+    backbone: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def _variants() -> dict[str, Variant]:
+    plain: dict[str, Any] = {}
+    ways = {"as is": (plain, plain), "log": (LOG, plain), "long": (plain, LONG), "log, long": (LOG, LONG)}
+    # what takes longest begins first
+    asked = [("epf", "learned", "log, long"), ("epf", "learned", "long"), ("household", "learned", "log, long")]
+    asked += [(name, "attention", way) for name in ("household", "epf") for way in ("log, long", "long")]
+    asked += [("epf", "learned", "log"), ("epf", "learned", "as is")]
+    asked += [(name, "attention", way) for name in ("household", "epf") for way in ("log", "as is")]
+    asked += [("household", "recurrent", "as is"), ("epf", "recurrent", "as is"), ("epf", "recurrent", "long")]
+    asked += [("epf", "window", "log, long"), ("epf", "window", "as is")]
+    found = {f"{name}, {model}, {way}": Variant(name, model, *ways[way]) for name, model, way in asked}
+    found["epf, attention, unturned"] = Variant("epf", "attention", UNTURNED)
+    found["epf, attention, unturned, log"] = Variant("epf", "attention", {**UNTURNED, **LOG})
+    found["household, recurrent, long"] = Variant("household", "recurrent", plain, LONG)
+    return found
+
+
+VARIANTS = _variants()
+
+
+def before_test(carrier: Carrier) -> Carrier:
+    """The same without its test rows: those of validation are the last."""
+    rows = carrier.rows - carrier.test_rows
+    seen = carrier.frame.groupby("unique_id", sort=False).head(rows)
+    return replace(carrier, frame=seen, rows=rows, test_rows=carrier.test_rows // 2)
+
+
+def sharp(layer: Any) -> None:
+    layer.exact.read_reference = REFERENCE
+
+
+def near(layer: Any) -> None:
+    if hasattr(layer, "patches"):
+        layer.patches = NEAR
+
+
+READINGS: dict[str, tuple[Callable[[Any], None], ...]] = {
+    "sharp": (sharp,),
+    "near": (near,),
+    "near, sharp": (near, sharp),
 }
 
 
-def perform(task: tuple[str, float, int, Path, str]) -> str:
-    """Fit one variant for so many seconds."""
-    name, seconds, width, folder, accelerator = task
-    began = time.monotonic()
+def read_otherwise(trained: Trained, how: tuple[Callable[[Any], None], ...]) -> None:
+    """Change how the layers of a rival read; weights stay."""
+    for layer in trained.network.backbone.layers():
+        for change in how:
+            change(layer)
+
+
+def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
+    """Fit one variant, read, and write what came of it."""
+    name, folder, how, gpu_share = task
+    warnings.simplefilter("ignore")
     torch.set_float32_matmul_precision("high")
-    which, label, train, model = VARIANTS[name]
-    spec, carrier = SETS[which], frontier.load(which)
-    seen = carrier.frame.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
-    panel = to_panel(seen, **carrier.roles)
-    options = FitOptions(
-        h=spec.h, budget_bytes=frontier.NO_CAP, preset="small", **MODELS[label].options, patch_steps=spec.patch_steps,
-        val_size=carrier.test_rows // 2, max_steps=1 << 20, seed=0,
-        machine=MachineConfig(accelerator=accelerator, kernel="torch"),
+    give_back()
+    gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
+    if gpu and gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    variant, began = VARIANTS[name], time.monotonic()
+    spec, carrier, row = SETS[variant.set], load(variant.set), MODELS[variant.model]
+    size = how.get("size", "1M")
+    budget = equal_bytes(carrier, spec, TENTH, ModelConfig(**SIZES[size])) if row.sized else 1 << 40
+    time_limit = {"max_time_s": how["max_time_s"]} if "max_time_s" in how else {}
+    trained = fit(
+        carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
+        max_steps=how.get("max_steps", STEPS[variant.set]), accelerator=how.get("accelerator", "auto"),
+        backbone=variant.backbone, training={"checks": 1, **variant.training, **time_limit},
     )  # fmt: skip
-    plan = make_plan(panel, options)
-    plan = replace(
-        plan,
-        model=replace(plan.model, width=width, layers=2, heads=width // 32, **{**frontier.BACKBONE, **model}),
-        train=replace(plan.train, **{**frontier.TRAINING, "checks": 6, "patience": 99, "max_time_s": seconds, **train}),
-    )
-    tail = frontier.checked_tail(panel, plan, carrier, spec)
-    parts: dict[str, list[np.ndarray]] = {"regular": [], "day": [], "week": [], "month": [], "year": []}
-    for item, cuts in zip(panel.item_ids, tail.cutoffs, strict=True):
-        own = frontier.asked_of(carrier, item)
-        ages = {int(a) + 1: age for a, age in zip(own["asked"], own["age"], strict=True)}
-        for part, lists in parts.items():
-            lists.append(np.array([c for c in cuts if ages.get(int(c), "regular") == part], dtype=np.int64))
-    lines: list[dict[str, Any]] = []
-
-    def scored(run: Run) -> float:
-        both = {
-            part: validation_score(
-                run.checked, run.task.store, lists, horizon=spec.h, share=0.1, warmup=VALIDATION_WARMUP_PATCHES
-            )
-            for part, lists in parts.items()
-            if any(map(len, lists))
-        }
-        lines.append({"s": round(run.seconds, 1), **{k: round(v, 4) for k, v in both.items()}})
-        echoes = [both[part] for part in ("day", "week", "month") if part in both]
-        return float(np.mean(echoes))
-
-    Run._score = scored  # type: ignore[method-assign]
-    trained = train_panel(
-        panel, plan, tail=tail, verbose=False, progress=False, augment=fresh_echoes(carrier, spec, panel, 0)
-    )
-    for line, check in zip(lines, trained.report.history, strict=False):
-        line["step"], line["train"] = check["step"], round(check["train_loss"], 4)
+    fit_s = time.monotonic() - began
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    give_back(peak=False)
+    seen = before_test(carrier)
+    panel, windows, parts = judged(trained, seen, spec)
+    ham = "mixer" not in row.options
+    told: dict[str, Any] = {"timed": (), "device": "cuda" if gpu else "cpu", "seed": SEED}
+    if ham:
+        told |= {"shares": (0.0, 0.02, TENTH, 1.0), "memories": ("model", "random", "recency")}
+        told |= {"control_shares": (TENTH,)}
+    points = {"": measure_points(trained, panel, windows, **told)}
+    if variant.model == "attention" and "read_reference" not in variant.backbone:
+        for label, changes in READINGS.items():
+            fresh = replace(trained, network=trained.network)
+            before = [(layer.exact.read_reference, layer.patches) for layer in trained.network.backbone.layers()]
+            read_otherwise(fresh, changes)
+            points[label] = measure_points(fresh, panel, windows, **told)
+            for layer, (reference, patches) in zip(trained.network.backbone.layers(), before, strict=True):
+                layer.exact.read_reference, layer.patches = reference, patches
     said = {
-        "name": name, "steps": trained.report.steps, "fit_s": trained.report.seconds,
-        "s": round(time.monotonic() - began, 1), "lines": lines,
-        "count": {part: sum(map(len, lists)) for part, lists in parts.items()},
-        "peak": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0,
-        "reserved": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0,
+        "name": name, "set": variant.set, "model": variant.model, "backbone": variant.backbone,
+        "training": variant.training, "seed": SEED, "steps": trained.report.steps, "fit_s": round(fit_s, 1),
+        "s": round(time.monotonic() - began, 1), "peak_gib": peak, "validation": trained.report.best_score,
+        "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
+        "points": [
+            {"reading": label, **point_of(point, parts, TENTH if row.sized else None, rival=not ham)}
+            for label, read in points.items()
+            for point in read
+        ],
     }  # fmt: skip
-    (folder / f"{name}.json").write_text(json.dumps(said, indent=1))
-    return "\n".join(str(x) for x in ({k: v for k, v in said.items() if k != "lines"}, *lines))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name.replace(', ', '--').replace(' ', '-')}.json").write_text(json.dumps(said, indent=1) + "\n")
+    scores = [
+        f"{p['reading'] or p['memory']} {p['share']}: {p['parts']['events']['WQL']:.4f}/{p['parts']['all']['WQL']:.4f}"
+        for p in said["points"]
+    ]
+    return f"{said['s']} s, of them {fit_s:.0f} s of {said['steps']} steps, peak {peak}; " + ", ".join(scores)
+
+
+def table(folder: Path) -> str:
+    """Loss of every part, and inside events against ``recurrent`` of the same set as it is, in percent."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    base = {
+        one["set"]: one["points"][0]["parts"]["events"]["WQL"]
+        for one in found
+        if one["model"] == "recurrent" and not one["training"]
+    }
+    rows = []
+    for one in found:
+        for point in one["points"]:
+            label = [one["name"], point["reading"], "" if point["memory"] == "model" else point["memory"]]
+            share = point["share"] if one["model"] != "window" else None
+            events = point["parts"]["events"]["WQL"]
+            row = {"variant": ", ".join(filter(None, label)), "share": "" if share is None else share}
+            row |= {part: point["parts"][part]["WQL"] if part in point["parts"] else "" for part in PARTS}
+            against = f"{100 * (events / base[one['set']] - 1):+.1f}" if one["set"] in base else ""
+            rows.append({**row, "events, against recurrent": against, "attention": point["scratchpad_attention"]})
+    return markdown(pd.DataFrame(rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=130.0)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--workers", type=int, default=12)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--most-seconds", type=float, help="of a fit")
     parser.add_argument("--end-time", type=float, default=1e9)
+    parser.add_argument("--size", default="1M", choices=list(SIZES))
+    parser.add_argument("--max-steps", type=int)
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--folder", type=Path, default=Path("pilot"))
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
     told = parser.parse_args()
-    told.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(v, (v, told.seconds, told.width, told.folder, told.accelerator)) for v in told.variants]
-    run_jobs(jobs, perform, workers=told.workers, begin_within_s=1e9, end_within_s=told.end_time)
+    if not told.table:
+        how = {"size": told.size, "accelerator": told.accelerator, "max_time_s": told.most_seconds}
+        how = {name: value for name, value in {**how, "max_steps": told.max_steps}.items() if value is not None}
+        # long lists need more room than their share
+        room = {name: (1.6 if VARIANTS[name].training else 0.9) / told.workers for name in told.variants}
+        jobs = [Job(name, (name, told.folder, how, min(room[name], 1.0))) for name in told.variants]
+        run_jobs(jobs, perform, workers=told.workers, begin_within_s=told.end_time, end_within_s=told.end_time)
+    print(table(told.folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Jobs side by side as processes, each on one thread; one that fails is tried again, and costs no other.
+"""Jobs side by side as processes, each on one thread; one that finds no room is tried again, and costs no other.
 
 A GPU that mostly waits for kernels to be started is shared well by a dozen processes.
 """
@@ -19,6 +19,8 @@ __all__ = ["Job", "run_jobs"]
 MOST_TRIES = 3
 # of what a failing job says
 LAST_LINES = 8
+# what may pass: another process had the room
+NO_ROOM = ("out of memory", "its process died")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def _serve(connection: Connection, work: Callable[[Any], str]) -> None:
 def run_jobs(
     jobs: Iterable[Job], work: Callable[[Any], str], *, workers: int, begin_within_s: float, end_within_s: float
 ) -> list[str]:
-    """Do all that can be done; the names of jobs that failed, each time they were tried.
+    """Do all that can be done; the names of jobs that failed, and not for want of room alone.
 
     Args:
         work: a function of a module, given each payload in a process of its own; what it returns is printed.
@@ -139,7 +141,7 @@ class _Run:
             name = job.name
             if done:
                 self.unfinished.discard(name)
-            elif self.tries[name] + 1 >= MOST_TRIES:
+            elif self.tries[name] + 1 >= MOST_TRIES or not any(words in said for words in NO_ROOM):
                 self.failed.append(name)
             else:
                 # a device may have been full for a moment; others may wait for it

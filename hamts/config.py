@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hamts.tag_types import TagType
+from hamts.config_tags import TagType
 
 __all__ = [
     "ALLOCATIONS", "AUXILIARY_TARGETS", "EVICTIONS", "MIXERS", "PRESETS", "ROUTERS", "THRESHOLDS", "MachineConfig",

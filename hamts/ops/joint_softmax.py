@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["JointSoftmax"]
 
-# logits in the buffer at once: on a CPU they should stay in its second-level cache, elsewhere one group is best
+# logits in the buffer at once: on a CPU they should stay in its second-level cache, elsewhere few groups are best, but
+# a gradient holds four such buffers
 GROUP_LOGITS_CPU = 1 << 18
-GROUP_LOGITS = 1 << 28
+GROUP_LOGITS = 1 << 27
 
 
 class JointSoftmax(torch.autograd.Function):

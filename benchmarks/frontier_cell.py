@@ -1,0 +1,206 @@
+"""One cell of the frontier: a model fitted on a carrier, and judged under every budget.
+
+I items · X windows · T steps
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import hamts
+from benchmarks.frontier_echoes import fresh_echoes
+from benchmarks.frontier_grid import Cell, Model
+from benchmarks.frontier_sets import Carrier, Set
+from hamts.config import PRESETS, MachineConfig, ModelConfig
+from hamts.data.frame import to_panel
+from hamts.fitting import Trained, ValidationTail, train_panel, validation_tail
+from hamts.frontier import Point, measure_points, windows_at
+from hamts.nn.ham import HAMLayer
+from hamts.resolve import FitOptions, make_plan
+
+__all__ = [
+    "BACKBONE", "NO_CAP", "SIZES", "TRAINING", "asked_of", "blocks_of", "checked_tail", "entry_bytes", "equal_bytes",
+    "finite", "fit", "give_back", "judged", "measure", "point_of",
+]  # fmt: skip
+
+# presets, and two sizes of about so many weights
+SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESETS.items()} | {
+    "1M": {"width": 192, "layers": 2, "heads": 6},
+    "10M": {"width": 384, "layers": 4, "heads": 12},
+}
+# of every model here: tokens know the events of their patch, and the exact read starts open and sharp
+BACKBONE = {"event_context": True, "entry_bias": -1.0, "match_gain": 2.0}
+# of every fit here: each stream is read once, in one pass, and asked at most of the echoes of what it has seen
+TRAINING = {
+    "batch_windows": 32, "context_patches": 128, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
+    "recall_share": 0.7, "checks": 2, "patience": 4,
+}  # fmt: skip
+# validation forecasts of an item: at so many moments evenly apart, and at so many echoes
+REGULAR_CHECKS, ECHO_CHECKS = 8, 16
+BLOCKS = 20
+NO_CAP = 1 << 40
+
+
+def entry_bytes(config: ModelConfig) -> int:
+    """Bytes of one scratchpad entry of this shape."""
+    with torch.device("meta"):
+        return HAMLayer(config).empty_memory(1, 1, torch.zeros(1)).scratchpad.bytes_per_entry()
+
+
+def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) -> int:
+    """Bytes of the scratchpads of an item of which such a share of tokens was kept, in all layers.
+
+    Of tokens that a score may keep: those of event columns are not among them.
+    """
+    kept = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
+    tokens = carrier.rows // spec.patch_steps * sum(map(len, kept))
+    return int(share * tokens) * config.layers * entry_bytes(config)
+
+
+def fit(
+    carrier: Carrier, spec: Set, model: Model, *, rate: float, seed: int, budget: int, size: str = "small",
+    max_steps: int | None = None, accelerator: str = "auto", backbone: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> Trained:  # fmt: skip
+    """Fit on everything before the test rows; nothing is read afterwards. ``backbone``, ``training``: what a pilot
+    changes."""
+    seen = carrier.frame.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
+    panel = to_panel(seen, **carrier.roles)
+    options = FitOptions(
+        h=spec.h, budget_bytes=budget, preset=size if size in PRESETS else "small", **model.options,
+        patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2, max_steps=max_steps, learning_rate=rate,
+        seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
+    )  # fmt: skip
+    plan = make_plan(panel, options)
+    plan = replace(
+        plan,
+        model=replace(plan.model, **{**SIZES[size], **BACKBONE, **(backbone or {})}),
+        train=replace(plan.train, **{**TRAINING, **(training or {})}),
+    )
+    return train_panel(
+        panel, plan, tail=checked_tail(panel, plan, carrier, spec), verbose=False, progress=False,
+        augment=fresh_echoes(carrier, spec, panel, seed),
+    )  # fmt: skip
+
+
+def checked_tail(panel: Any, plan: Any, carrier: Carrier, spec: Set) -> ValidationTail:
+    """The validation rows, with forecasts at echoes among the moments that are checked."""
+    most = REGULAR_CHECKS * panel.n_items
+    tail = validation_tail(panel.lengths, h=plan.h, patch_steps=spec.patch_steps, val_size=plan.val_size, most=most)
+    cutoffs = []
+    for item, end, length, regular in zip(panel.item_ids, tail.ends, panel.lengths, tail.cutoffs, strict=True):
+        cuts = asked_of(carrier, item)["asked"].to_numpy(int) + 1
+        inside = cuts[(cuts >= end) & (cuts + spec.h <= length)]
+        chosen = inside[np.linspace(0, len(inside) - 1, min(ECHO_CHECKS, len(inside))).round().astype(int)]
+        cutoffs.append(np.unique(np.concatenate([regular, chosen])))
+    return replace(tail, cutoffs=cutoffs)
+
+
+def asked_of(carrier: Carrier, item: Any) -> pd.DataFrame:
+    """The echoes of an item, or the moments that its labels name; of a carrier without either none."""
+    if carrier.events.empty:
+        return pd.DataFrame({"asked": [], "age": []})
+    return carrier.events[carrier.events["unique_id"] == item]
+
+
+def judged(trained: Trained, carrier: Carrier, spec: Set) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """Panel, test windows, and which of them each part holds, [X] bool: all that are regular, and those at events."""
+    panel = to_panel(carrier.frame, schema=trained.panel.schema)
+    regular = np.arange(carrier.rows - carrier.test_rows, carrier.rows - spec.h + 1, spec.stride)
+    asked: list[dict[str, np.ndarray]] = []
+    for item in panel.item_ids:
+        own = asked_of(carrier, item)
+        # the step of the event itself has been seen, what follows it has not
+        cuts = own["asked"].to_numpy(int) + 1
+        inside = (cuts >= carrier.rows - carrier.test_rows) & (cuts + spec.h <= carrier.rows)
+        asked.append({age: cuts[inside & (own["age"] == age).to_numpy()] for age in own["age"].unique()})
+    windows = windows_at(panel, spec.h, [np.concatenate([regular, *one.values()]) for one in asked])
+    parts = {"all": np.isin(windows.cuts, regular)}
+    for age in dict.fromkeys(age for one in asked for age in one):
+        parts[age] = np.array(
+            [cut in asked[item].get(age, ()) for item, cut in zip(windows.items, windows.cuts, strict=True)]
+        )
+    parts["events"] = np.logical_or.reduce([part for name, part in parts.items() if name != "all"] or [~parts["all"]])
+    return panel, windows, {name: part for name, part in parts.items() if part.any()}
+
+
+def blocks_of(point: Point, windows: np.ndarray) -> dict[str, list[float]]:
+    """Loss and size of neighbouring windows of one part, in at most so many blocks: what intervals are drawn from."""
+    rows = np.flatnonzero(windows[point.losses.rows])
+    groups = np.array_split(rows, min(BLOCKS, len(np.unique(point.losses.rows[rows]))))
+    return {
+        name: [round(float(np.nansum(getattr(point.losses, name)[group])), 6) for group in groups]
+        for name in ("quantile", "size")
+    }
+
+
+def measure(
+    cell: Cell, row: Model, *, rate: float, carrier: Carrier, spec: Set, budget: int, size: str, **how: Any
+) -> dict[str, Any]:
+    """Fit one model and score it under every budget."""
+    seed, share = cell.seed, cell.share
+    began = time.perf_counter()
+    gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
+    trained = fit(carrier, spec, row, rate=rate, seed=seed, budget=budget, size=size, **how)
+    fit_s = time.perf_counter() - began
+    give_back(peak=False)
+    panel, windows, parts = judged(trained, carrier, spec)
+    points = measure_points(
+        trained, panel, windows, shares=row.shares, memories=("model", *row.controls),
+        control_shares=row.control_shares, seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
+    )  # fmt: skip
+    return {
+        "set": cell.set, "model": cell.model, "size": size, "seed": seed, "rate": rate, "equal_to_share": share,
+        "budget_bytes": budget,
+        "fit_s": round(fit_s, 1), "steps": trained.report.steps, "validation": finite(trained.report.best_score),
+        "best_step": trained.report.best_step,
+        "weights": sum(p.numel() for p in trained.network.parameters()), "patch_steps": spec.patch_steps,
+        "tokens_of_an_item": carrier.rows // spec.patch_steps * len(panel.schema.channels),
+        "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
+        "versions": {"hamts": hamts.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "s": round(time.perf_counter() - began, 1),
+        "points": [point_of(point, parts, share, rival="mixer" in row.options) for point in points],
+    }  # fmt: skip
+
+
+def point_of(point: Point, parts: dict[str, np.ndarray], share: float | None, *, rival: bool) -> dict[str, Any]:
+    """One budget of one memory, with a score for each part of the windows; a rival without a choice has no share."""
+    names = ("usage_share", "bytes", "scratchpad_bytes", "scratchpad_attention", "ms_per_step", "ms_per_forecast")
+    return {
+        "memory": point.memory,
+        "share": share if rival else point.budget_share,
+        **{name: finite(getattr(point, name)) for name in names},
+        "parts": {
+            part: {
+                "WQL": finite(point.losses.wql(chosen[point.losses.rows])),
+                "MASE": finite(point.losses.mase(chosen[point.losses.rows])),
+                **blocks_of(point, chosen),
+            }
+            for part, chosen in parts.items()
+        },
+    }
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def give_back(*, peak: bool = True) -> None:
+    """Memory of a GPU that others need; and the count of it starts anew."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        if peak:
+            torch.cuda.reset_peak_memory_stats()
