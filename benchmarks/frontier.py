@@ -87,7 +87,7 @@ class Task:
     folder: Path
     how: dict[str, Any]
     rate: float | None = None  # of a trial
-    gpu_share: float = 1.0  # of its memory, where several processes use it: what waits in caches is others' room
+    alone: bool = True  # else it takes its share of a GPU's memory: what waits in caches is others' room
     load_set: Callable[[str], Carrier] | None = None  # None: ``load``
     specs: dict[str, Set] = field(default_factory=lambda: SETS)
     models: dict[str, Model] = field(default_factory=lambda: MODELS)
@@ -109,11 +109,19 @@ def loaded(name: str) -> Carrier:
 
 def perform(task: Task) -> str:
     """Do one task and write what came of it; what there is to say about it."""
+    try:
+        return _perform(task)
+    finally:
+        # a process that waits holds nothing
+        give_back()
+
+
+def _perform(task: Task) -> str:
     warnings.simplefilter("ignore")
     give_back()
     torch.set_float32_matmul_precision("high")
-    if torch.cuda.is_available() and task.gpu_share < 1:
-        torch.cuda.set_per_process_memory_fraction(task.gpu_share)
+    if torch.cuda.is_available() and not task.alone:
+        torch.cuda.set_per_process_memory_fraction(USED_GPU * task.cell.room)
     cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]
     carrier = (task.load_set or loaded)(cell.set)
     how = dict(task.how)
@@ -142,12 +150,12 @@ def perform(task: Task) -> str:
 
 
 def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> list[Job]:
-    """What is missing, with what it waits for; what others wait for comes first."""
+    """What is missing, in the order of the cells, with what it waits for before it."""
     jobs: dict[str, Job] = {}
 
     def needed(one: Task, needs: list[str]) -> str:
         if one.path.name not in jobs and (again or not one.path.exists()):
-            jobs[one.path.name] = Job(one.path.name, one, tuple(needs))
+            jobs[one.path.name] = Job(one.path.name, one, tuple(needs), one.cell.room)
         return one.path.name
 
     def add(cell: Cell) -> str:
@@ -159,11 +167,9 @@ def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> lis
         trials = [] if own.how.get("rate") else [needed(task(cell=trial_of(cell), rate=rate), []) for rate in RATES]
         return needed(own, trials + reference)
 
-    for cell in sorted(cells, key=lambda cell: cell.model != REFERENCE):
+    for cell in cells:
         add(cell)
-    order = {name: place for place, name in enumerate(jobs)}
-    waited_for = {need for job in jobs.values() for need in job.needs}
-    return sorted(jobs.values(), key=lambda job: (job.name not in waited_for, order[job.name]))
+    return list(jobs.values())
 
 
 def run(
@@ -172,8 +178,7 @@ def run(
 ) -> None:  # fmt: skip
     """Measure what is missing, until the time is up: here, or side by side in processes of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    share = USED_GPU / workers if workers > 1 else 1.0
-    jobs = jobs_of(cells, functools.partial(Task, folder=folder, gpu_share=share, **told), again=again)
+    jobs = jobs_of(cells, functools.partial(Task, folder=folder, alone=workers == 1, **told), again=again)
     print(f"{len(jobs)} jobs", flush=True)
     if workers > 1:
         run_jobs(jobs, perform, workers=workers, begin_within_s=most_s, end_within_s=end_s)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, REFERENCE, SEEDS, grid
+from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, REFERENCE, SEEDS, TENTH, grid
 from benchmarks.frontier_sets import SETS
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 DRAWS, MARGIN = 2000, 0.02
 # memories are of the same size up to this share
 SAME_SIZE = 0.1
-SHOWN, TENTH = (0.0, 0.02, 0.1, 1.0), 0.1
+SHOWN = (0.0, 0.02, TENTH, 1.0)
 ROUTERS = [label for label, model in MODELS.items() if model.controls]
 
 

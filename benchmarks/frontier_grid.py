@@ -8,16 +8,19 @@ from typing import Any
 from benchmarks.frontier_sets import SETS
 from hamts.config import MIXERS
 
-__all__ = ["CONTROLS", "CONTROL_SHARES", "MODELS", "REFERENCE", "SEEDS", "SHARES", "Cell", "Model", "grid"]
+__all__ = ["CONTROL", "CONTROLS", "CONTROL_SHARES", "MODELS", "REFERENCE", "SEEDS", "SHARES", "Cell", "Model", "grid"]
 
-SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 1.0)
-CONTROL_SHARES = (0.02, 0.1)
+SHARES = (0.0, 0.02, 0.1, 1.0)
+TENTH = 0.1
+CONTROL_SHARES = (0.02, TENTH)
 CONTROLS = ("shuffled", "random", "recency")
 SEEDS = (0, 1, 2)
 # whose bytes at a share the rivals get
 REFERENCE = "learned"
-# what the claims rest on, and what else is in the core
-CLAIMED = ("surprise", "learned-token", "recurrent_wide", "neighbours")
+# everything kept against nothing kept: where the first is no better, nothing is learned of what is kept
+CONTROL = ("attention", "recurrent")
+# share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit
+ROOM, LARGE_ROOM, LARGE = 1 / 15, 1 / 8, ("recurrent_wide", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,27 @@ class Cell:
     share: float | None = None
 
     @property
+    def room(self) -> float:
+        """Share of a GPU's memory that it needs."""
+        return LARGE_ROOM if self.model in LARGE else ROOM
+
+    @property
     def name(self) -> str:
         size = "" if self.share is None else f"@{100 * self.share:g}"
         return f"{self.set}--{self.model}{size}--seed{self.seed}"
 
 
 def _place(cell: Cell) -> tuple[Any, ...]:
-    """The reference, which rivals wait for; all of the first seed; what the claims rest on; the rest."""
-    if cell.model == REFERENCE:
+    """The positive control with all its seeds; then seed by seed the reference, which rivals wait for, and what takes
+    longest."""
+    if cell.model in CONTROL:
         return (0, cell.seed)
-    claimed = cell.model in CLAIMED
-    stage = 1 if cell.seed == 0 else 2 if claimed else 3
-    # what takes longest begins first, rivals of the smaller size come last
-    return (stage, cell.share is not None, not claimed, cell.share == CONTROL_SHARES[0], cell.seed)
+    router = MODELS[cell.model].controls != ()
+    return (1 + cell.seed, cell.model != REFERENCE, not router, cell.model not in LARGE, cell.share != TENTH)
 
 
 def grid(*, core: bool) -> list[Cell]:
-    """The mandatory core first, then the rest; what claims need most comes first, with all of its seeds and sets."""
+    """The positive control and the mandatory core first, then the rest."""
     cells = [
         Cell(name, label, seed, share)
         for label, model in MODELS.items()
@@ -93,6 +100,6 @@ def grid(*, core: bool) -> list[Cell]:
         for seed in SEEDS
         for name in SETS
     ]
-    inner = [cell for cell in cells if SETS[cell.set].core and MODELS[cell.model].core]
+    inner = [cell for cell in cells if SETS[cell.set].core and (MODELS[cell.model].core or cell.model in CONTROL)]
     inner.sort(key=_place)
     return inner if core else inner + [cell for cell in cells if cell not in inner]

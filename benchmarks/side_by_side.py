@@ -25,11 +25,15 @@ NO_ROOM = ("out of memory", "its process died")
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do, and the jobs that must be done before; what is not in the list counts as done."""
+    """Something to do, and the jobs that must be done before; what is not in the list counts as done.
+
+    ``room`` is the share of a device's memory that it needs: what runs at once needs 1 at most.
+    """
 
     name: str
     payload: Any
     needs: tuple[str, ...] = ()
+    room: float = 0.0
 
 
 @dataclass
@@ -109,6 +113,9 @@ class _Run:
     def hand_out(self) -> None:
         """Give jobs whose needs are met to idle processes, in their order."""
         for job in [job for job in self.waiting if not set(job.needs) & self.unfinished]:
+            taken = sum(worker.job.room for worker in self.pool if worker.job is not None)
+            if taken + job.room > 1 + 1e-9:
+                continue
             free = next((worker for worker in self.pool if worker.job is None), None)
             if free is None and len(self.pool) < self.workers:
                 self.pool.append(free := self._start())

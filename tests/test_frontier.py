@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -416,7 +417,17 @@ def double(payload: int) -> str:
     return str(2 * payload)
 
 
-def test_a_job_that_fails_costs_those_that_need_it_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+def alone(payload: str) -> str:
+    """Fails where another process has made the same folder and not yet removed it."""
+    os.mkdir(payload)
+    time.sleep(0.05)
+    os.rmdir(payload)
+    return "done"
+
+
+def test_a_job_that_fails_costs_those_that_need_it_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from benchmarks.side_by_side import Job, run_jobs
 
     jobs = [
@@ -427,6 +438,11 @@ def test_a_job_that_fails_costs_those_that_need_it_and_no_other(capsys: pytest.C
     assert sorted(failed) == ["bad", "dead", "never"]
     assert "bad luck" in said and "dead: its process died" in said
     assert said.index("first: 2") < said.index("last: 6")
+    # what cannot pass is not tried again
+    assert said.count("bad: Traceback") == 1 and said.count("dead: its process died") == 3
+    # what has no room beside others waits for them
+    crowd = [Job(f"crowd {n}", str(tmp_path / "taken"), room=0.6) for n in range(3)]
+    assert run_jobs(crowd, alone, workers=3, begin_within_s=60.0, end_within_s=60.0) == []
     assert run_jobs([Job("late", 1)], double, workers=1, begin_within_s=-1.0, end_within_s=60.0) == []
     assert "1 jobs were not begun" in capsys.readouterr().out
 

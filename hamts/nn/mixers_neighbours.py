@@ -23,6 +23,9 @@ __all__ = ["NeighbourMemory", "NeighboursLayer", "follow_neighbours"]
 # a patch counts as known if half of it was observed
 KNOWN_SHARE = 0.5
 DISTANCE_STEP = 1e-4
+# distances held at once, and where they are further than any
+MOST_DISTANCES = 1 << 25
+BEYOND = 1 << 44
 
 
 @dataclass(frozen=True)
@@ -50,49 +53,95 @@ def follow_neighbours(
     Returns:
         Two patches, [B, C, N, 2, P], 0 where unknown, and how much of the weight observed each step, the same shape.
     """
-    B, C, total, P = values.shape
+    B, C, total, _ = values.shape
     N = total - stored
     known = observed.to(values.dtype).mean(-1) >= KNOWN_SHARE  # [B, C, L]
     index = torch.arange(total, device=values.device)  # [L]
+    past = _Past(
+        values=values,
+        observed=observed,
+        known=known,
+        stretches=F.pad(values * observed, (0, 0, stretch - 1, 0)).unfold(2, stretch, 1).flatten(3),
+        there=F.pad(observed, (0, 0, stretch - 1, 0)).unfold(2, stretch, 1).flatten(3).to(values.dtype),
+    )
     anchor = torch.where(known, index, -1).cummax(2).values[:, :, stored:]  # [B, C, N]
-    padded = F.pad(values * observed, (0, 0, stretch - 1, 0)).unfold(2, stretch, 1).flatten(3)  # [B, C, L, I]
-    there = F.pad(observed, (0, 0, stretch - 1, 0)).unfold(2, stretch, 1).flatten(3).to(values.dtype)  # [B, C, L, I]
-    at = anchor.clamp_min(0)[..., None].expand(-1, -1, -1, padded.shape[3])  # [B, C, N, I]
-    ask, asked = padded.gather(2, at), there.gather(2, at)  # 2 x [B, C, N, I]
-    overlap = asked @ there.mT  # [B, C, N, L] steps observed in both
-    apart = ask.square() @ there.mT + asked @ padded.square().mT - 2 * (ask @ padded.mT)  # [B, C, N, L]
-    distance = apart.clamp_min(0) / overlap.clamp_min(1)  # [B, C, N, L]
-    # a constant channel has many neighbours at the same distance: rounding must not choose among them
-    distance = (distance / DISTANCE_STEP).round() * DISTANCE_STEP
-    oldest = index[stored:] - stored + 1  # [N] first patch that is still stored at each query
-    usable = known[:, :, None] & (index < anchor[..., None]) & (overlap > 0)  # [B, C, N, L]
-    inside = (index - stretch + 1 >= oldest[:, None]) & (anchor[..., None] - stretch + 1 >= oldest[:, None])
-    distance = distance.masked_fill(~(usable & inside), torch.inf)
-    near, place = _nearest(distance, min(neighbours, total))
-    found = near < torch.inf
-    # infinity times a gradient of nothing is not a number
-    near = torch.where(found, near, 0.0)  # [B, C, N, n]
-    weight = torch.softmax(torch.where(found, -sharpness * near, -1e4), -1) * found  # [B, C, N, n]
-    gap = index[stored:] - anchor  # [B, C, N]
-    parts, shares = [], []
-    for ahead in (0, 1):
-        target = place + gap[..., None] + ahead  # [B, C, N, n]
-        # what lies after the last known patch is not known of a neighbour either
-        valid = target <= anchor[..., None]
-        flat = target.clamp_max(total - 1).flatten(2)[..., None].expand(-1, -1, -1, P)  # [B, C, N n, P]
-        seen = observed.gather(2, flat).unflatten(2, (N, -1)) & valid[..., None]  # [B, C, N, n, P]
-        share = weight[..., None] * seen  # [B, C, N, n, P]
-        total_share = share.sum(3)  # [B, C, N, P]
-        parts.append((share * values.gather(2, flat).unflatten(2, (N, -1))).sum(3) / total_share.clamp_min(1e-6))
-        shares.append(total_share)
-    return torch.stack(parts, 3), torch.stack(shares, 3)
+    # patches that are still stored at each query
+    oldest = index[stored:] - stored + 1  # [N]
+    size = max(1, MOST_DISTANCES // (B * C * total))
+    parts = []
+    for low in range(0, N, size):
+        part = slice(low, low + size)
+        near, place = past.nearest(anchor[:, :, part], oldest[part], stretch, neighbours)
+        gap = index[stored:][part] - anchor[:, :, part]  # [B, C, n]
+        parts.append(past.following(near, place, anchor[:, :, part], gap, sharpness))
+    patches, shares = zip(*parts, strict=True)
+    return torch.cat(patches, 2), torch.cat(shares, 2)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """Stored and new patches, and the stretches that end at each of them; n queries, k neighbours."""
+
+    values: torch.Tensor  # [B, C, L, P]
+    observed: torch.Tensor  # [B, C, L, P] bool
+    known: torch.Tensor  # [B, C, L]
+    stretches: torch.Tensor  # [B, C, L, I]
+    there: torch.Tensor  # [B, C, L, I] 1 where observed
+
+    def nearest(
+        self, anchor: torch.Tensor, oldest: torch.Tensor, stretch: int, neighbours: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances and last patches of the nearest stretches, [B, C, n, k] each.
+
+        Args:
+            anchor: last known patch at each query, [B, C, n].
+            oldest: first patch that is still stored, [n].
+        """
+        index = torch.arange(self.known.shape[2], device=anchor.device)  # [L]
+        at = anchor.clamp_min(0)[..., None].expand(-1, -1, -1, self.stretches.shape[3])  # [B, C, n, I]
+        ask, asked = self.stretches.gather(2, at), self.there.gather(2, at)  # 2 x [B, C, n, I]
+        overlap = asked @ self.there.mT  # [B, C, n, L] steps observed in both
+        apart = ask.square() @ self.there.mT + asked @ self.stretches.square().mT
+        apart = apart - 2 * (ask @ self.stretches.mT)  # [B, C, n, L]
+        distance = apart.clamp_min(0) / overlap.clamp_min(1)  # [B, C, n, L]
+        # a constant channel has many neighbours at the same distance: rounding must not choose among them
+        distance = (distance / DISTANCE_STEP).round() * DISTANCE_STEP
+        usable = self.known[:, :, None] & (index < anchor[..., None]) & (overlap > 0)  # [B, C, n, L]
+        inside = (index - stretch + 1 >= oldest[:, None]) & (anchor[..., None] - stretch + 1 >= oldest[:, None])
+        return _nearest(distance.masked_fill(~(usable & inside), torch.inf), min(neighbours, len(index)))
+
+    def following(
+        self, near: torch.Tensor, place: torch.Tensor, anchor: torch.Tensor, gap: torch.Tensor, sharpness: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What followed the nearest stretches, [B, C, n, 2, P], and how much of the weight observed it."""
+        n, total, P = gap.shape[2], *self.values.shape[2:]
+        found = near < torch.inf
+        # infinity times a gradient of nothing is not a number
+        near = torch.where(found, near, 0.0)  # [B, C, n, k]
+        weight = torch.softmax(torch.where(found, -sharpness * near, -1e4), -1) * found  # [B, C, n, k]
+        parts, shares = [], []
+        for ahead in (0, 1):
+            target = place + gap[..., None] + ahead  # [B, C, n, k]
+            # what lies after the last known patch is not known of a neighbour either
+            valid = target <= anchor[..., None]
+            flat = target.clamp_max(total - 1).flatten(2)[..., None].expand(-1, -1, -1, P)  # [B, C, n k, P]
+            seen = self.observed.gather(2, flat).unflatten(2, (n, -1)) & valid[..., None]  # [B, C, n, k, P]
+            share = weight[..., None] * seen  # [B, C, n, k, P]
+            total_share = share.sum(3)  # [B, C, n, P]
+            there = (share * self.values.gather(2, flat).unflatten(2, (n, -1))).sum(3)  # [B, C, n, P]
+            parts.append(there / total_share.clamp_min(1e-6))
+            shares.append(total_share)
+        return torch.stack(parts, 3), torch.stack(shares, 3)
 
 
 def _nearest(distance: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest of the last dimension and their places, [..., count] each; of equal ones the newest."""
-    ordered = torch.sort(distance.flip(-1), dim=-1, stable=True)
-    last = distance.shape[-1] - 1
-    return ordered.values[..., :count], last - ordered.indices[..., :count]
+    total = distance.shape[-1]
+    # one number tells distance and, where it is the same, age: a stable order of all would take far longer
+    steps = torch.where(distance < torch.inf, (distance / DISTANCE_STEP).clamp_max(BEYOND), BEYOND).round().long()
+    age = total - 1 - torch.arange(total, device=distance.device)
+    chosen = torch.topk(steps * total + age, count, largest=False, sorted=True).indices
+    return distance.gather(-1, chosen), chosen
 
 
 class NeighboursLayer(MixerLayer):
