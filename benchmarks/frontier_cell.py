@@ -18,10 +18,12 @@ import torch
 
 import hamts
 from benchmarks.frontier_echoes import fresh_echoes
-from benchmarks.frontier_grid import Cell, Model
+from benchmarks.frontier_grid import TENTH, Cell, Model
 from benchmarks.frontier_sets import Carrier, Set
+from hamts.checks import calibrate_thresholds
 from hamts.config import PRESETS, MachineConfig, ModelConfig
 from hamts.data.frame import to_panel
+from hamts.data.patches import build_store
 from hamts.fitting import Trained, ValidationTail, train_panel, validation_tail
 from hamts.frontier import Point, measure_points, windows_at
 from hamts.nn.ham import HAMLayer
@@ -86,10 +88,22 @@ def fit(
         model=replace(plan.model, **{**SIZES[size], **BACKBONE, **(backbone or {})}),
         train=replace(plan.train, **{**TRAINING, **(training or {})}),
     )
-    return train_panel(
-        panel, plan, tail=checked_tail(panel, plan, carrier, spec), verbose=False, progress=False,
-        augment=fresh_echoes(carrier, spec, panel, seed),
-    )  # fmt: skip
+    tail = checked_tail(panel, plan, carrier, spec)
+    trained = train_panel(
+        panel, plan, tail=tail, verbose=False, progress=False, augment=fresh_echoes(carrier, spec, panel, seed)
+    )
+    if "mixer" not in model.options:
+        calibrate(trained, tail.ends, gpu=torch.cuda.is_available() and accelerator != "cpu")
+    return trained
+
+
+def calibrate(trained: Trained, ends: np.ndarray, *, gpu: bool) -> None:
+    """Set thresholds from whole histories, as long as those judged: routers then take about the bytes asked for."""
+    network, plan = trained.network, trained.plan
+    store = build_store(trained.panel, patch_steps=plan.model.patch_steps, extra_steps=0, time_unit=plan.time_unit)
+    network.to("cuda" if gpu else "cpu")
+    calibrate_thresholds(network, store, ends, share=TENTH, patches=int(store.row_count.max()))
+    network.cpu()
 
 
 def checked_tail(panel: Any, plan: Any, carrier: Carrier, spec: Set) -> ValidationTail:

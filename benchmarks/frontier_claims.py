@@ -178,16 +178,14 @@ def answers(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
     cores = [name for name, spec in SETS.items() if spec.core]
     lines = lines_of(cells)
     asked: dict[str, list[tuple[float, str, tuple[str, str]]]] = {"a": [], "b": [], "c": []}
-    best: dict[tuple[str, float], str] = {}
     for name in cores:
         for share in CONTROL_SHARES:
-            own = lines[(lines["set"] == name) & (lines["share"] == share) & (lines["part"] == part)]
-            own = own[(own["memory"] == "model") & own["model"].isin(ROUTERS)].sort_values("WQL")
-            # one seed that went well is not the best router
-            own = own[own["seeds"] == own["seeds"].max()]
-            best[name, share] = str(own["model"].iloc[0]) if len(own) else REFERENCE
-            asked["a"] += [(share, name, (best[name, share], control)) for control in ("shuffled", "random")]
-            asked["b"] += [(share, name, (best[name, share], rival)) for rival in ("recurrent_wide", "neighbours")]
+            here = lines[(lines["set"] == name) & (lines["share"] == share) & (lines["part"] == part)]
+            best = best_router(here)
+            asked["a"] += [(share, name, (best, control)) for control in ("shuffled", "random")]
+            for rival in ("recurrent_wide", "neighbours"):
+                size = here.loc[here["model"] == rival, "bytes"]
+                asked["b"].append((share, name, (best_router(here, None if size.empty else size.iloc[0]), rival)))
             asked["c"].append((share, name, ("learned", "learned-token")))
     rows = []
     for claim, comparisons in asked.items():
@@ -202,6 +200,16 @@ def answers(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
             texts.append(f"{name} {share:g}: {one} against {other}{apart}, {word}")
         rows.append({"claim": claim, "part": part, "verdict": judged(claim, said, cores), "seen": "; ".join(texts)})
     return pd.DataFrame(rows)
+
+
+def best_router(here: pd.DataFrame, size: float | None = None) -> str:
+    """The router with the lowest score of those with as many seeds as any, and of about so many bytes where some are:
+    one seed that went well is not the best router, nor is one that takes more than its rival."""
+    own = here[(here["memory"] == "model") & here["model"].isin(ROUTERS)].sort_values("WQL")
+    own = own[own["seeds"] == own["seeds"].max()]
+    if size is not None and len(alike := own[(own["bytes"] / size - 1).abs() <= SAME_SIZE]):
+        own = alike
+    return str(own["model"].iloc[0]) if len(own) else REFERENCE
 
 
 def judged(claim: str, said: dict[tuple[float, str], list[str]], sets: list[str]) -> str:
