@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--size", default="1M", choices=list(SIZES))
-    parser.add_argument("--max-steps", type=int, help="optimiser steps; default as the fit chooses")
+    parser.add_argument("--max-steps", type=int, help="optimiser steps; default those of the set")
     parser.add_argument("--rate", type=float, help="learning rate; default the better one of trials")
     parser.add_argument("--trial-steps", type=int, help="of a trial of a learning rate; default as many")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side, of one thread each")

@@ -79,8 +79,8 @@ def fit(
     panel = to_panel(seen, **carrier.roles)
     options = FitOptions(
         h=spec.h, budget_bytes=budget, preset=size if size in PRESETS else "small", **model.options,
-        patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2, max_steps=max_steps, learning_rate=rate,
-        seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
+        patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2, max_steps=max_steps or spec.steps,
+        learning_rate=rate, seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
     )  # fmt: skip
     plan = make_plan(panel, options)
     plan = replace(

@@ -35,7 +35,6 @@ from hamts.frontier import measure_points
 
 RESULTS = Path(__file__).parent / "results" / "frontier" / "pilot3"
 SEED, RATE, TENTH, NEAR = 7, 3e-3, 0.1, 335
-STEPS = {"epf": 340, "household": 450}
 REFERENCE = 512
 LOG: dict[str, Any] = {"read_reference": REFERENCE}
 UNTURNED: dict[str, Any] = {"rotary_share": 0.0}
@@ -119,7 +118,7 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
     time_limit = {"max_time_s": how["max_time_s"]} if "max_time_s" in how else {}
     trained = fit(
         carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
-        max_steps=how.get("max_steps", STEPS[variant.set]), accelerator=how.get("accelerator", "auto"),
+        max_steps=how.get("max_steps"), accelerator=how.get("accelerator", "auto"),
         backbone=variant.backbone, training={"checks": 1, **variant.training, **time_limit},
     )  # fmt: skip
     fit_s = time.monotonic() - began

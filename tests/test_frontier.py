@@ -292,6 +292,18 @@ def test_a_claim_is_supported_refuted_or_open_as_registered() -> None:
     assert judged("a", few, sets) == "not called"
 
 
+def test_the_best_router_is_one_of_many_seeds_and_of_its_rivals_bytes() -> None:
+    from benchmarks.frontier_claims import best_router
+
+    rows = [("mix", 0.1, 3, 150), ("learned", 0.2, 3, 104), ("surprise", 0.3, 3, 100), ("error", 0.05, 1, 100)]
+    here = pd.DataFrame(rows, columns=["model", "WQL", "seeds", "bytes"]).assign(memory="model")
+    here = pd.concat([here, here.assign(memory="random", WQL=0.0)])
+    assert best_router(here) == "mix"
+    assert best_router(here, 100) == "learned"
+    # where none is of its bytes the best is compared, and not called
+    assert best_router(here, 1000) == "mix"
+
+
 def test_rivals_get_the_bytes_that_the_reference_took(tmp_path: Path) -> None:
     from benchmarks.frontier import SIZES, budget_of, equal_bytes
     from benchmarks.frontier_grid import REFERENCE, Cell
