@@ -20,7 +20,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,14 +174,14 @@ def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> lis
 
 def run(
     cells: list[Cell], folder: Path, *, again: bool, workers: int = 1, most_s: float = math.inf,
-    end_s: float = math.inf, **told: Any,
+    end_s: float = math.inf, devices: Sequence[str | None] = (None,), **told: Any,
 ) -> None:  # fmt: skip
     """Measure what is missing, until the time is up: here, or side by side in processes of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(cells, functools.partial(Task, folder=folder, alone=workers == 1, **told), again=again)
     print(f"{len(jobs)} jobs", flush=True)
     if workers > 1:
-        run_jobs(jobs, perform, workers=workers, begin_within_s=most_s, end_within_s=end_s)
+        run_jobs(jobs, perform, workers=workers, begin_within_s=most_s, end_within_s=end_s, devices=devices)
         return
     began, waiting = time.monotonic(), list(jobs)
     while waiting:
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate; default the better one of trials")
     parser.add_argument("--trial-steps", type=int, help="of a trial of a learning rate; default as many")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--devices", nargs="+", default=[None], help="numbers of GPUs to spread the processes over")
     parser.add_argument("--end-time", type=float, default=math.inf, help="seconds after which what runs is ended")
     parser.add_argument("--max-time", type=float, default=math.inf, help="seconds after which no cell is begun")
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
@@ -278,7 +279,7 @@ def main() -> None:
         ]
         run(
             cells, options.folder, again=options.again, workers=options.workers, most_s=options.max_time,
-            end_s=options.end_time,
+            end_s=options.end_time, devices=options.devices,
             how={name: getattr(options, name) for name in ("size", "max_steps", "trial_steps", "rate")},
         )  # fmt: skip
     print(table(options.folder))

@@ -30,8 +30,8 @@ from hamts.nn.ham import HAMLayer
 from hamts.resolve import FitOptions, make_plan
 
 __all__ = [
-    "BACKBONE", "NO_CAP", "SIZES", "TRAINING", "asked_of", "blocks_of", "checked_tail", "entry_bytes", "equal_bytes",
-    "finite", "fit", "give_back", "judged", "measure", "point_of",
+    "BACKBONE", "LENGTHENED", "NO_CAP", "SIZES", "TRAINING", "asked_of", "blocks_of", "checked_tail", "entry_bytes",
+    "equal_bytes", "finite", "fit", "give_back", "judged", "measure", "point_of",
 ]  # fmt: skip
 
 # presets, and two sizes of about so many weights
@@ -39,16 +39,21 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
-# of every model here: tokens know the events of their patch, and the exact read starts open and sharp
-BACKBONE = {"event_context": True, "entry_bias": -1.0, "match_gain": 2.0}
+# of every model here: tokens know the events of their patch, and the exact read starts open and sharp, and stays so in
+# long histories
+BACKBONE = {"event_context": True, "entry_bias": -1.0, "match_gain": 2.0, "read_reference": 128}
 # of every fit here: each stream is read once, in one pass, and asked at most of the echoes of what it has seen
 TRAINING = {
     "batch_windows": 32, "context_patches": 128, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
-    "recall_share": 0.7, "checks": 2, "patience": 4,
+    "recall_share": 0.7, "checks": 1,
 }  # fmt: skip
+# from which share of the steps on streams read up to how many patches before their window
+LENGTHENED = (0.65, 1024)
 # validation forecasts of an item: at so many moments evenly apart, and at so many echoes
 REGULAR_CHECKS, ECHO_CHECKS = 8, 16
 BLOCKS = 20
+# by which a cell was fitted and judged; those of others are not compared with it
+REGISTRATION = 4
 NO_CAP = 1 << 40
 
 
@@ -71,10 +76,10 @@ def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) 
 def fit(
     carrier: Carrier, spec: Set, model: Model, *, rate: float, seed: int, budget: int, size: str = "small",
     max_steps: int | None = None, accelerator: str = "auto", backbone: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None, lengthened: tuple[float, int] = LENGTHENED,
 ) -> Trained:  # fmt: skip
-    """Fit on everything before the test rows; nothing is read afterwards. ``backbone``, ``training``: what a pilot
-    changes."""
+    """Fit on everything before the test rows; nothing is read afterwards. ``backbone``, ``training``,
+    ``lengthened``: what a pilot changes."""
     seen = carrier.frame.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
     panel = to_panel(seen, **carrier.roles)
     options = FitOptions(
@@ -89,9 +94,9 @@ def fit(
         train=replace(plan.train, **{**TRAINING, **(training or {})}),
     )
     tail = checked_tail(panel, plan, carrier, spec)
-    trained = train_panel(
-        panel, plan, tail=tail, verbose=False, progress=False, augment=fresh_echoes(carrier, spec, panel, seed)
-    )
+    longer = (int(lengthened[0] * (max_steps or spec.steps)), lengthened[1])
+    echoes = fresh_echoes(carrier, spec, panel, seed, lengthen=longer)
+    trained = train_panel(panel, plan, tail=tail, verbose=False, progress=False, augment=echoes)
     if "mixer" not in model.options:
         calibrate(trained, tail.ends, gpu=torch.cuda.is_available() and accelerator != "cpu")
     return trained
@@ -173,7 +178,8 @@ def measure(
         control_shares=row.control_shares, seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
     )  # fmt: skip
     return {
-        "set": cell.set, "model": cell.model, "size": size, "seed": seed, "rate": rate, "equal_to_share": share,
+        "registration": REGISTRATION, "set": cell.set, "model": cell.model, "size": size,
+        "seed": seed, "rate": rate, "equal_to_share": share,
         "budget_bytes": budget,
         "fit_s": round(fit_s, 1), "steps": trained.report.steps, "validation": finite(trained.report.best_score),
         "best_step": trained.report.best_step,

@@ -24,9 +24,15 @@ __all__ = ["fresh_echoes"]
 NATURAL, DENSE, DENSE_APART, DENSE_LONGEST = 4, 12, 5, 300
 
 
-def fresh_echoes(carrier: Carrier, spec: Set, panel: Any, seed: int) -> Callable[[StreamWindows], None] | None:
+def fresh_echoes(
+    carrier: Carrier, spec: Set, panel: Any, seed: int, *, lengthen: tuple[int, int] | None = None
+) -> Callable[[StreamWindows], None] | None:
     """An augmentation for ``train_panel``: every batch has times, names and shapes of its own, in every item, under the
-    rules of ``with_echoes``. None where the carrier has no injected events."""
+    rules of ``with_echoes``. None where the carrier has no injected events.
+
+    ``lengthen``: from which batch on streams read up to how many patches before their window: what is looked up is
+    learned in short histories, and then in longer ones.
+    """
     if carrier.flat is None:
         return None
     plain = carrier.frame.assign(**{spec.target[0]: carrier.flat})
@@ -38,7 +44,7 @@ def fresh_echoes(carrier: Carrier, spec: Set, panel: Any, seed: int) -> Callable
     # the code of each letter; letters that never occurred are read as unknown
     codes = torch.tensor([float(levels.index(x) + 1) if x in levels else 0.0 for x in LETTERS], dtype=torch.float64)
     sizes = [shape_size(flat.item(i)[:, target], spec) for i in range(flat.n_items)]
-    return _Echoes(store.values[:, :, target], store, spec, codes, sizes, (target, event), seed)
+    return _Echoes(store.values[:, :, target], store, spec, codes, sizes, (target, event), seed, lengthen)
 
 
 class _Echoes:
@@ -53,8 +59,10 @@ class _Echoes:
         sizes: list[float],
         channels: tuple[int, int],
         seed: int,
+        lengthen: tuple[int, int] | None,
     ) -> None:
         """flat: the target without events, [R, P]."""
+        self.lengthen, self.batches = lengthen, 0
         self.flat, self.codes, self.sizes, self.P = flat, codes, sizes, spec.patch_steps
         self.target, self.event = channels
         self.generator = torch.Generator().manual_seed(seed)
@@ -85,6 +93,9 @@ class _Echoes:
 
     def __call__(self, windows: StreamWindows) -> None:
         store, device = windows.store, windows.device
+        if self.lengthen is not None and self.batches == self.lengthen[0]:
+            windows.config = replace(windows.config, prefix_patches=self.lengthen[1])
+        self.batches += 1
         if self.flat.device != device:
             self.flat, self.codes, self.level = (x.to(device) for x in (self.flat, self.codes, self.level))
         pairs, whole, items = self._drawn()  # [n, 2], [n], [n]

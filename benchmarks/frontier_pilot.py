@@ -4,7 +4,7 @@
 no cell uses, and reads the histories of validation rows from their first row, as a cell reads those of the test rows.
 Rivals that attend are also read with the same weights in other ways, which tells apart what fails in a long history:
 
-    sharp    logits times log(keys) / log(512), though they were not trained so: undoes a diluted softmax, moves nothing
+    sharp    logits times log(keys) / log(128), though they were not trained so: undoes a diluted softmax, moves nothing
     near     only the last 335 patches, those of ``window`` at a tenth: no long list, and no age beyond them
 
 ``--table`` prints what is there. Losses are weighted quantile losses.
@@ -17,14 +17,14 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from benchmarks.frontier_cell import SIZES, equal_bytes, fit, give_back, judged, point_of
+from benchmarks.frontier_cell import LENGTHENED, SIZES, equal_bytes, fit, give_back, judged, point_of
 from benchmarks.frontier_claims import markdown
 from benchmarks.frontier_grid import MODELS
 from benchmarks.frontier_sets import SETS, Carrier, load
@@ -35,37 +35,41 @@ from hamts.frontier import measure_points
 
 RESULTS = Path(__file__).parent / "results" / "frontier" / "pilot3"
 SEED, RATE, TENTH, NEAR = 7, 3e-3, 0.1, 335
-REFERENCE = 512
+REFERENCE = 128
+PLAIN: dict[str, Any] = {"read_reference": 0}
 LOG: dict[str, Any] = {"read_reference": REFERENCE}
-UNTURNED: dict[str, Any] = {"rotary_share": 0.0}
-LONG: dict[str, Any] = {"prefix_patches": 2048, "batch_windows": 16}
+UNTURNED: dict[str, Any] = {**PLAIN, "rotary_share": 0.0}
+SHORT: tuple[dict[str, Any], tuple[float, int]] = ({}, (1.0, 1))
+LONG: tuple[dict[str, Any], tuple[float, int]] = ({"prefix_patches": 2048, "batch_windows": 16}, (1.0, 1))
+# first as short ones, then up to so many patches more
+THEN_LONG: tuple[dict[str, Any], tuple[float, int]] = ({}, LENGTHENED)
 PARTS = ("events", "day", "week", "month", "year", "all")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One fit: a model on a set, and what differs from the second registration."""
+    """One fit: a model on a set, and what differs from the grid's protocol."""
 
     set: str
     model: str
-    backbone: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any]
+    training: dict[str, Any]
+    lengthened: tuple[float, int]
+
+
+WAYS = {
+    "log, long": (LOG, LONG), "long": (PLAIN, LONG), "log, then long": (LOG, THEN_LONG),
+    "then long": (PLAIN, THEN_LONG), "log": (LOG, SHORT), "as is": (PLAIN, SHORT), "unturned": (UNTURNED, SHORT),
+    "unturned, log": ({**UNTURNED, **LOG}, SHORT),
+}  # fmt: skip
 
 
 def _variants() -> dict[str, Variant]:
-    plain: dict[str, Any] = {}
-    ways = {"as is": (plain, plain), "log": (LOG, plain), "long": (plain, LONG), "log, long": (LOG, LONG)}
-    # what takes longest begins first
-    asked = [("epf", "learned", "log, long"), ("epf", "learned", "long"), ("household", "learned", "log, long")]
-    asked += [(name, "attention", way) for name in ("household", "epf") for way in ("log, long", "long")]
-    asked += [("epf", "learned", "log"), ("epf", "learned", "as is")]
-    asked += [(name, "attention", way) for name in ("household", "epf") for way in ("log", "as is")]
-    asked += [("household", "recurrent", "as is"), ("epf", "recurrent", "as is"), ("epf", "recurrent", "long")]
-    asked += [("epf", "window", "log, long"), ("epf", "window", "as is")]
-    found = {f"{name}, {model}, {way}": Variant(name, model, *ways[way]) for name, model, way in asked}
-    found["epf, attention, unturned"] = Variant("epf", "attention", UNTURNED)
-    found["epf, attention, unturned, log"] = Variant("epf", "attention", {**UNTURNED, **LOG})
-    found["household, recurrent, long"] = Variant("household", "recurrent", plain, LONG)
+    found = {}
+    for way, (backbone, (training, lengthened)) in WAYS.items():
+        for model in ("learned", "attention", "recurrent", "window"):
+            for name in ("household", "epf"):
+                found[f"{name}, {model}, {way}"] = Variant(name, model, backbone, training, lengthened)
     return found
 
 
@@ -119,7 +123,8 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
     trained = fit(
         carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
         max_steps=how.get("max_steps"), accelerator=how.get("accelerator", "auto"),
-        backbone=variant.backbone, training={"checks": 1, **variant.training, **time_limit},
+        backbone=variant.backbone, training={**variant.training, **time_limit},
+        lengthened=variant.lengthened,
     )  # fmt: skip
     fit_s = time.monotonic() - began
     peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
@@ -132,7 +137,7 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
         told |= {"shares": (0.0, 0.02, TENTH, 1.0), "memories": ("model", "random", "recency")}
         told |= {"control_shares": (TENTH,)}
     points = {"": measure_points(trained, panel, windows, **told)}
-    if variant.model == "attention" and "read_reference" not in variant.backbone:
+    if variant.model == "attention" and not variant.backbone["read_reference"]:
         for label, changes in READINGS.items():
             fresh = replace(trained, network=trained.network)
             before = [(layer.exact.read_reference, layer.patches) for layer in trained.network.backbone.layers()]
@@ -142,7 +147,8 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
                 layer.exact.read_reference, layer.patches = reference, patches
     said = {
         "name": name, "set": variant.set, "model": variant.model, "backbone": variant.backbone,
-        "training": variant.training, "seed": SEED, "steps": trained.report.steps, "fit_s": round(fit_s, 1),
+        "training": variant.training, "lengthened": variant.lengthened,
+        "seed": SEED, "steps": trained.report.steps, "fit_s": round(fit_s, 1),
         "s": round(time.monotonic() - began, 1), "peak_gib": peak, "validation": trained.report.best_score,
         "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
         "points": [
@@ -166,7 +172,7 @@ def table(folder: Path) -> str:
     base = {
         one["set"]: one["points"][0]["parts"]["events"]["WQL"]
         for one in found
-        if one["model"] == "recurrent" and not one["training"]
+        if one["name"].endswith("recurrent, as is")
     }
     rows = []
     for one in found:
@@ -197,7 +203,7 @@ def main() -> None:
         how = {"size": told.size, "accelerator": told.accelerator, "max_time_s": told.most_seconds}
         how = {name: value for name, value in {**how, "max_steps": told.max_steps}.items() if value is not None}
         # long lists need more room than their share
-        room = {name: (1.6 if VARIANTS[name].training else 0.9) / told.workers for name in told.variants}
+        room = {name: (1.6 if "long" in name else 0.9) / told.workers for name in told.variants}
         jobs = [Job(name, (name, told.folder, how, min(room[name], 1.0))) for name in told.variants]
         run_jobs(jobs, perform, workers=told.workers, begin_within_s=told.end_time, end_within_s=told.end_time)
     print(table(told.folder))

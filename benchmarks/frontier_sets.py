@@ -54,7 +54,7 @@ class Set:
     amplitude: float | None = AMPLITUDE  # None: events are labels of the set
     core: bool = False
     most_items: int | None = None
-    steps: int = 340  # of a fit
+    steps: int = 420  # of a fit
 
 
 SETS = {
@@ -64,7 +64,7 @@ SETS = {
     ),
     "household": Set(
         "household_power", ("Global_active_power",), 24, 24, 0.2, 480, 96,
-        past=("Sub_metering_3",), copies=4, core=True, steps=450,
+        past=("Sub_metering_3",), copies=4, core=True, steps=560,
     ),
     "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),
     "flights": Set(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import collections
 import multiprocessing
+import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -40,11 +41,14 @@ class Job:
 class _Worker:
     process: Any
     connection: Connection
+    device: str | None
     job: Job | None = None
 
 
-def _serve(connection: Connection, work: Callable[[Any], str]) -> None:
+def _serve(connection: Connection, work: Callable[[Any], str], device: str | None) -> None:
     """Do what comes until nothing does."""
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
 
     torch.set_num_threads(1)
@@ -61,16 +65,23 @@ def _serve(connection: Connection, work: Callable[[Any], str]) -> None:
 
 
 def run_jobs(
-    jobs: Iterable[Job], work: Callable[[Any], str], *, workers: int, begin_within_s: float, end_within_s: float
+    jobs: Iterable[Job],
+    work: Callable[[Any], str],
+    *,
+    workers: int,
+    begin_within_s: float,
+    end_within_s: float,
+    devices: Sequence[str | None] = (None,),
 ) -> list[str]:
     """Do all that can be done; the names of jobs that failed, and not for want of room alone.
 
     Args:
         work: a function of a module, given each payload in a process of its own; what it returns is printed.
-        workers: processes.
+        workers: processes, as many on each device.
         begin_within_s, end_within_s: seconds after which nothing is begun, and what still runs is ended.
+        devices: numbers of GPUs, each process sees one of them; None: all that there are.
     """
-    run = _Run(list(jobs), work, workers)
+    run = _Run(list(jobs), work, workers, devices)
     while True:
         run.drop_hopeless()
         if run.passed < begin_within_s:
@@ -85,8 +96,11 @@ def run_jobs(
 class _Run:
     """Who does what, what waits, and what came of the rest."""
 
-    def __init__(self, jobs: list[Job], work: Callable[[Any], str], workers: int) -> None:
-        self.waiting, self.work, self.workers = jobs, work, workers
+    def __init__(
+        self, jobs: list[Job], work: Callable[[Any], str], workers: int, devices: Sequence[str | None]
+    ) -> None:
+        self.waiting, self.work, self.devices = jobs, work, devices
+        self.workers = -(-workers // len(devices))  # on a device
         self.unfinished = {job.name for job in jobs}
         self.failed: list[str] = []
         self.pool: list[_Worker] = []
@@ -111,27 +125,36 @@ class _Run:
                 print(f"{job.name} is not done: it needs {', '.join(job.needs)}", flush=True)
 
     def hand_out(self) -> None:
-        """Give jobs whose needs are met to idle processes, in their order."""
+        """Give jobs whose needs are met to idle processes, in their order; what finds no room is overtaken."""
         for job in [job for job in self.waiting if not set(job.needs) & self.unfinished]:
-            taken = sum(worker.job.room for worker in self.pool if worker.job is not None)
-            if taken + job.room > 1 + 1e-9:
-                continue
-            free = next((worker for worker in self.pool if worker.job is None), None)
-            if free is None and len(self.pool) < self.workers:
-                self.pool.append(free := self._start())
-            if free is None:
-                return
-            self.waiting.remove(job)
-            free.job = job
-            free.connection.send(job.payload)
+            worker = self._free(job.room)
+            if worker is not None:
+                self.waiting.remove(job)
+                worker.job = job
+                worker.connection.send(job.payload)
 
-    def _start(self) -> _Worker:
+    def _free(self, room: float) -> _Worker | None:
+        """An idle process on the emptiest device that has so much room."""
+        own = {device: [worker for worker in self.pool if worker.device == device] for device in self.devices}
+        taken = {device: sum(w.job.room for w in workers if w.job is not None) for device, workers in own.items()}
+        number = {device: sum(w.job is not None for w in workers) for device, workers in own.items()}
+        for device in sorted(self.devices, key=lambda device: (taken[device], number[device])):
+            if taken[device] + room > 1 + 1e-9:
+                return None
+            idle = next((worker for worker in own[device] if worker.job is None), None)
+            if idle is None and len(own[device]) < self.workers:
+                self.pool.append(idle := self._start(device))
+            if idle is not None:
+                return idle
+        return None
+
+    def _start(self, device: str | None) -> _Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.work), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, self.work, device), daemon=True)
         process.start()
         # else its end would not be noticed here
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, device)
 
     def collect(self) -> None:
         """Wait for a moment, and note what is done."""

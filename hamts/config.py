@@ -67,7 +67,7 @@ class ModelConfig:
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later.
         entry_bias, match_gain: at first, what is added to the logits of entries, and how sharply queries match keys.
-        read_reference: keys at which logits of the exact read are as they are; with more they are multiplied by
+        read_reference: keys up to which logits of the exact read are as they are; with more they are multiplied by
             log(keys) / log(this), so that a long list does not drown what matches. 0: never.
         rotary_share: of a head's width that turns with time; the rest matches content at any age.
         write_clip: most that the residual written to the state may exceed its running scale, 0 for no limit. Clipping

@@ -429,6 +429,11 @@ def double(payload: int) -> str:
     return str(2 * payload)
 
 
+def device_of(payload: int) -> str:
+    time.sleep(0.05)
+    return f"device {os.environ['CUDA_VISIBLE_DEVICES']}"
+
+
 def alone(payload: str) -> str:
     """Fails where another process has made the same folder and not yet removed it."""
     os.mkdir(payload)
@@ -455,6 +460,11 @@ def test_a_job_that_fails_costs_those_that_need_it_and_no_other(
     # what has no room beside others waits for them
     crowd = [Job(f"crowd {n}", str(tmp_path / "taken"), room=0.6) for n in range(3)]
     assert run_jobs(crowd, alone, workers=3, begin_within_s=60.0, end_within_s=60.0) == []
+    # and each process sees its own device
+    seen = [Job(f"seen {n}", n) for n in range(2)]
+    assert run_jobs(seen, device_of, workers=2, begin_within_s=60.0, end_within_s=60.0, devices=("3", "5")) == []
+    said = capsys.readouterr().out
+    assert "device 3" in said and "device 5" in said
     assert run_jobs([Job("late", 1)], double, workers=1, begin_within_s=-1.0, end_within_s=60.0) == []
     assert "1 jobs were not begun" in capsys.readouterr().out
 

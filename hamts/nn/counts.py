@@ -42,15 +42,17 @@ def readable_keys(scratch: ScratchKeys, readable: torch.Tensor, patches: int) ->
 def sharpened(
     queries: torch.Tensor, scratch: ScratchKeys, readable: torch.Tensor, *, window: int, cross_span: int, reference: int
 ) -> torch.Tensor:
-    """Queries [B, N, C, H, K] times log(keys) / log(reference), of the keys that each may read.
+    """Queries [B, N, C, H, K] times log(keys) / log(reference), of the keys that each may read, where they are more.
+
+    Short lists are read as they would be without: logits below those would only take longer to learn a match.
 
     Args:
         window, cross_span: patches of the own channel and of each other one, that count as there from the start.
-        reference: number of keys at which queries stay as they are; 0: they always do.
+        reference: number of keys up to which queries stay as they are; 0: they always do.
     """
     if not reference:
         return queries
     local = window + cross_span * (queries.shape[2] - 1)
     keys = readable_keys(scratch, readable, queries.shape[1]) + local  # [B, N, C]
-    scale = keys.log() / math.log(reference)  # [B, N, C]
+    scale = (keys.log() / math.log(reference)).clamp_min(1.0)  # [B, N, C]
     return queries * scale.to(queries.dtype)[..., None, None]

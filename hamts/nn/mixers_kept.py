@@ -203,7 +203,8 @@ class BlockSparseLayer(MixerLayer):
         if self.exact.read_reference:
             # of the keys that are read, not of those that are there
             read = mask.sum(-1, keepdim=True).clamp_min(1)  # [B, N, C, H, 1]
-            queries = queries * (read.log() / math.log(self.exact.read_reference)).to(queries.dtype)
+            scale = (read.log() / math.log(self.exact.read_reference)).clamp_min(1.0)  # [B, N, C, H, 1]
+            queries = queries * scale.to(queries.dtype)
         logits = torch.einsum("bnchk,bjhk->bnchj", queries.to(kind), keys) + bias[:, None]  # [B, N, C, H, J]
         # a query that sees nothing gets 0, and no gradient that is not a number
         logits = logits.masked_fill(~mask & mask.any(-1, keepdim=True), -torch.inf)
