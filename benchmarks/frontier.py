@@ -47,16 +47,9 @@ USED_GPU = 0.93
 # --- one cell
 
 
-def budget_of(cell: Cell, folder: Path, carrier: Carrier, spec: Set, config: ModelConfig) -> int:
-    """Bytes that a rival gets: what the reference took at that share, or would if it kept what it was asked for."""
-    if cell.share is None:
-        return NO_CAP
-    path = folder / f"{cell.set}--{REFERENCE}--seed{cell.seed}.json"
-    if path.exists():
-        for point in json.loads(path.read_text())["points"]:
-            if (point["memory"], point["share"]) == ("model", cell.share):
-                return int(point["scratchpad_bytes"])
-    return equal_bytes(carrier, spec, cell.share, config)
+def budget_of(cell: Cell, carrier: Carrier, spec: Set, config: ModelConfig) -> int:
+    """Bytes that a rival gets: what a scratchpad takes that keeps the share asked for."""
+    return NO_CAP if cell.share is None else equal_bytes(carrier, spec, cell.share, config)
 
 
 # --- the grid
@@ -129,8 +122,7 @@ def _perform(task: Task) -> str:
     shape = ModelConfig(**SIZES[how["size"]], **BACKBONE)
     if task.rate is not None:
         how["max_steps"] = trial_steps or how.get("max_steps")
-        # not the bytes of a reference that is there or not: trials need not wait
-        budget = NO_CAP if cell.share is None else equal_bytes(carrier, spec, cell.share, shape)
+        budget = budget_of(cell, carrier, spec, shape)
         began = time.perf_counter()
         trained = fit(carrier, spec, row, rate=task.rate, seed=0, budget=budget, **how)
         said = {
@@ -142,7 +134,7 @@ def _perform(task: Task) -> str:
         return f"{said['s']} s, validation {said['validation']} at rate {task.rate:g}"
     result = measure(
         cell, row, rate=rate or best_rate(cell, task.folder), carrier=carrier, spec=spec,
-        budget=budget_of(cell, task.folder, carrier, spec, shape), **how,
+        budget=budget_of(cell, carrier, spec, shape), **how,
     )  # fmt: skip
     write(task.path, result)
     scores = [f"{p['memory']} {p['share']}: {p['parts']['all']['WQL']:.4f}" for p in result["points"]]
@@ -162,10 +154,8 @@ def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> lis
         own = task(cell=cell)
         if own.path.name in jobs or (own.path.exists() and not again):
             return own.path.name
-        # a rival gets the bytes that the reference took
-        reference = [add(replace(cell, model=REFERENCE, share=None))] if cell.share is not None else []
         trials = [] if own.how.get("rate") else [needed(task(cell=trial_of(cell), rate=rate), []) for rate in RATES]
-        return needed(own, trials + reference)
+        return needed(own, trials)
 
     for cell in cells:
         add(cell)

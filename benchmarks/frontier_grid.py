@@ -15,7 +15,7 @@ TENTH = 0.1
 CONTROL_SHARES = (0.02, TENTH)
 CONTROLS = ("shuffled", "random", "recency")
 SEEDS = (0, 1, 2)
-# whose bytes at a share the rivals get
+# whose milliseconds at a tenth are those of a comparison at equal time, and whose learning rate all routers take
 REFERENCE = "learned"
 # everything kept against nothing kept: where the first is no better, nothing is learned of what is kept
 CONTROL = ("attention", "recurrent")
@@ -83,8 +83,7 @@ class Cell:
 
 
 def _place(cell: Cell) -> tuple[Any, ...]:
-    """The positive control with all its seeds; then seed by seed the reference, which rivals wait for, and what takes
-    longest."""
+    """The positive control with all its seeds; then seed by seed, what takes longest first."""
     if cell.model in CONTROL:
         return (0, cell.seed)
     router = MODELS[cell.model].controls != ()

@@ -304,17 +304,16 @@ def test_the_best_router_is_one_of_many_seeds_and_of_its_rivals_bytes() -> None:
     assert best_router(here, 1000) == "mix"
 
 
-def test_rivals_get_the_bytes_that_the_reference_took(tmp_path: Path) -> None:
-    from benchmarks.frontier import SIZES, budget_of, equal_bytes
-    from benchmarks.frontier_grid import REFERENCE, Cell
+def test_rivals_get_the_bytes_of_the_share_that_is_asked_of_routers() -> None:
+    from benchmarks.frontier import budget_of
+    from benchmarks.frontier_cell import NO_CAP, SIZES, entry_bytes
+    from benchmarks.frontier_grid import Cell
     from benchmarks.frontier_sets import SMOKE, smoke_carrier
 
     carrier, shape = smoke_carrier(), ModelConfig(**SIZES["tiny"])
-    cell = Cell("smoke", "window", 0, 0.1)
-    assert budget_of(cell, tmp_path, carrier, SMOKE, shape) == equal_bytes(carrier, SMOKE, 0.1, shape)
-    took = {"points": [{"memory": "model", "share": 0.1, "scratchpad_bytes": 1234.0}]}
-    (tmp_path / f"smoke--{REFERENCE}--seed0.json").write_text(json.dumps(took))
-    assert budget_of(cell, tmp_path, carrier, SMOKE, shape) == 1234
+    patches = carrier.rows // SMOKE.patch_steps
+    assert budget_of(Cell("smoke", "window", 0, 0.1), carrier, SMOKE, shape) == int(0.1 * patches) * entry_bytes(shape)
+    assert budget_of(Cell("smoke", "attention", 0), carrier, SMOKE, shape) == NO_CAP
 
 
 def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
@@ -469,7 +468,7 @@ def test_a_job_that_fails_costs_those_that_need_it_and_no_other(
     assert "1 jobs were not begun" in capsys.readouterr().out
 
 
-def test_rivals_wait_for_the_reference_and_cells_for_their_trials(tmp_path: Path) -> None:
+def test_cells_wait_for_their_trials(tmp_path: Path) -> None:
     from benchmarks.frontier import Task, jobs_of
     from benchmarks.frontier_grid import Cell
 
@@ -477,7 +476,7 @@ def test_rivals_wait_for_the_reference_and_cells_for_their_trials(tmp_path: Path
     task = functools.partial(Task, folder=tmp_path, how={"size": "tiny"})
     jobs = {job.name: job.needs for job in jobs_of(cells, task, again=False)}
     own = {"epf--window@10--lr0.001.json", "epf--window@10--lr0.003.json"}
-    assert set(jobs["epf--window@2--seed1.json"]) == own | {"epf--learned--seed1.json"}
+    assert set(jobs["epf--window@2--seed1.json"]) == own
     # all routers go by the trials of one
     assert set(jobs["epf--tags--seed0.json"]) == {"epf--learned--lr0.001.json", "epf--learned--lr0.003.json"}
     order = list(jobs)
