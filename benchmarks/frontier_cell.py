@@ -19,7 +19,7 @@ import torch
 import hamts
 from benchmarks.frontier_echoes import fresh_echoes
 from benchmarks.frontier_grid import TENTH, Cell, Model
-from benchmarks.frontier_sets import Carrier, Set
+from benchmarks.frontier_sets import NAMED_STEPS, Carrier, Set
 from hamts.checks import calibrate_thresholds
 from hamts.config import PRESETS, MachineConfig, ModelConfig
 from hamts.data.frame import to_panel
@@ -66,10 +66,12 @@ def entry_bytes(config: ModelConfig) -> int:
 def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) -> int:
     """Bytes of the scratchpads of an item of which such a share of tokens was kept, in all layers.
 
-    Of tokens that a score may keep: those of event columns are not among them.
+    Of all tokens in which something was observed: those of event columns are, where something happens.
     """
-    kept = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
-    tokens = carrier.rows // spec.patch_steps * sum(map(len, kept))
+    always = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
+    tokens = carrier.rows // spec.patch_steps * sum(map(len, always))
+    for column in carrier.roles.get("event_cols", []):
+        tokens += round(carrier.frame[column].notna().sum() / NAMED_STEPS / carrier.frame["unique_id"].nunique())
     return int(share * tokens) * config.layers * entry_bytes(config)
 
 
