@@ -39,16 +39,18 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
-# of every model here: tokens know the events of their patch, and the exact read starts open and sharp, and stays so in
-# long histories
-BACKBONE = {"event_context": True, "entry_bias": -1.0, "match_gain": 2.0, "read_reference": 128}
+# of every model here: tokens know the events of their patch, the exact read starts open, sharp and with what is like
+# the query, and stays sharp in long histories
+BACKBONE = {
+    "event_context": True, "entry_bias": -1.0, "match_gain": 2.0, "queries_from_keys": True, "read_reference": 128,
+}  # fmt: skip
 # of every fit here: each stream is read once, in one pass, and asked at most of the echoes of what it has seen
 TRAINING = {
-    "batch_windows": 32, "context_patches": 128, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
+    "batch_windows": 64, "context_patches": 64, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
     "recall_share": 0.7, "checks": 1,
 }  # fmt: skip
 # from which share of the steps on streams read up to how many patches before their window
-LENGTHENED = (0.65, 1024)
+LENGTHENED = (0.6, 768)
 # validation forecasts of an item: at so many moments evenly apart, and at so many echoes
 REGULAR_CHECKS, ECHO_CHECKS = 8, 16
 BLOCKS = 20

@@ -20,7 +20,7 @@ REFERENCE = "learned"
 # everything kept against nothing kept: where the first is no better, nothing is learned of what is kept
 CONTROL = ("attention", "recurrent")
 # share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit
-ROOM, LARGE_ROOM, LARGE = 1 / 14, 1 / 8, ("recurrent_wide", "neighbours")
+ROOM, LARGE_ROOM, LARGE = 1 / 10, 1 / 6, ("recurrent_wide", "neighbours")
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,13 @@ from hamts.frontier import measure_points
 RESULTS = Path(__file__).parent / "results" / "frontier" / "pilot3"
 SEED, RATE, TENTH, NEAR = 7, 3e-3, 0.1, 335
 REFERENCE = 128
-PLAIN: dict[str, Any] = {"read_reference": 0}
-LOG: dict[str, Any] = {"read_reference": REFERENCE}
+PLAIN: dict[str, Any] = {"read_reference": 0, "queries_from_keys": False}
+LOG: dict[str, Any] = {"read_reference": REFERENCE, "queries_from_keys": False}
 UNTURNED: dict[str, Any] = {**PLAIN, "rotary_share": 0.0}
-SHORT: tuple[dict[str, Any], tuple[float, int]] = ({}, (1.0, 1))
-LONG: tuple[dict[str, Any], tuple[float, int]] = ({"prefix_patches": 2048, "batch_windows": 16}, (1.0, 1))
+SHORT: tuple[dict[str, Any], tuple[float, int]] = ({"batch_windows": 32, "context_patches": 128}, (1.0, 1))
+LONG: tuple[dict[str, Any], tuple[float, int]] = (
+    {"batch_windows": 16, "context_patches": 128, "prefix_patches": 2048}, (1.0, 1),
+)  # fmt: skip
 # first as short ones, then up to so many patches more
 THEN_LONG: tuple[dict[str, Any], tuple[float, int]] = ({}, LENGTHENED)
 PARTS = ("events", "day", "week", "month", "year", "all")

@@ -64,7 +64,7 @@ SETS = {
     ),
     "household": Set(
         "household_power", ("Global_active_power",), 24, 24, 0.2, 480, 96,
-        past=("Sub_metering_3",), copies=4, core=True, steps=560,
+        past=("Sub_metering_3",), copies=4, core=True, steps=520,
     ),
     "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),
     "flights": Set(

@@ -67,6 +67,7 @@ class ModelConfig:
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later.
         entry_bias, match_gain: at first, what is added to the logits of entries, and how sharply queries match keys.
+        queries_from_keys: whether queries of the exact read start with the weights of its keys: like finds like.
         read_reference: keys up to which logits of the exact read are as they are; with more they are multiplied by
             log(keys) / log(this), so that a long list does not drown what matches. 0: never.
         rotary_share: of a head's width that turns with time; the rest matches content at any age.
@@ -98,6 +99,7 @@ class ModelConfig:
     event_context: bool = False
     entry_bias: float = -4.0
     match_gain: float = 1.0
+    queries_from_keys: bool = False
     read_reference: int = 0
     rotary_share: float = 0.5
     write_clip: float = 0.0

@@ -60,8 +60,8 @@ from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, on_device, scale
 
 __all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
 
-# on a GPU a few large chunks beat many small ones
-PREFIX_CHUNK_PATCHES, PREFIX_CHUNK_PATCHES_GPU = 128, 512
+# on a GPU a few large chunks beat many small ones, up to so many tokens where logits are written
+PREFIX_CHUNK_PATCHES, PREFIX_CHUNK_PATCHES_GPU, PREFIX_TOKENS = 128, 512, 1 << 15
 # what a core does of this network's arithmetic in a second, as seen in fits of the preset "small"
 CORE_FLOPS, TARGET_SECONDS = 2.1e10, 240.0
 FEWEST_STEPS, MOST_STEPS, GPU_STEPS = 150, 1500, 1500
@@ -205,6 +205,8 @@ class HAMTrainer(L.LightningModule):
         policy = replace(self._policy(streams.share, streams.cross), masses=False)
         network.eval()
         most = PREFIX_CHUNK_PATCHES if windows.device.type == "cpu" else PREFIX_CHUNK_PATCHES_GPU
+        if not network.kernels.fused:
+            most = min(most, max(128, PREFIX_TOKENS // (len(streams.items) * len(network.spec.roles))))
         for low in range(0, prefix, most):
             chunk = windows.store.window(streams.items, streams.first - prefix + low, min(most, prefix - low))
             memory = network(chunk, memory, policy, decode=False).memory

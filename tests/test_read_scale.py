@@ -91,6 +91,16 @@ def test_a_share_of_a_head_turns_with_time() -> None:
     assert angles(position, 16, torch.float32, 1.0)[0].shape == (1, 5, 8)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_queries_may_start_as_keys(mixer: str) -> None:
+    config = make_config(mixer=mixer, queries_from_keys=True)
+    panel = make_panel()
+    network = HAMNetwork(config, MemoryConfig(budget_bytes=60_000), make_spec(panel, make_store(panel)))
+    for layer in network.backbone.layers():
+        queries = layer.to_query if mixer == "ham" else layer.exact.to_query
+        assert torch.equal(queries.weight, layer.to_memory.weight[-2 * config.width : -config.width])
+
+
 def test_options_that_mean_nothing_are_refused() -> None:
     for wrong in ({"read_reference": 1}, {"read_reference": -5}, {"rotary_share": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -23,7 +23,7 @@ from hamts.nn.clipped import Clipped
 from hamts.nn.counts import sharpened
 from hamts.nn.decide import Decision, decide, prepared
 from hamts.nn.eviction import end_times
-from hamts.nn.heads import HeadNorm, Turn, angles, rotate, turned
+from hamts.nn.heads import HeadNorm, Turn, angles, rotate, start_queries, turned
 from hamts.nn.router import Router, Scores
 from hamts.nn.scratchpad import (
     Carried,
@@ -86,11 +86,11 @@ class HAMLayer(nn.Module):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             nn.init.uniform_(self.conv, -0.3, 0.3)
-            # start as a pass-through: the newest tap dominates
-            self.conv[:, -1] += 1.0
+            self.conv[:, -1] += 1.0  # start as a pass-through: the newest tap dominates
             tau = torch.logspace(math.log10(FASTEST_TOKENS), math.log10(SLOWEST_TOKENS), self.heads)  # [H]
             self.decay_rate.copy_(torch.log(torch.expm1(1.0 / tau)))
             nn.init.zeros_(self.to_gates.bias)
+            start_queries(self.config, self.to_query, self.to_memory)
 
     @property
     def fused(self) -> bool:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["HeadNorm", "Turn", "angles", "rotate", "turned"]
+from hamts.config import ModelConfig
+
+__all__ = ["HeadNorm", "Turn", "angles", "rotate", "start_queries", "turned"]
 
 # cosine and sine of every pair's angle, 2 x [B, N, pairs]
 Turn = tuple[torch.Tensor, torch.Tensor]
@@ -47,6 +49,16 @@ def turned(x: torch.Tensor, turn: Turn) -> torch.Tensor:
 def rotate(x: torch.Tensor, position: torch.Tensor, share: float = ROTARY_SHARE) -> torch.Tensor:
     """Rotary position on true time. x [B, N, C, H, K], position [B, N] float64 in patches -> [B, N, C, H, K]."""
     return turned(x, angles(position, x.shape[-1], x.dtype, share))
+
+
+@torch.no_grad()
+def start_queries(config: ModelConfig, to_query: nn.Linear, to_memory: nn.Linear) -> None:
+    """Where the config asks for it, give queries the weights of the keys, [D, D]: the last rows but D of the memory's.
+
+    A token is then most like itself, and what shares its content is found before anything is learned.
+    """
+    if config.queries_from_keys:
+        to_query.weight.copy_(to_memory.weight[-2 * config.width : -config.width])
 
 
 class HeadNorm(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 from hamts.config import ModelConfig
 from hamts.nn.budget import ThresholdTable
 from hamts.nn.ham import CONV_WIDTH, HeadNorm, LayerOutput
+from hamts.nn.heads import start_queries
 from hamts.nn.mixers_parts import (
     NEVER,
     ExactBranch,
@@ -83,6 +84,7 @@ class MixerLayer(nn.Module):
         self.thresholds = ThresholdTable(0)
         if self.to_gates is not None:
             nn.init.zeros_(self.to_gates.bias)
+        start_queries(config, self.exact.to_query, self.to_memory)
 
     def memory_units(self, D: int) -> int:
         """Width of the projection that feeds both branches; the last 2 D are keys and values of the exact one."""
