@@ -246,6 +246,25 @@ def test_what_follows_an_event_is_hidden_where_the_stream_has_read_it_before() -
     assert seen > 10
 
 
+def test_streams_become_longer_after_so_many_batches() -> None:
+    from benchmarks.frontier_echoes import fresh_echoes
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
+
+    carrier = smoke_carrier()
+    rows = carrier.rows - carrier.test_rows
+    panel = to_panel(carrier.frame.groupby("unique_id", sort=False).head(rows), **carrier.roles)
+    store = build_store(panel, patch_steps=SMOKE.patch_steps, extra_steps=SMOKE.h)
+    network = HAMNetwork(ModelConfig(width=32, layers=1, heads=2, patch_steps=8), MemoryConfig(), panel_spec(panel))
+    config = TrainConfig(batch_windows=4, context_patches=8, origins=1, prefix_patches=1, recall_share=0.7)
+    windows = StreamWindows(
+        store, scale_history(network, store), ends=panel.lengths, horizon=8, config=config, cross_chance=1.0,
+        augment=fresh_echoes(carrier, SMOKE, panel, 0, lengthen=(5, 40)),
+    )  # fmt: skip
+    prefixes = [windows.draw().prefix for _ in range(60)]
+    assert max(prefixes[:5]) <= 1
+    assert 8 < max(prefixes[5:]) <= 40
+
+
 def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
     from benchmarks.frontier_grid import MODELS, grid
     from benchmarks.frontier_sets import SETS
