@@ -18,6 +18,7 @@ __all__ = [
     "difference",
     "draw",
     "drawn",
+    "everything_kept",
     "equal_time",
     "lines_of",
     "markdown",
@@ -135,6 +136,31 @@ def positive_control(cells: list[dict[str, Any]]) -> pd.DataFrame:
                 passed = found["difference"] < -MARGIN and found["high"] < 0
                 shown = {key: found[key] for key in ("set", "part", "seeds", "difference", "low", "high")}
                 rows.append({**shown, "passes": "yes" if passed else "no"})
+    return pd.DataFrame(rows)
+
+
+def everything_kept(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
+    """Whether everything kept is better than nothing kept with the same weights, for each core set and router."""
+    rows = []
+    for name in (name for name, spec in SETS.items() if spec.core):
+        for model in ROUTERS:
+            own = [cell for cell in cells if (cell["set"], cell["model"]) == (name, model)]
+            sides = [
+                [
+                    point["parts"][part]
+                    for cell in own
+                    for point in cell["points"]
+                    if (point["memory"], point["share"]) == ("model", share)
+                ]
+                for share in (1.0, 0.0)
+            ]
+            if own:
+                low, high = drawn(*sides)
+                total = [sum(map(sum, (scores["quantile"] for scores in side))) for side in sides]
+                apart = total[0] / max(total[1], 1e-12) - 1
+                row = {"set": name, "model": model, "part": part, "seeds": len(own), "difference": apart}
+                passed = apart < -MARGIN and high < 0
+                rows.append({**row, "low": low, "high": high, "passes": "yes" if passed else "no"})
     return pd.DataFrame(rows)
 
 
@@ -270,6 +296,8 @@ def table(folder: Path) -> str:
         texts += ["## Error against bytes", markdown(lines), "## At equal milliseconds", markdown(equal_time(lines))]
         if len(control := positive_control(cells)):
             texts += ["## Positive control: attention against recurrent", markdown(control)]
+        if len(kept := everything_kept(cells)):
+            texts += ["## Second control: everything kept against nothing, same weights", markdown(kept)]
         if len(apart := recalled(cells)):
             texts += [f"## Against recurrent, in percent, at {100 * TENTH:g} % or whole", markdown(apart)]
         if len(found := claims(cells)):

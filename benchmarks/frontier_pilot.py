@@ -57,6 +57,7 @@ class Variant:
     backbone: dict[str, Any]
     training: dict[str, Any]
     lengthened: tuple[float, int]
+    times: int = 1  # as many steps as the grid
 
 
 WAYS = {
@@ -66,8 +67,19 @@ WAYS = {
 }  # fmt: skip
 
 
+# the grid's protocol, and what might teach attention more
+AGAIN: dict[str, tuple[dict[str, Any], int]] = {
+    "grid": ({}, 1), "grid, twice": ({}, 2),
+    "grid, 128 patches, twice": ({"batch_windows": 32, "context_patches": 128}, 2),
+}  # fmt: skip
+
+
 def _variants() -> dict[str, Variant]:
     found = {}
+    for way, (training, times) in AGAIN.items():
+        for model in ("attention", "recurrent"):
+            for name in ("epf", "household"):
+                found[f"{name}, {model}, {way}"] = Variant(name, model, {}, training, LENGTHENED, times)
     for way, (backbone, (training, lengthened)) in WAYS.items():
         for model in ("learned", "attention", "recurrent", "window"):
             for name in ("household", "epf"):
@@ -124,7 +136,7 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
     time_limit = {"max_time_s": how["max_time_s"]} if "max_time_s" in how else {}
     trained = fit(
         carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
-        max_steps=how.get("max_steps"), accelerator=how.get("accelerator", "auto"),
+        max_steps=how.get("max_steps", variant.times * spec.steps), accelerator=how.get("accelerator", "auto"),
         backbone=variant.backbone, training={**variant.training, **time_limit},
         lengthened=variant.lengthened,
     )  # fmt: skip
@@ -139,8 +151,9 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
         told |= {"shares": (0.0, 0.02, TENTH, 1.0), "memories": ("model", "random", "recency")}
         told |= {"control_shares": (TENTH,)}
     points = {"": measure_points(trained, panel, windows, **told)}
-    if variant.model == "attention" and not variant.backbone["read_reference"]:
-        for label, changes in READINGS.items():
+    if variant.model == "attention":
+        scaled = trained.plan.model.read_reference > 0
+        for label, changes in {"near": (near,)}.items() if scaled else READINGS.items():
             fresh = replace(trained, network=trained.network)
             before = [(layer.exact.read_reference, layer.patches) for layer in trained.network.backbone.layers()]
             read_otherwise(fresh, changes)
@@ -174,7 +187,7 @@ def table(folder: Path) -> str:
     base = {
         one["set"]: one["points"][0]["parts"]["events"]["WQL"]
         for one in found
-        if one["name"].endswith("recurrent, as is")
+        if one["name"].endswith(("recurrent, as is", "recurrent, grid"))
     }
     rows = []
     for one in found:

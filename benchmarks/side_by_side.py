@@ -125,13 +125,15 @@ class _Run:
                 print(f"{job.name} is not done: it needs {', '.join(job.needs)}", flush=True)
 
     def hand_out(self) -> None:
-        """Give jobs whose needs are met to idle processes, in their order; what finds no room is overtaken."""
+        """Give jobs whose needs are met to idle processes, in their order: small ones that overtook would leave no room
+        for a large one for ever."""
         for job in [job for job in self.waiting if not set(job.needs) & self.unfinished]:
             worker = self._free(job.room)
-            if worker is not None:
-                self.waiting.remove(job)
-                worker.job = job
-                worker.connection.send(job.payload)
+            if worker is None:
+                return
+            self.waiting.remove(job)
+            worker.job = job
+            worker.connection.send(job.payload)
 
     def _free(self, room: float) -> _Worker | None:
         """An idle process on the emptiest device that has so much room."""
@@ -140,7 +142,7 @@ class _Run:
         number = {device: sum(w.job is not None for w in workers) for device, workers in own.items()}
         for device in sorted(self.devices, key=lambda device: (taken[device], number[device])):
             if taken[device] + room > 1 + 1e-9:
-                return None
+                continue
             idle = next((worker for worker in own[device] if worker.job is None), None)
             if idle is None and len(own[device]) < self.workers:
                 self.pool.append(idle := self._start(device))
