@@ -34,8 +34,9 @@ __all__ = [
     "equal_bytes", "finite", "fit", "give_back", "judged", "measure", "point_of",
 ]  # fmt: skip
 
-# presets, and two sizes of about so many weights
+# presets, one that a CPU can fit, and two sizes of about so many weights
 SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESETS.items()} | {
+    "64": {"width": 64, "layers": 2, "heads": 2},
     "1M": {"width": 192, "layers": 2, "heads": 6},
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
