@@ -258,6 +258,9 @@ class StreamWindows(IterableDataset[Windows]):
         if recalled is not None:
             span = span | recalled
         hidden = span[:, None] & self._hideable()  # [B, C, N, P]
+        if recalled is not None:
+            # as in a forecast, where nothing says that no other event will follow
+            hidden = hidden | (recalled[:, None] & self._of_roles("target", "past", "event"))  # [B, C, N, P]
         observed = context.observed & ~hidden  # [B, C, N, P]
         return replace(
             context,
@@ -269,8 +272,11 @@ class StreamWindows(IterableDataset[Windows]):
 
     def _hideable(self) -> torch.Tensor:
         """Targets and past channels, [C, 1, 1] bool."""
-        roles = [role in ("target", "past") for role in self.store.roles]
-        return constant(roles, torch.bool, self.device)[:, None, None]
+        return self._of_roles("target", "past")
+
+    def _of_roles(self, *roles: str) -> torch.Tensor:
+        """Channels of these roles, [C, 1, 1] bool."""
+        return constant([role in roles for role in self.store.roles], torch.bool, self.device)[:, None, None]
 
     def _hide_beyond(self, horizon: Chunk, cutoffs: torch.Tensor) -> Chunk:
         """No truth from beyond the training rows."""
