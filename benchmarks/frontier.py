@@ -3,7 +3,7 @@
 Run ``python -m benchmarks.frontier`` from the clone, on a GPU or a CPU; ``--smoke`` takes a minute of a CPU. One JSON
 per set, model and seed goes to ``benchmarks/results/frontier`` as it is measured; a cell that exists is not measured
 again without ``--again``. ``--core`` runs the mandatory core alone; ``--table`` prints what is there, what is not, and
-the comparisons that ``benchmarks/README.md`` asked for before anything was run; ``--plot`` draws it.
+the comparisons that ``benchmarks/frontier.md`` asked for before anything was run; ``--plot`` draws it.
 
 Events with an echo are injected into real carriers: a flag in a column of its own says that a shape is added to the
 target, and, a day, a week, a month or a year later (within a fifth), that the same shape comes back. Times are random,
