@@ -32,6 +32,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
         "state_width": 0,
         "read_reference": 0,
         "rotary_share": 0.5,
+        "queries_from_keys": False,
     },
     "train": {"recall_share": 0.0},
 }
