@@ -261,6 +261,8 @@ class _PublicChunks(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         asked = [x for x in ctx.given if x is not None and x.requires_grad]
         pairs = [(result, grad) for result, grad in zip(ctx.results, grads, strict=True) if grad is not None]
+        if not pairs:
+            return (None,) * (len(ctx.given) + 1)
         results, given = zip(*pairs, strict=True)
         with precise_products(ctx.given[2].dtype):
             # held for as long as the caller's graph is: whether it is asked again is for the caller to say
