@@ -249,9 +249,17 @@ def two_chunks(layer: HAMLayer, tokens: list[Any], inputs: list[torch.Tensor]) -
     return (*outputs, memory.state, memory.pending.keys, memory.conv_tail)
 
 
-@pytest.mark.parametrize("router", ["surprise+tags", "learned+innovation+tags"])
-def test_a_whole_layer(router: str, generator: torch.Generator) -> None:
-    config = ModelConfig(width=32, heads=2, layers=1, window_patches=W, patch_steps=2, router=router)
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        ("surprise+tags", {}),
+        ("learned+innovation+tags", {}),
+        ("surprise+tags", {"read_reference": 4, "rotary_share": 0.25}),
+        ("surprise+tags", {"rotary_share": 0.0}),
+    ],
+)
+def test_a_whole_layer(router: str, options: dict[str, Any], generator: torch.Generator) -> None:
+    config = ModelConfig(width=32, heads=2, layers=1, window_patches=W, patch_steps=2, router=router, **options)
     layer = drawn_layer(config)
     with torch.no_grad():
         for weight in layer.parameters():

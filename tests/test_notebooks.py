@@ -114,4 +114,5 @@ def test_a_notebook_runs_and_shows_something(name: str, models: Path, tmp_path: 
     assert len(pictures) >= PICTURES.get(name, 1)
     assert all(len(picture) < MOST_PICTURE_BYTES for picture in pictures)
     if folder := os.environ.get("HAMTS_NOTEBOOK_OUT"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         jupytext.write(notebook, Path(folder) / f"{name}.ipynb")
