@@ -5,7 +5,8 @@ B items · N patches · D width · H heads · K head width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch.nn import functional as F
 
 from benchmarks.training_timing import DEVICE, floor_ms, kernel_table, pass_times, recorded_ms
 from hamts.config import ModelConfig
+from hamts.nn import scratchpad
 from hamts.nn.compiled import compile_parts
 from hamts.nn.ham import HAMLayer
 from hamts.nn.heads import HeadNorm, angles, rotate
 from hamts.nn.tokens import Policy, Tokens
+from hamts.ops.compact import bucket
 from hamts.ops.kernels import resolve_kernels
 
 __all__ = [
@@ -184,6 +187,20 @@ def ham_layer(
     return layer, call
 
 
+@contextmanager
+def number_asked_for() -> Iterator[None]:
+    """Lists get room for what they hold, which the host must ask the device for, instead of for all that may come."""
+
+    def counted(alive: torch.Tensor, most: int | None = None) -> int:
+        return min(bucket(int(alive.sum(dim=1).max())), alive.shape[1] if most is None else most)
+
+    room, scratchpad.rows_for = scratchpad.rows_for, counted
+    try:
+        yield
+    finally:
+        scratchpad.rows_for = room
+
+
 def _output(call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> torch.Tensor:
     return call(x).output
 
@@ -204,6 +221,9 @@ def layer_cell(length: int, share: float, most: dict[str, float], mode: str) -> 
     if mode == "none":
         layer, call = ham_layer(length, share, mode, masses=True)
         rows["ham with masses"] = pass_times(partial(_output, call, x), [x, *layer.parameters()])
+        layer, call = ham_layer(length, share, mode)
+        with number_asked_for():
+            rows["ham, number of entries asked for"] = pass_times(partial(_output, call, x), [x, *layer.parameters()])
         del layer, call
     place = torch.arange(length, device=DEVICE, dtype=torch.float64).expand(items, -1)
     for name, fused in (("cudnn attention", False), ("cudnn attention, norms fused", True)):

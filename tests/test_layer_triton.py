@@ -18,7 +18,7 @@ from hamts.nn.rows import RowMove
 from hamts.nn.scores import surprise
 from hamts.nn.scratchpad import Entries
 from hamts.nn.tokens import Policy, map_tensors
-from hamts.ops.kernels import Kernels
+from hamts.ops.kernels import Kernels, resolve_kernels
 from hamts.ops.layer_products import products
 from hamts.ops.types import UnreadDelta
 
@@ -281,3 +281,44 @@ def test_a_whole_layer(router: str, options: dict[str, Any], generator: torch.Ge
         return run
 
     agree(on(Kernels("triton")), on(Kernels("torch")), leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cap", [None, 9_000])
+def test_no_launched_pass_waits_for_the_device(cap: int | None, generator: torch.Generator) -> None:
+    """Forward, backward and the memory they leave, of 12,288 tokens a chunk: the host never asks how many are kept."""
+    from hamts.ops.gated_delta_trial import untuned
+
+    config = ModelConfig(width=128, heads=2, layers=1, window_patches=16, patch_steps=2, router="learned+surprise+tags")
+    layer = drawn_layer(config).to("cuda")
+    layer.kernels = resolve_kernels("fla+triton", device="cuda", head_width=64)
+    length = 4_096
+    tokens = map_tensors(
+        random_tokens(generator, patches=length, dtype=torch.float32), lambda tensor: tensor.to("cuda")
+    )
+    x = draw(generator, 2, 3, length, 128).to("cuda")
+    policy = Policy(
+        share=torch.tensor([0.5, 0.9], device="cuda"), cap_kept=cap, cap_must=cap,
+        readable=torch.ones(2, 3, 3, dtype=torch.bool, device="cuda"),
+    )  # fmt: skip
+    leaves = [weight for name, weight in layer.named_parameters() if "router" not in name]
+
+    def passes() -> tuple[torch.Tensor, torch.Tensor]:
+        memory = layer.empty_memory(2, 3, layer.conv)
+        with torch.autocast("cuda", torch.bfloat16):
+            first = layer(x, tokens=tokens, memory=memory, policy=policy)
+            second = layer(x, tokens=tokens, memory=first.memory, policy=policy)
+        torch.autograd.grad(second.output.sum(), leaves, allow_unused=True)
+        return second.output, second.memory.scratchpad.alive.sum(1)
+
+    with untuned():
+        # what is compiled and measured once, is by now
+        output, alive = passes()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again, _ = passes()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(output, again)
+    wanted = 2 * 3 * length if cap is None else 2 * cap
+    assert int(alive.max()) > 8_192 and int(alive.max()) <= wanted

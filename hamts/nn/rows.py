@@ -11,28 +11,25 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hamts.ops.compact import bucket, compact
+from hamts.ops.compact import compact
 
 __all__ = ["RowMove", "rows_for"]
 
-# so many rows are given room at once; beyond that, waiting once for their number is cheaper than copying padding
-ROOM_WITHOUT_ASKING = 8192
 WORD = 8
 
 
 def rows_for(alive: torch.Tensor, most: int | None = None) -> int:
     """Rows that hold all that are alive in any item: their largest number, or a bound where that must be waited for.
 
-    On a GPU asking stops it for as long as the host takes to go on, so short lists get the room they may ever need:
-    kernels skip padding. Long ones are asked for, and get one of few sizes.
+    On a GPU asking stops it for as long as the host takes to go on, so every list gets the room that it may ever need:
+    one row for each candidate, or the budget's cap where that is less. So nothing overflows, kernels skip padding, and
+    the keys and values of all tokens are a small part of what a pass over these tokens holds anyway.
     """
     size = alive.shape[1]
     most = size if most is None else min(most, size)
-    if not alive.is_cuda:
-        return min(int(alive.sum(dim=1).max()), most) if size else 0
-    if most <= ROOM_WITHOUT_ASKING or torch.cuda.is_current_stream_capturing():
+    if alive.is_cuda or not size:
         return most
-    return min(bucket(int(alive.sum(dim=1).max())), most)
+    return min(int(alive.sum(dim=1).max()), most)
 
 
 @dataclass(frozen=True)
