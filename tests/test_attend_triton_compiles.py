@@ -21,6 +21,18 @@ got.scratch_mass
 with torch.no_grad():
     scene.read(attend_triton.attend, leaves, "cpu")
 """
+OF_PAGES = """
+from dataclasses import replace
+from hamts.ops import attend_pages, attend_triton
+from hamts.ops.kernels import Kernels
+from test_stores import KINDS, STREAMS, drawn_read, fed, open_store
+
+attend_pages.check = attend_triton.check = lambda **_: None
+kind = replace(KINDS["three channels"], dtype=torch.bfloat16, channels=int(sys.argv[1]))
+store = open_store("paged", kind, STREAMS, grows=True)
+fed((store,), kind, 60, 2, 0)
+store.read(**drawn_read(kind, torch.Generator()), kernels=Kernels("triton"))
+"""
 KERNELS = {
     "bounds_kernel", "forward_kernel", "query_grad_kernel", "column_grad_kernel", "mass_kernel", "life_kernel",
     "column_kernel", "mark_kernel",
@@ -34,3 +46,10 @@ OF_A_STEP = {"living_kernel", "step_kernel", "join_kernel"}
 def test_every_kernel_compiles_for_a_hopper_gpu(n_channels: int, n_patches: int) -> None:
     expected = KERNELS | (OF_A_STEP if n_patches == 1 else set())
     assert set(compiled_for_hopper(PROGRAM, n_channels, n_patches)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_a_step_through_pages_compiles_for_a_hopper_gpu(n_channels: int) -> None:
+    assert set(compiled_for_hopper(OF_PAGES, n_channels)) == {"step_kernel", "join_kernel"}

@@ -18,7 +18,12 @@ TESTS = Path(__file__).parent
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "fewest"),
-    [("test_attend_triton.py", 20), ("test_gated_delta_fla.py", 20), ("test_layer_triton.py", 28)],
+    [
+        ("test_attend_triton.py", 20),
+        ("test_gated_delta_fla.py", 20),
+        ("test_layer_triton.py", 28),
+        ("test_stores.py", 38),
+    ],
 )
 def test_kernels_equal_their_twins_in_the_interpreter(name: str, fewest: int) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

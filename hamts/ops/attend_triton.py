@@ -135,7 +135,7 @@ def attend(
         n_marks=n_marks,
     )
     share = share_mark and n_marks > 0
-    if share_mark and pad is not None and pad.marks is None:
+    if share and pad is not None and pad.marks is None:
         raise ValueError("scratch.marks must be given where share_mark says that the last mark of every key is 1.")
     entry_marks = None
     if n_marks and pad is not None:

@@ -3,13 +3,17 @@
 One patch asks, so nothing but the bytes of keys and values counts. Each stream's entries, from its first living one to
 its last, are cut into parts of one length: a long list is read by more programs than a short one, and none waits for
 the longest. Programs are started for the capacity; those beyond a stream's last entry end at once. Sizes do not depend
-on what was routed, nothing waits for the device, and a CUDA graph can hold the whole step.
+on what was routed, nothing waits for the device, and a CUDA graph can hold the whole step. Entries of a stream lie side
+by side, padded to the longest list, or in pages that all streams share (``ops/pages.py``): the loop is the same, and
+finds each tile through the stream's page numbers.
 
 B streams · C channels · H heads · K key · V value · M capacity (entries) · W window patches · R marks · P parts
+E entries of a page · T pages that a stream may hold
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ except ImportError as missing:
         "The Triton kernels need the package triton, 3.7.1 or later. Install it with: pip install 'hamts[gpu]'."
     ) from missing
 
-__all__ = ["MOST_CHANNELS", "attend_step"]
+__all__ = ["MOST_CHANNELS", "TILE", "Paged", "attend_step"]
 
 MOST_CHANNELS = 64
 # programs wanted for each multiprocessor, and entries that a program reads, unless there are too few for all
@@ -33,7 +37,7 @@ SHORTEST, LONGEST = 128, 1024
 TILE, WARPS, STAGES = 64, 4, 3
 # entries of a program that looks for the living, and parts that are joined at once
 LIVES, JOINED = 1024, 16
-VARYING = ("n_entries", "n_parts", "length", "window", "span")
+VARYING = ("n_entries", "n_parts", "length", "window", "span", "table_width")
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
@@ -76,24 +80,29 @@ def living_kernel(from_ptr, until_ptr, alive_ptr, ends_ptr, n_entries, BN: tl.co
 
 
 @triton.jit
-def _ends(ends_ptr, stream, n_entries):
+def _ends(ends_ptr, stream, n_entries, E: tl.constexpr):
+    """A stream's first living entry, where its first part begins, and past its last; parts begin with a page."""
     past = tl.load(ends_ptr + stream * 2 + 1)
-    return tl.minimum(n_entries - tl.load(ends_ptr + stream * 2), past), past
+    first = tl.minimum(n_entries - tl.load(ends_ptr + stream * 2), past)
+    origin = first
+    if E > 0:
+        origin = first // E * E
+    return first, origin, past
 
 
 @triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     q_ptr, local_keys_ptr, local_values_ptr, local_marks_ptr, present_ptr, keys_ptr, values_ptr, marks_ptr, bias_ptr,
     alive_ptr, source_ptr, ends_ptr, readable_ptr, channel_bias_ptr, tops_ptr, totals_ptr, outputs_ptr, markeds_ptr,
-    n_entries, n_parts, length, window, span, bias_stride, H: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    table_ptr, head_bias_ptr, n_entries, n_parts, length, window, span, bias_stride, table_width, H: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of one stream's entries for one head; the first part reads the window too."""
     head, part = tl.program_id(0) % H, tl.program_id(1)
     stream = (tl.program_id(0) // H).to(tl.int64)
-    first, end = _ends(ends_ptr, stream, n_entries)
-    begin = first + part * length
+    first, origin, end = _ends(ends_ptr, stream, n_entries, E)
+    begin = origin + part * length
     if (part > 0) & (begin >= end):
         return
     channel = tl.arange(0, CP)
@@ -113,8 +122,14 @@ def step_kernel(
     for start in tl.range(begin, stop, BN):
         entry = start + tl.arange(0, BN)
         inside = entry < stop
-        place = stream * n_entries + entry
-        alive = tl.load(alive_ptr + place, mask=inside, other=0) != 0
+        if E > 0:
+            # a tile lies in one page, and what is read of it is alive from the stream's first entry on
+            page = tl.load(table_ptr + stream * table_width + start // E % (table_width - 1)).to(tl.int64)
+            place = page * E + start % E + tl.arange(0, BN)
+            alive = inside & (entry >= first)
+        else:
+            place = stream * n_entries + entry
+            alive = tl.load(alive_ptr + place, mask=inside, other=0) != 0
         k = tl.load(
             keys_ptr + (place[:, None] * H + head) * K + at_k[None, :], mask=inside[:, None] & (at_k < K)[None, :],
             other=0.0,
@@ -124,6 +139,8 @@ def step_kernel(
             other=0.0,
         )  # fmt: skip
         bias = tl.load(bias_ptr + place * bias_stride + tl.where(bias_stride > 1, head, 0), mask=inside, other=0.0)
+        if E > 0:
+            bias += tl.load(head_bias_ptr + head)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * LOG2E + (bias * LOG2E)[None, :]
         own = (channel[:, None] >= 0) & inside[None, :]
         keep = alive[None, :] & row_inside[:, None]
@@ -178,14 +195,14 @@ def step_kernel(
 def join_kernel(
     ends_ptr, tops_ptr, totals_ptr, outputs_ptr, markeds_ptr, output_ptr, marked_ptr, lse_ptr, n_entries, n_parts,
     length, H: tl.constexpr, C: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr,
-    BP: tl.constexpr,
+    BP: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one stream, head and channel."""
     channel, head = tl.program_id(0) % C, tl.program_id(0) // C % H
     stream = (tl.program_id(0) // C // H).to(tl.int64)
     at_v, at_r = tl.arange(0, BV), tl.arange(0, RP)
-    first, end = _ends(ends_ptr, stream, n_entries)
-    used = tl.maximum(tl.cdiv(end - first, length), 1)
+    _, origin, end = _ends(ends_ptr, stream, n_entries, E)
+    used = tl.maximum(tl.cdiv(end - origin, length), 1)
     slots = (stream * H + head) * n_parts
     top = LOWEST + 0.0
     for start in tl.range(0, used, BP):
@@ -215,6 +232,23 @@ def join_kernel(
     tl.store(lse_ptr + (stream * H + head) * C + channel, lse)
 
 
+@dataclass(frozen=True)
+class Paged:
+    """Entries of all streams in pages of E rows; the last page of the pools belongs to nobody."""
+
+    keys: torch.Tensor  # [rows of all pages, H, K]
+    values: torch.Tensor  # [rows, H, V]
+    bias: torch.Tensor  # [rows] float32
+    marks: torch.Tensor | None  # [rows, R] float32
+    channel: torch.Tensor | None  # [rows] int32; None: of the only one
+    table: torch.Tensor  # [B, T + 1] int32: entry e of a stream lies in page e // E % T of its row
+    first: torch.Tensor  # [B] the oldest living entry
+    past: torch.Tensor  # [B] the newest, and 1
+    head_bias: torch.Tensor  # [H] float32, added to every entry's
+    page: int  # E
+    most: int  # entries that no stream has more of
+
+
 def attend_step(
     queries: torch.Tensor,
     *,
@@ -222,7 +256,7 @@ def attend_step(
     local_values: torch.Tensor,
     local_marks: torch.Tensor | None,
     local_present: torch.Tensor,
-    scratch: ScratchKeys | None,
+    scratch: ScratchKeys | Paged | None,
     readable: torch.Tensor,
     channel_bias: torch.Tensor,
     window: int,
@@ -232,15 +266,20 @@ def attend_step(
     """Output [B, C, H, V], marks [B, C, H, R] and log of the softmax's sum [B, H, C]; no gradients.
 
     Takes what ``attend`` takes, of one patch, in one dtype, contiguous, with patches and channels in one axis:
-    ``attend_triton.attend`` sees to that.
+    ``attend_triton.attend`` sees to that, and ``ops/pages.py`` where entries lie in pages.
     """
     B, C, H, K = queries.shape
     V, R = local_values.shape[-1], 0 if local_marks is None else local_marks.shape[-1]
-    n_entries = 0 if scratch is None else scratch.keys.shape[1]
+    n_entries = reach = 0 if scratch is None else scratch.keys.shape[1]
+    E, table, head_bias = 0, None, channel_bias
+    if isinstance(scratch, Paged):
+        # the first part begins with the page of the first entry; ends are told as those of a list of nothing
+        n_entries, E, table, head_bias = 0, scratch.page, scratch.table, scratch.head_bias
+        reach = scratch.most + E - 1
     device = queries.device
     padded = {"BV": _padded(V), "RP": max(4, triton.next_power_of_2(max(R, 1)))}
-    length = _length(B * H * n_entries, device)
-    parts = max(1, triton.cdiv(n_entries, length))
+    length = _length(B * H * reach, device)
+    parts = max(1, triton.cdiv(reach, length))
 
     def room(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -252,15 +291,16 @@ def attend_step(
     step_kernel[(B * H, parts)](
         queries, local_keys, local_values, tops if local_marks is None else local_marks.float().contiguous(),
         local_present.to(torch.int8), *entries, ends, readable.to(torch.int8).contiguous(), channel_bias.float(), tops,
-        totals, outputs, markeds, n_entries, parts, length, window, cross_span, stride, H=H, C=C, K=K, V=V, R=R,
-        BK=_padded(K), BN=TILE, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C), **padded,
+        totals, outputs, markeds, ends if table is None else table, head_bias, n_entries, parts, length, window,
+        cross_span, stride, 2 if table is None else table.shape[1], H=H, C=C, K=K, V=V, R=R, BK=_padded(K), BN=TILE,
+        E=E, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C), **padded,
     )  # fmt: skip
     output = queries.new_empty(B, C, H, V)  # [B, C, H, V]
     marked = room(B, C, H, R) if R else None  # [B, C, H, R]
     lse = room(B, H, C)  # [B, H, C]
     join_kernel[(B * H * C,)](
         ends, tops, totals, outputs, markeds, output, tops if marked is None else marked, lse, n_entries, parts, length,
-        H=H, C=C, V=V, R=R, BP=JOINED, num_warps=1, **padded,
+        H=H, C=C, V=V, R=R, BP=JOINED, E=E, num_warps=1, **padded,
     )  # fmt: skip
     return output, marked, lse
 
@@ -278,9 +318,14 @@ def _length(numbers: int, device: torch.device) -> int:
 
 
 def _entries(
-    q: torch.Tensor, scratch: ScratchKeys | None, channel_bias: torch.Tensor
+    q: torch.Tensor, scratch: ScratchKeys | Paged | None, channel_bias: torch.Tensor
 ) -> tuple[tuple[Any, ...], torch.Tensor, int]:
     """Keys, values, marks, biases, who is alive and sources; each stream's ends; entries' stride of biases."""
+    if isinstance(scratch, Paged):
+        ends = torch.stack([-scratch.first, scratch.past], 1).int()  # [B, 2]
+        marks = channel_bias if scratch.marks is None else scratch.marks
+        source = ends if scratch.channel is None else scratch.channel
+        return (scratch.keys, scratch.values, marks, scratch.bias, ends, source), ends, 1
     B, M = q.shape[0], 0 if scratch is None else scratch.keys.shape[1]
     ends = torch.zeros(B, 2, dtype=torch.int32, device=q.device)  # [B, 2]
     if scratch is None or not M:

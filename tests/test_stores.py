@@ -1,0 +1,277 @@
+"""Both stores of many streams hold and read the same, whatever comes: growth, a cap, ragged lists, saved and loaded.
+
+On a CPU the read through pages runs in Triton's interpreter, in a process that ``test_interpreted.py`` starts; on a
+CUDA device it is compiled (marker ``gpu``). The torch form over the same pages runs everywhere.
+
+S streams · C channels · H heads · K key · V value · R marks · J rows of a step
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_ops import distance
+from triton_on_cpu import INTERPRETED, WHY_NOT
+
+from hamts.ops.kernels import TORCH, Kernels
+from hamts.ops.stores import EntryKind, PaddedStore, Store, StoreError, open_store
+
+KINDS = {
+    "one channel": EntryKind(heads=2, key_width=16, value_width=16, marks=3),
+    "three channels": EntryKind(heads=2, key_width=20, value_width=17, marks=2, channels=3),
+    "no marks": EntryKind(heads=1, key_width=16, value_width=24),
+}
+PLACES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason=WHY_NOT)),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+STREAMS, WINDOW = 5, 3
+# of each stream, how likely a row is kept: nothing, little, everything
+LIKELY = torch.tensor([0.0, 0.05, 0.3, 0.8, 1.0])
+
+
+def drawn_rows(kind: EntryKind, J: int, generator: torch.Generator, device: str = "cpu") -> dict[str, torch.Tensor]:
+    found = {}
+    for name, (shape, dtype) in kind.fields().items():
+        if name == "channel":
+            found[name] = torch.arange(J).remainder(kind.channels).expand(STREAMS, J).to(device, dtype)
+        else:
+            found[name] = torch.randn(STREAMS, J, *shape, generator=generator).to(device, dtype)
+    return found
+
+
+def drawn_read(kind: EntryKind, generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
+    S, C, H, R = STREAMS, kind.channels, kind.heads, kind.marks
+    grid = (S, WINDOW + 1, C)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    return {
+        "queries": draw(S, 1, C, H, kind.key_width).to(kind.dtype) * 2 * kind.key_width**-0.5,
+        "local_keys": draw(*grid, H, kind.key_width).to(kind.dtype),
+        "local_values": draw(*grid, H, kind.value_width).to(kind.dtype),
+        "local_marks": draw(*grid, R) if R else None,
+        "local_present": (torch.rand(*grid, generator=generator) < 0.8).to(device),
+        "readable": (torch.rand(S, C, C, generator=generator) < 0.6).to(device),
+        "channel_bias": draw(H),
+        "head_bias": draw(H),
+        "window": WINDOW,
+    }
+
+
+def pair(kind: EntryKind, cap: int | None, device: str = "cpu") -> tuple[Store, Store]:
+    padded = open_store("padded", kind, STREAMS, cap=cap, device=device)
+    return padded, open_store("paged", kind, STREAMS, cap=cap, device=device, grows=True)
+
+
+def assert_equal_arrays(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert set(got) == set(wanted)
+    for name, expected in wanted.items():
+        assert torch.equal(got[name], expected), name
+
+
+def fed(stores: tuple[Store, ...], kind: EntryKind, steps: int, J: int, seed: int, device: str = "cpu") -> None:
+    """Append the same rows to all, room asked for once in a while."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        if step % 16 == 0:
+            for store in stores:
+                store.reserve(16 * J)
+        rows = drawn_rows(kind, J, generator, device)
+        accepted = (torch.rand(STREAMS, J, generator=generator) < LIKELY[:, None]).to(device)
+        for store in stores:
+            store.append_(rows, accepted)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("cap", "J"), [(None, 1), (None, 3), (150, 3), (64, 70), (1, 1)])
+def test_pages_hold_what_padded_lists_hold(name: str, cap: int | None, J: int) -> None:
+    kind = KINDS[name]
+    padded, paged = pair(kind, cap)
+    J = min(J, cap or J)
+    for seed in range(3):
+        fed((padded, paged), kind, 90, J, seed)
+        assert_equal_arrays(paged.arrays(), padded.arrays())
+    counts = padded.arrays()["count"]
+    assert int(counts.max()) == (270 * J if cap is None else cap) and int(counts.min()) == 0
+    # pages in use are those that the living entries touch, every one of them once
+    held = paged.table[:, :-1]
+    used = int((-(-paged.past // 64) - paged.first // 64).sum())
+    free = paged.free[: int(paged.n_free)]
+    assert int(paged.n_free) + used == paged.pages
+    assert free.unique().numel() == free.numel() and (cap is not None or (held < paged.pages).sum() == used)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("cap", [None, 100])
+def test_both_read_the_same_by_torch(name: str, cap: int | None, generator: torch.Generator) -> None:
+    kind = KINDS[name]
+    padded, paged = pair(kind, cap)
+    for seed in range(2):
+        fed((padded, paged), kind, 80, 2, seed)
+        given = drawn_read(kind, generator)
+        got, wanted = (store.read(**given, kernels=TORCH) for store in (paged, padded))
+        assert distance(got.output, wanted.output) <= 1e-6
+        assert (got.marks is None) == (wanted.marks is None)
+        if wanted.marks is not None:
+            assert distance(got.marks, wanted.marks) <= 1e-6
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("cap", [None, 150])
+def test_the_kernel_reads_pages_as_torch_reads_lists(
+    name: str, cap: int | None, device: str, generator: torch.Generator
+) -> None:
+    kind = KINDS[name]
+    padded, paged = pair(kind, cap, device)
+    fed((padded, paged), kind, 100, 2, 7, device)
+    given = drawn_read(kind, generator, device)
+    got = paged.read(**given, kernels=Kernels("triton"))
+    truth = padded.read(**given, kernels=TORCH)
+    # the bound that the step over padded lists has
+    assert distance(got.output, truth.output) <= 1e-5
+    if truth.marks is not None:
+        assert distance(got.marks, truth.marks) <= 1e-5
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_store_of_nothing_is_read_as_the_window_alone(device: str, generator: torch.Generator) -> None:
+    kind = KINDS["one channel"]
+    padded, paged = pair(kind, None, device)
+    given = drawn_read(kind, generator, device)
+    got, truth = paged.read(**given, kernels=Kernels("triton")), padded.read(**given, kernels=TORCH)
+    assert distance(got.output, truth.output) <= 1e-5 and distance(got.marks, truth.marks) <= 1e-5
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("padded", "paged"), ("paged", "padded"), ("paged", "paged")])
+@pytest.mark.parametrize("cap", [None, 70])
+def test_what_one_saves_any_may_load_and_go_on(saved: str, loaded: str, cap: int | None) -> None:
+    kind = KINDS["three channels"]
+    options = {"padded": {}, "paged": {"grows": True}}
+    before = open_store(saved, kind, STREAMS, cap=cap, **options[saved])
+    fed((before,), kind, 60, 2, 4)
+    arrays = before.arrays()
+    after = open_store(loaded, kind, STREAMS, cap=cap, **options[loaded])
+    # into a store that held something else
+    fed((after,), kind, 20, 2, 5)
+    after.load(arrays)
+    assert_equal_arrays(after.arrays(), arrays)
+    fed((before, after), kind, 60, 2, 6)
+    assert_equal_arrays(after.arrays(), before.arrays())
+
+
+def test_pages_take_room_for_what_is_there_and_lists_for_the_longest() -> None:
+    kind = KINDS["one channel"]
+    padded, paged = pair(kind, None)
+    counts = torch.tensor([3, 10, 40, 70, 3000])
+    for store in (padded, paged):
+        rows = {name: torch.zeros(5, 3000, *shape, dtype=dtype) for name, (shape, dtype) in kind.fields().items()}
+        store.load({**rows, "count": counts})
+        assert store.live_bytes() == int(counts.sum()) * kind.entry_bytes()
+    assert padded.allocated_bytes() >= 5 * 3000 * kind.entry_bytes()
+    # 5 pages begun, and one that nobody has
+    assert paged.allocated_bytes() <= paged.live_bytes() + 6 * 64 * kind.entry_bytes()
+
+
+def test_pages_that_run_out_are_refused_before_and_noticed_after() -> None:
+    kind = KINDS["no marks"]
+    store = open_store("paged", kind, STREAMS, pages=7, room=200)
+    text = r"65 more rows of 5 streams must find pages: 10 of 64 entries each. Got 7 free of 7."
+    with pytest.raises(StoreError, match=f"{text} Give the store pages=10 or more, a smaller cap or fewer streams"):
+        store.reserve(65)
+    assert not store.reserve(64)
+    rows = drawn_rows(kind, 1, torch.Generator().manual_seed(0))
+    for _ in range(64):
+        store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool))
+    store.check()
+    kept = store.arrays()
+    # two pages are left, for five streams
+    store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool))
+    with pytest.raises(StoreError, match=r"3 found none of 7 pages of 64 entries: more came than reserve was asked"):
+        store.check()
+    # nobody else's entries were written over
+    store.load(kept)
+    assert_equal_arrays(store.arrays(), kept)
+    with pytest.raises(StoreError, match=r"10 pages of 64 entries must be there for these streams. Got 7."):
+        store.allot(torch.full((STREAMS,), 100))
+
+
+def test_more_entries_than_the_read_is_ready_for_are_noticed() -> None:
+    kind = KINDS["no marks"]
+    store = open_store("paged", kind, STREAMS, pages=20, room=64)
+    rows = drawn_rows(kind, 1, torch.Generator().manual_seed(0))
+    for _ in range(65):
+        store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool))
+    with pytest.raises(StoreError, match=r"Every row must find a page."):
+        store.check()
+
+
+def test_what_a_store_cannot_be_is_refused() -> None:
+    kind = KINDS["no marks"]
+    with pytest.raises(StoreError, match=r"Unknown store 'heap'. Available: \['padded', 'paged'\]."):
+        open_store("heap", kind, 2)
+    with pytest.raises(StoreError, match=r"page must be a multiple of 64 entries. Got 48."):
+        open_store("paged", kind, 2, page=48)
+    with pytest.raises(StoreError, match=r"cap must be at least 1, or None for no cap. Got 0."):
+        open_store("padded", kind, 2, cap=0)
+    store = open_store("padded", kind, STREAMS, cap=2)
+    rows = drawn_rows(kind, 3, torch.Generator().manual_seed(0))
+    with pytest.raises(StoreError, match=r"At most cap=2 rows of a stream can come at once. Got 3"):
+        store.append_(rows, torch.ones(STREAMS, 3, dtype=torch.bool))
+    with pytest.raises(StoreError, match=r"accepted must be \[5 streams, rows\]. Got \(2, 1\)."):
+        store.append_(rows, torch.ones(2, 1, dtype=torch.bool))
+    with pytest.raises(StoreError, match=r"rows must have the names \['bias', 'keys', 'values'\]. Got \['keys'\]."):
+        store.append_({"keys": rows["keys"]}, torch.ones(STREAMS, 1, dtype=torch.bool))
+    with pytest.raises(
+        StoreError, match=r"arrays must hold 5 streams of at most 2 entries. Got 5 streams, the longest"
+    ):
+        store.load({**rows, "count": torch.full((5,), 3)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cap", [None, 96])
+def test_a_recorded_step_follows_and_nothing_waits(cap: int | None) -> None:
+    """Append and read in a CUDA graph, replayed as pages fill, are given back and taken; launched without a wait."""
+    kind = replace(KINDS["one channel"], dtype=torch.bfloat16, key_width=64, value_width=64)
+    recorded, launched = (
+        open_store("paged", kind, STREAMS, cap=cap, device="cuda", pages=40, room=256) for _ in range(2)
+    )
+    lists = PaddedStore(kind, STREAMS, cap=cap, device="cuda", room=512)
+    generator = torch.Generator().manual_seed(3)
+    given = drawn_read(kind, generator, "cuda")
+    rows, accepted = drawn_rows(kind, 1, generator, "cuda"), torch.ones(STREAMS, 1, dtype=torch.bool, device="cuda")
+
+    def step(store: Store) -> torch.Tensor:
+        store.append_(rows, accepted)
+        return store.read(**given, kernels=Kernels("triton")).output
+
+    for store in (recorded, launched, lists):
+        store.reserve(200)
+        step(store)
+        store.load(store.arrays())
+        store.reserve(200)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(recorded)
+    for n in range(190):
+        for name, tensor in drawn_rows(kind, 1, generator, "cuda").items():
+            rows[name].copy_(tensor)
+        accepted.copy_((torch.rand(STREAMS, 1, generator=generator) < LIKELY[:, None]).cuda())
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plain = step(launched)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(output, plain)
+        wanted = step(lists)
+        if n % 40 == 0:
+            assert distance(output, wanted) <= 1.2e-2
+    assert_equal_arrays(recorded.arrays(), lists.arrays())
+    assert int(recorded.past.max()) > 150
