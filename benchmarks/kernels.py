@@ -322,9 +322,10 @@ def _compile(number: int) -> None:
         if number == -1:
             flex_cells(list(BOUNDS), only_compile=True)
         elif number == -2:
-            from benchmarks.kernels_decode import Streams
+            from benchmarks.kernels_decode import STORES, Streams
 
-            Streams(1, 0.02, ragged=True).layer_step()()
+            for store in STORES:
+                Streams(1, 0.02, ragged=True, store=store).layer_step()()
         else:
             tiles.use({kernel: several[min(number, len(several) - 1)] for kernel, several in trial().items()})
             Read(16_384, 0.1).runs()["both_with_masses"]()
@@ -376,6 +377,7 @@ def main() -> None:
         rates: dict[str, float] = {}
         if {"attention", "decode"} & set(options.parts):
             rates = ceilings()
+        if "attention" in options.parts:
             record("ceilings", rates)
         if "tiles" in options.parts:
             search_cells([(16_384, 0.25), (16_384, 0.1), (65_536, 0.1)])

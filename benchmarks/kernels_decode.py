@@ -3,11 +3,14 @@
 A part of ``benchmarks/kernels.py``, which runs it, writes its cells and prints its tables. Two steps are timed: the
 read alone, what leaves the window appended first, and all that a layer does with a token, from its input to its output.
 
-S streams · D width · H heads · K key · M capacity (entries) · W window patches · L places, W + 1 · R marks
+Entries lie padded to the longest list, or in pages that all streams share: each cell for both, in one run.
+
+S streams · D width · H heads · K key · W window patches · L places, W + 1 · R marks
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,28 +21,32 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels import HEADS, MARKS, WIDTH, WINDOW, graph_ms, record
-from hamts.ops.compact import append_, bucket
-from hamts.ops.types import ScratchKeys
+from hamts.ops.compact import bucket
+from hamts.ops.kernels import Kernels
+from hamts.ops.pages import PagedStore
+from hamts.ops.stores import STORES, EntryKind, PaddedStore, Store
 
 HISTORY, TAPS = 65_536, 4
-# streams, share of the history kept, ragged?; 1,024 streams of more do not fit into 80 GB with room for the longest
-CELLS = [(256, 0.1, False), (256, 0.1, True)]
-CELLS += [(streams, share, True) for streams in (1, 64) for share in (0.0, 0.02, 0.1, 0.25, 0.5, 1.0)]
-CELLS += [(1024, share, True) for share in (0.0, 0.02, 0.05)]
+KIND = EntryKind(HEADS, WIDTH, WIDTH, marks=MARKS, dtype=torch.bfloat16)
+# streams, share of the history kept, ragged?; the most telling first
+CELLS = [(streams, share, True) for share in (0.1, 0.25, 0.02) for streams in (256, 1024, 64, 1)]
+CELLS += [(256, 0.1, False), *((streams, share, True) for streams in (1, 64) for share in (0.0, 0.5, 1.0))]
+CELLS += [(1024, share, True) for share in (0.0, 0.05)]
 
 
 def decode_cells(rates: dict[str, float]) -> None:
     full = full_decode_ms()
     torch.cuda.empty_cache()
     for streams, share, ragged in CELLS:
-        try:
-            cell = Streams(streams, share, ragged).cell(rates, full if streams == 256 else {})
-        except torch.OutOfMemoryError as problem:
-            print("decode", streams, share, "does not fit:", str(problem)[:100], flush=True)
-            cell = None
-        if cell is not None:
-            record(f"decode--S{streams}--{round(100 * share)}{'--ragged' if ragged else ''}", cell)
-        torch.cuda.empty_cache()
+        for store in STORES:
+            suffix = f"{'--ragged' if ragged else ''}{'--paged' if store == 'paged' else ''}"
+            name = f"decode--S{streams}--{round(100 * share)}{suffix}"
+            try:
+                record(name, Streams(streams, share, ragged, store).measured(rates, full if streams == 256 else {}))
+            except RuntimeError:
+                # one cell that fails must not cost the others
+                traceback.print_exc()
+            torch.cuda.empty_cache()
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -53,11 +60,11 @@ class Streams:
     streams: int
     share: float
     ragged: bool
+    store: str = "padded"
 
-    def cell(self, rates: dict[str, float], full: dict[str, Any]) -> dict[str, Any]:
-        step_ms, layer_ms = graph_ms(self.read_step()), graph_ms(self.layer_step())
-        moved = 4 * WIDTH * HEADS * float(self.counts.sum() + self.streams * WINDOW)
-        cell: dict[str, Any] = {
+    def measured(self, rates: dict[str, float], full: dict[str, Any]) -> dict[str, Any]:
+        """What the streams hold and need; milliseconds only where their entries fit the card."""
+        about: dict[str, Any] = {
             "streams": self.streams,
             "ragged": self.ragged,
             "history": HISTORY,
@@ -65,8 +72,28 @@ class Streams:
             "heads": HEADS,
             "width": WIDTH,
             "window": WINDOW,
+            "store": self.store,
             "mean_entries": float(self.counts.float().mean()),
             "most_entries": int(self.counts.max()),
+            "live_gib": float(self.counts.sum()) * KIND.entry_bytes() / 2**30,
+            "store_gib": self.rows * KIND.entry_bytes() / 2**30,
+        }
+        try:
+            return about | self.cell(rates, full)
+        except torch.OutOfMemoryError as problem:
+            return about | {"does_not_fit": str(problem)[:120]}
+
+    def cell(self, rates: dict[str, float], full: dict[str, Any]) -> dict[str, Any]:
+        torch.cuda.reset_peak_memory_stats()
+        read, layer = self.read_step(), self.layer_step()
+        with torch.no_grad():
+            read()
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+        step_ms, layer_ms = graph_ms(read), graph_ms(layer)
+        moved = 4 * WIDTH * HEADS * float(self.counts.sum() + self.streams * WINDOW)
+        cell: dict[str, Any] = {
+            "peak_gib": peak,
             "step_ms": step_ms,
             "layer_ms": layer_ms,
             "tokens_per_s": self.streams / step_ms * 1e3,
@@ -87,15 +114,30 @@ class Streams:
         draws = torch.randn(self.streams, generator=torch.Generator().manual_seed(0)).mul(0.6).exp()  # [S]
         return (draws / draws.mean() * mean).clamp(max=min(3 * mean, HISTORY)).long()
 
+    @property
+    def rows(self) -> int:
+        """Rows that the store has room for, and 64 more entries of every stream."""
+        if self.store == "padded":
+            return self.streams * bucket(int(self.counts.max()) + 64)
+        return 64 * (1 + int((-(-(self.counts + 64) // 64)).sum()))
+
     @cached_property
-    def kept(self) -> dict[str, torch.Tensor]:
-        S, M = self.streams, bucket(int(self.counts.max()) + 64)
-        return {
-            "keys": normal(S, M, HEADS, WIDTH),
-            "values": normal(S, M, HEADS, WIDTH),
-            "bias": torch.randn(S, M, device="cuda"),
-            "marks": torch.randn(S, M, MARKS, device="cuda"),
-        }
+    def kept(self) -> Store:
+        """The store, full of numbers; pages lie in no order, as after many steps."""
+        most = int(self.counts.max()) + 64
+        if self.store == "padded":
+            store: Store = PaddedStore(KIND, self.streams, device="cuda", room=most)
+            store.past.copy_(self.counts)
+        else:
+            paged = PagedStore(KIND, self.streams, device="cuda", room=bucket(most), pages=self.rows // 64 - 1)
+            paged.allot(self.counts)
+            order = torch.randperm(paged.pages, generator=torch.Generator().manual_seed(1))
+            order = torch.cat([order, torch.tensor([paged.pages])]).to("cuda", torch.int32)  # [P + 1]
+            paged.table, paged.free = order[paged.table.long()], order[paged.free.long()]
+            store = paged
+        for buffer in store.buffers.values():
+            buffer.normal_()
+        return store
 
     @cached_property
     def local(self) -> dict[str, torch.Tensor]:
@@ -103,42 +145,31 @@ class Streams:
         marks = torch.randn(*places, MARKS, device="cuda")
         return {"keys": normal(*places, HEADS, WIDTH), "values": normal(*places, HEADS, WIDTH), "marks": marks}
 
-    def read_step(self) -> Callable[[], torch.Tensor]:
+    def read_step(self) -> Callable[..., torch.Tensor]:
         """What leaves the window is appended; then one patch reads."""
-        from hamts.ops.attend_triton import attend
-
-        S, kept, local, count = self.streams, self.kept, self.local, self.counts.cuda()
+        S, store, local = self.streams, self.kept, self.local
         queries = normal(S, 1, 1, HEADS, WIDTH) * WIDTH**-0.5
-        index = torch.arange(kept["bias"].shape[1], device="cuda")
-        channel = torch.zeros_like(kept["bias"], dtype=torch.int64)
         accepted = torch.ones(S, 1, dtype=torch.bool, device="cuda")
         scale, bias = torch.randn(HEADS, device="cuda"), torch.zeros(S, 1, device="cuda")
         present = torch.ones(S, WINDOW + 1, 1, dtype=torch.bool, device="cuda")
         readable, channel_bias = torch.ones(S, 1, 1, dtype=torch.bool, device="cuda"), torch.ones(HEADS, device="cuda")
+        before = {name: getattr(store, name) for name in ("past", "n_free") if hasattr(store, name)}
+        before = {name: tensor.clone() for name, tensor in before.items()}
 
         def step(asked: torch.Tensor = queries) -> torch.Tensor:
-            leaving = {name: x[:, 0] for name, x in local.items()} | {"bias": bias}
-            # of a copy of the count, so that every repeat reads as much
-            now = count.clone()
-            append_(kept, leaving, accepted, now)
-            since = torch.where(index < now[:, None], 0, 2**40)  # [S, M]
-            scratch = ScratchKeys(
-                keys=kept["keys"],
-                values=kept["values"],
-                channel=channel,
-                bias=kept["bias"][..., None] + scale,
-                visible_from=since,
-                visible_until=torch.full_like(since, 2**40),
-                marks=kept["marks"],
-            )
-            return attend(
+            # so that every repeat appends and reads as much
+            for name, tensor in before.items():
+                getattr(store, name).copy_(tensor)
+            store.append_({name: x[:, 0] for name, x in local.items()} | {"bias": bias}, accepted)
+            return store.read(
                 asked,
                 **{f"local_{name}": x for name, x in local.items()},
                 local_present=present,
-                scratch=scratch,
                 readable=readable,
                 channel_bias=channel_bias,
+                head_bias=scale,
                 window=WINDOW,
+                kernels=Kernels("triton"),
             ).output
 
         return step

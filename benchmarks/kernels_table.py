@@ -19,6 +19,7 @@ def table() -> None:
     tiles_table()
     flex_table()
     decode_table()
+    store_table()
     budget_table()
 
 
@@ -103,16 +104,18 @@ def flex_table() -> None:
 
 def steps(folder: Path = RESULTS) -> list[dict[str, Any]]:
     cells = cells_of("decode--*.json", folder).values()
-    return sorted(cells, key=lambda cell: (cell["streams"], cell["share"], cell["ragged"]))
+    return sorted(cells, key=lambda c: (c["streams"], c["share"], c["ragged"], c.get("store", "padded")))
 
 
 def decode_table() -> None:
-    """Steps at the size that has a bound, and those of the version before."""
-    print("\n| version | streams | entries mean / most | read ms | floor bytes ms | tokens/s | full ms | times |")
-    print("|---|---|---|---|---|---|---|---|")
-    for version, folder in (("second", RESULTS / "second"), ("this", RESULTS)):
+    """Steps at the size that has a bound, and those of the versions before."""
+    print(
+        "\n| version | store | streams | entries mean / most | read ms | floor bytes ms | tokens/s | full ms |", end=""
+    )
+    print(" times |\n|---|---|---|---|---|---|---|---|---|")
+    for version, folder in (("second", RESULTS / "second"), ("fifth", RESULTS / "fifth"), ("this", RESULTS)):
         for c in steps(folder):
-            if c["share"] != 0.1:
+            if c["share"] != 0.1 or "step_ms" not in c:
                 continue
             full = "-"
             if "full_ms" in c:
@@ -121,9 +124,39 @@ def decode_table() -> None:
                 full = f"{min(c[name] for name in c if name.startswith('full_')):.2f}"
             times = f"{c['times_as_many_tokens_per_s']:.1f}" if "times_as_many_tokens_per_s" in c else "-"
             print(
-                f"| {version} | {c['streams']:,} | {c['mean_entries']:,.0f} / {c['most_entries']:,} |"
-                f" {c['step_ms']:.3f} | {c['floor_bytes_ms']:.3f} | {c['tokens_per_s']:,.0f} | {full} | {times} |"
+                f"| {version} | {c.get('store', 'padded')} | {c['streams']:,} |"
+                f" {c['mean_entries']:,.0f} / {c['most_entries']:,} | {c['step_ms']:.3f} | {c['floor_bytes_ms']:.3f} |"
+                f" {c['tokens_per_s']:,.0f} | {full} | {times} |"
             )
+
+
+def by_store(ragged: bool = True) -> dict[tuple[float, int], dict[str, dict[str, Any]]]:
+    """Cells of the last version: share and streams -> store -> cell."""
+    found: dict[tuple[float, int], dict[str, dict[str, Any]]] = {}
+    for c in steps():
+        if c["ragged"] == ragged and "store" in c:
+            found.setdefault((c["share"], c["streams"]), {})[c["store"]] = c
+    return dict(sorted(found.items()))
+
+
+def store_table() -> None:
+    """Padded lists and pages beside each other: what they hold, and a step's milliseconds."""
+    print(
+        "\n| kept | streams | live GiB | padded: GiB, read / layer ms | paged: GiB, read / layer ms | paged / padded |"
+    )
+    print("|---|---|---|---|---|---|")
+    for (share, streams), cells in by_store().items():
+        if share == 0.0 or len(cells) < 2:
+            continue
+        shown = [
+            f"{c['store_gib']:.2f}, {c['step_ms']:.3f} / {c['layer_ms']:.3f}"
+            if "step_ms" in c
+            else f"{c['store_gib']:.1f}, does not fit"
+            for c in (cells["padded"], cells["paged"])
+        ]
+        both = all("step_ms" in c for c in cells.values())
+        ratio = f"{cells['paged']['step_ms'] / cells['padded']['step_ms']:.2f}" if both else "-"
+        print(f"| {share:.0%} | {streams:,} | {cells['paged']['live_gib']:.2f} | {' | '.join(shown)} | {ratio} |")
 
 
 def right(model: str) -> dict[float, float]:
@@ -140,15 +173,17 @@ def right(model: str) -> dict[float, float]:
 def budget_table() -> None:
     """Milliseconds a step of a layer at each share, beside what a trained model of other size recalls at that share."""
     models = {name: right(name) for name in ("surprise-shared", "learned")}
-    by_share: dict[float, dict[int, dict[str, Any]]] = {}
-    for c in steps():
-        if c["ragged"]:
-            by_share.setdefault(c["share"], {})[c["streams"]] = c
-    counts = (1, 64, 1024)
-    print("\n| kept | " + " | ".join(f"layer (read) ms, {n:,} streams" for n in counts) + " |", end="")
+    cells = by_store()
+    counts = (1, 64, 256, 1024)
+    print("\n| kept | " + " | ".join(f"layer ms padded / paged, {n:,} streams" for n in counts) + " |", end="")
     print(" " + " | ".join(f"recall right, `{name}`" for name in models) + " |")
     print("|---|" + "---|" * (len(counts) + len(models)))
-    for share, found in sorted(by_share.items()):
-        times = [f"{found[n]['layer_ms']:.3f} ({found[n]['step_ms']:.3f})" if n in found else "-" for n in counts]
+    for share in sorted({share for share, _ in cells}):
+        times = []
+        for streams in counts:
+            found = cells.get((share, streams), {})
+            both = [found.get(store, {}) for store in ("padded", "paged")]
+            each = [f"{c['layer_ms']:.3f}" if "layer_ms" in c else "does not fit" if c else "-" for c in both]
+            times.append(" / ".join(each) if found else "-")
         recalled = [f"{known[share]:.3f}" if share in known else "-" for known in models.values()]
         print(f"| {share:.0%} | {' | '.join(times + recalled)} |")
