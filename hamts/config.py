@@ -293,6 +293,8 @@ class StreamConfig:
         calibration_rate: step of that learning, in scales of the stream.
         drift_scales: deviation from the stream's level, in its scales, from which a row counts as drifted.
         items_side_by_side: items read in one pass of the network.
+        store: where scratchpads lie: ``padded``, each with room for the longest of all, or ``paged``, in small pages
+            that all items share, which takes less where they differ in length. Results and saved states are the same.
     """
 
     late: str = "reopen"
@@ -306,12 +308,14 @@ class StreamConfig:
     calibration_rate: float = 0.02
     drift_scales: float = 50.0
     items_side_by_side: int = 128
+    store: str = "padded"
 
     def __post_init__(self) -> None:
         choices = {
             "late": ("reopen", "drop", "error"),
             "correction": ("error", "ignore", "apply"),
             "jump": ("quarantine", "error", "accept"),
+            "store": ("padded", "paged"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

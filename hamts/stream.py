@@ -101,7 +101,7 @@ class Stream:
         policy, _ = self._stepper.policies(1)
         caps = (policy.cap_kept, policy.cap_must)
         most = caps[0] + caps[1] if isinstance(caps[0], int) and isinstance(caps[1], int) else None
-        self._items = StreamItems(ItemTable(columns), MemoryStore(self._network, most))
+        self._items = StreamItems(ItemTable(columns), MemoryStore(self._network, most, config.store))
         self._pins: list[Pin] = []
         self._spill: Spill | None = None
         self._last: tuple[Any, Any, Scored] | None = None

@@ -20,6 +20,8 @@ __all__ = ["hash_model", "hash_state"]
 
 # facts about deliveries, not about the stream
 NOT_HASHED = ("items.counts",)
+# how a stream lies in memory, which changes nothing that it knows
+LAYOUT = ("store",)
 
 
 def hash_model(network: HAMNetwork, schema: Schema, plan: Plan) -> str:
@@ -39,7 +41,8 @@ def hash_state(arrays: dict[str, torch.Tensor | np.ndarray], meta: dict[str, Any
     for name in sorted(arrays):
         if name not in NOT_HASHED:
             _add(digest, name, as_numpy(arrays[name])[order])
-    digest.update(_facts({**meta, "item_ids": sorted(ids)}))
+    config = {name: value for name, value in meta.get("config", {}).items() if name not in LAYOUT}
+    digest.update(_facts({**meta, "config": config, "item_ids": sorted(ids)}))
     return digest.hexdigest()
 
 

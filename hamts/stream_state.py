@@ -1,9 +1,9 @@
 """All that a stream keeps of its items, batched: one row per item in tensors that grow by doubling, never per update.
 
 Memories are trees of tensors: whatever a layer keeps, its leaves are stored here under their dotted names. Leaves of a
-scratchpad, told by their mask ``alive``, have room for entries, which doubles too, up to the cap.
+scratchpad, told by their mask ``alive``, have a row for each entry, and a store of their own: ``stream_entries``.
 
-I items · R rows of room · C channels · G targets · P steps in a patch · Q quantiles · M entries · E static columns
+I items · R rows of room · C channels · G targets · P steps in a patch · Q quantiles · E static columns
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors, unflatten_tensors
+from hamts.stream_entries import STORES, PaddedEntries, pad_of, place_of
 
 __all__ = ["COUNTERS", "ItemTable", "MemoryStore", "StreamItems", "item_columns"]
 
@@ -33,7 +34,6 @@ COUNTERS = (
     "drifted",
 )
 LEAST_ROOM = 4
-LEAST_ENTRIES = 16
 
 Column = tuple[Any, tuple[int, ...], Any]
 
@@ -109,87 +109,66 @@ class ItemTable:
 
 
 class MemoryStore:
-    """Memories of all items: one tensor per leaf, [R, ...]; the scratchpad's have room for entries, [R, M, ...]."""
+    """Memories of all items: one tensor per leaf, [R, ...]; entries of scratchpads in a store of their own.
 
-    def __init__(self, network: HAMNetwork, most_entries: int | None) -> None:
+    Args:
+        most_entries: the cap of a scratchpad; None for none.
+        store: how entries are kept, one of ``hamts.stream_entries.STORES``.
+    """
+
+    def __init__(self, network: HAMNetwork, most_entries: int | None, store: str = "padded") -> None:
         self.template = network.empty_memory(1)
         empty = flatten_tensors(self.template)
-        self.alive_leaves = {name for name in empty if name.endswith(".alive")}
-        pads = {_pad(name) for name in self.alive_leaves}
-        self.entry_leaves = {name for name in empty if _pad(name) in pads}
-        self.most_entries = most_entries
+        pads = {pad_of(name) for name in empty if name.endswith(".alive")}
+        own = {name: leaf for name, leaf in empty.items() if pad_of(name) in pads}
+        self.entries: PaddedEntries = STORES[store](own, most_entries)
         self.count = 0
-        self.leaves = {name: leaf[:0].clone() for name, leaf in empty.items()}
-        # entries in use of each item, by the scratchpad's prefix
-        self.used: dict[str, np.ndarray] = {_pad(name): np.zeros(0, dtype=np.int64) for name in self.alive_leaves}
+        self.leaves = {name: leaf[:0].clone() for name, leaf in empty.items() if name not in own}
 
     def like(self) -> MemoryStore:
         """An empty store of the same kind."""
         other = object.__new__(MemoryStore)
-        other.template, other.entry_leaves, other.alive_leaves = self.template, self.entry_leaves, self.alive_leaves
-        other.most_entries, other.count = self.most_entries, 0
-        other.leaves = {
-            name: leaf[:0, :0].clone() if name in self.entry_leaves else leaf[:0].clone()
-            for name, leaf in self.leaves.items()
-        }
-        other.used = {pad: np.zeros(0, dtype=np.int64) for pad in self.used}
+        other.template, other.entries, other.count = self.template, self.entries.like(), 0
+        other.leaves = {name: leaf[:0].clone() for name, leaf in self.leaves.items()}
         return other
+
+    @property
+    def entry_leaves(self) -> set[str]:
+        """Names of the leaves that have a row for each entry."""
+        return set(self.entries.leaves)
 
     @property
     def room(self) -> int:
         return len(next(iter(self.leaves.values())))
 
-    def reserve(self, rows: int, entries: dict[str, int] | None = None) -> None:
-        """Room for so many items, and for so many entries in each scratchpad; doubles what is too small."""
-        room = self.room
-        wanted = room if rows <= room else max(LEAST_ROOM, rows, 2 * room if room else rows)
-        for name, leaf in self.leaves.items():
-            shape = [wanted, *leaf.shape[1:]]
-            if name in self.entry_leaves and entries is not None:
-                shape[1] = self._entry_room(leaf.shape[1], entries[_pad(name)])
-            if shape != list(leaf.shape):
-                larger = leaf.new_zeros(shape)
-                corner = (slice(0, leaf.shape[0]), slice(0, leaf.shape[1])) if leaf.dim() > 1 else slice(0, len(leaf))
-                larger[corner] = leaf
-                self.leaves[name] = larger
-        if wanted > room:
-            self.used = {pad: np.concatenate([n, np.zeros(wanted - len(n), np.int64)]) for pad, n in self.used.items()}
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+        """Name -> dtype, shape of a row, and how many axes come before it, of every leaf that is stored."""
+        entries = {name: (leaf.dtype, self.entries.row_shape(name), 2) for name, leaf in self.entries.leaves.items()}
+        return {name: (leaf.dtype, tuple(leaf.shape[1:]), 1) for name, leaf in self.leaves.items()} | entries
 
-    def _entry_room(self, have: int, needed: int) -> int:
-        if needed <= have:
-            return have
-        doubled = max(LEAST_ENTRIES, needed, 2 * have)
-        return doubled if self.most_entries is None else max(needed, min(doubled, self.most_entries))
+    def reserve(self, rows: int) -> None:
+        """Room for so many items; doubles where there is too little."""
+        room = self.room
+        if rows <= room:
+            return
+        wanted = max(LEAST_ROOM, rows, 2 * room if room else rows)
+        for name, leaf in self.leaves.items():
+            self.leaves[name] = torch.cat([leaf, leaf.new_zeros((wanted - room, *leaf.shape[1:]))])
+        self.entries.reserve(wanted)
 
     def select(self, rows: np.ndarray) -> StreamMemory:
-        """Memories of some items. Neighbours come as views: what reads them must not write into them."""
-        place = _place(rows)
-        found: dict[str, torch.Tensor] = {}
-        width = {pad: int(used[rows].max()) if len(rows) else 0 for pad, used in self.used.items()}
-        for name, leaf in self.leaves.items():
-            if name in self.entry_leaves:
-                leaf = leaf[:, : width[_pad(name)]]
-            found[name] = leaf[place]
-        return unflatten_tensors(self.template, found)
+        """Memories of some items. Neighbours may come as views: what reads them must not write into them."""
+        place = place_of(rows)
+        found = {name: leaf[place] for name, leaf in self.leaves.items()}
+        return unflatten_tensors(self.template, found | self.entries.read(rows))
 
     def put(self, rows: np.ndarray, memory: StreamMemory) -> None:
         """Store the memories of some items; entries beyond theirs are no longer alive."""
         found = flatten_tensors(memory)
-        widths = {_pad(name): found[name].shape[1] for name in self.alive_leaves}
-        self.reserve(0, widths)
-        place = _place(rows)
+        place = place_of(rows)
         for name, leaf in self.leaves.items():
-            if name not in self.entry_leaves:
-                leaf[place] = found[name]
-                continue
-            width = found[name].shape[1]
-            leaf[place, :width] = found[name]
-            if name in self.alive_leaves:
-                leaf[place, width:] = False
-        for name in self.alive_leaves:
-            alive = found[name]
-            last = torch.arange(1, alive.shape[1] + 1)
-            self.used[_pad(name)][rows] = (alive.cpu() * last).amax(1).numpy() if alive.shape[1] else 0
+            leaf[place] = found[name]
+        self.entries.write(rows, found)
 
     def append(self, memory: StreamMemory) -> None:
         items = len(next(iter(flatten_tensors(memory).values())))
@@ -200,14 +179,14 @@ class MemoryStore:
     def keep(self, rows: np.ndarray) -> None:
         index = torch.from_numpy(rows)
         self.leaves = {name: leaf[index] for name, leaf in self.leaves.items()}
-        self.used = {pad: used[rows] for pad, used in self.used.items()}
+        self.entries.keep(rows)
         self.count = len(rows)
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """Every leaf without the room, padding blank: what is written to disk."""
         found = flatten_tensors(self.select(np.arange(self.count)))
         for name in self.entry_leaves:
-            alive = found[f"{_pad(name)}.alive"]
+            alive = found[f"{pad_of(name)}.alive"]
             shown = alive.reshape(*alive.shape, *(1,) * (found[name].dim() - 2))
             found[name] = torch.where(shown, found[name], torch.zeros_like(found[name]))
         return {name: leaf.clone() for name, leaf in found.items()}
@@ -248,7 +227,8 @@ class StreamItems:
 
     def load(self, ids: Sequence[Any], arrays: dict[str, torch.Tensor | np.ndarray]) -> None:
         """Add items from what ``arrays`` gave. Raises KeyError and ValueError where names or shapes differ."""
-        leaves = {name: as_tensor(arrays[f"memory.{name}"]) for name in self.memory.leaves}
+        kinds = self.memory.kinds()
+        leaves = {name: as_tensor(arrays[f"memory.{name}"]) for name in kinds}
         rows = {name: as_numpy(arrays[f"items.{name}"]) for name in self.table.columns}
         for name, (kind, shape, _) in self.table.columns.items():
             if rows[name].dtype != kind or rows[name].shape != (len(ids), *shape):
@@ -257,9 +237,12 @@ class StreamItems:
                     f" Got {rows[name].dtype.name} {rows[name].shape}."
                 )
         for name, leaf in leaves.items():
-            like, skip = self.memory.leaves[name], 2 if name in self.memory.entry_leaves else 1
-            if leaf.dtype != like.dtype or leaf.shape[skip:] != like.shape[skip:] or len(leaf) != len(ids):
-                raise ValueError(f"memory.{name} must be like {tuple(like.shape)}. Got {tuple(leaf.shape)}.")
+            dtype, shape, skip = kinds[name]
+            if leaf.dtype != dtype or tuple(leaf.shape[skip:]) != shape or len(leaf) != len(ids):
+                raise ValueError(
+                    f"memory.{name} must be {dtype}, rows of {shape}, for {len(ids)} items."
+                    f" Got {leaf.dtype} {tuple(leaf.shape)}."
+                )
         self.append(list(ids), rows, unflatten_tensors(self.memory.template, leaves))
 
 
@@ -269,15 +252,3 @@ def as_tensor(array: torch.Tensor | np.ndarray) -> torch.Tensor:
 
 def as_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:
     return array.cpu().numpy() if isinstance(array, torch.Tensor) else array
-
-
-def _pad(name: str) -> str:
-    """The scratchpad that a leaf belongs to: ``layers.0.scratchpad`` of ``layers.0.scratchpad.keys``."""
-    return name.rsplit(".", 1)[0]
-
-
-def _place(rows: np.ndarray) -> Any:
-    """A slice where the rows are neighbours, so that nothing is copied; else their index."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) == 1 or bool((np.diff(rows) == 1).all())):
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows)

@@ -76,13 +76,14 @@ def test_bytes_that_are_reported_are_those_of_the_tensors() -> None:
     stream, rest = begin(rich_model(), rich_frames()["df"], 150)
     table, usage = stream.memory_bytes(), stream.usage()
     memory = stream._items.memory
+    entries = memory.entries.leaves
     for row in range(len(stream)):
-        fixed = sum(leaf[row].nbytes for name, leaf in memory.leaves.items() if name not in memory.entry_leaves)
+        fixed = sum(leaf[row].nbytes for leaf in memory.leaves.values())
         assert table["state"][row] + table["window"][row] + table["normaliser"][row] == fixed
         held = 0
-        for name in memory.alive_leaves:
-            pad = [memory.leaves[n] for n in memory.entry_leaves if n.startswith(name.removesuffix("alive"))]
-            held += int(memory.leaves[name][row].sum()) * sum(leaf[row, 0].nbytes for leaf in pad)
+        for name in (name for name in entries if name.endswith(".alive")):
+            pad = [leaf for n, leaf in entries.items() if n.startswith(name.removesuffix("alive"))]
+            held += int(entries[name][row].sum()) * sum(leaf[row, 0].nbytes for leaf in pad)
         assert table["scratchpad"][row] == held == usage["scratchpad_bytes"][row]
     parts = table.drop(columns=["unique_id", "total"]).sum(axis=1)
     assert (table["total"] == parts).all()
