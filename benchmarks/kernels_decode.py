@@ -129,7 +129,10 @@ class Streams:
             store: Store = PaddedStore(KIND, self.streams, device="cuda", room=most)
             store.past.copy_(self.counts)
         else:
-            paged = PagedStore(KIND, self.streams, device="cuda", room=bucket(most), pages=self.rows // 64 - 1)
+            pages = self.rows // 64 - 1
+            paged = PagedStore(
+                KIND, self.streams, device="cuda", room=bucket(most), pages=pages, kernel="triton"
+            )  # fmt: skip
             paged.allot(self.counts)
             order = torch.randperm(paged.pages, generator=torch.Generator().manual_seed(1))
             order = torch.cat([order, torch.tensor([paged.pages])]).to("cuda", torch.int32)  # [P + 1]

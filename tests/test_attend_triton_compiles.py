@@ -29,8 +29,11 @@ from test_stores import KINDS, STREAMS, drawn_read, fed, open_store
 
 attend_pages.check = attend_triton.check = lambda **_: None
 kind = replace(KINDS["three channels"], dtype=torch.bfloat16, channels=int(sys.argv[1]))
-store = open_store("paged", kind, STREAMS, grows=True)
+store = open_store("paged", kind, STREAMS, grows=True, cap=90)
 fed((store,), kind, 60, 2, 0)
+store.kernel = "triton"
+accepted = torch.ones(STREAMS, 2, dtype=torch.bool)
+store._placed_by_kernel(accepted)
 store.read(**drawn_read(kind, torch.Generator()), kernels=Kernels("triton"))
 """
 KERNELS = {
@@ -52,4 +55,4 @@ def test_every_kernel_compiles_for_a_hopper_gpu(n_channels: int, n_patches: int)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("n_channels", [1, 3])
 def test_a_step_through_pages_compiles_for_a_hopper_gpu(n_channels: int) -> None:
-    assert set(compiled_for_hopper(OF_PAGES, n_channels)) == {"step_kernel", "join_kernel"}
+    assert set(compiled_for_hopper(OF_PAGES, n_channels)) == {"step_kernel", "join_kernel", "place_kernel"}

@@ -17,6 +17,7 @@ from test_ops import distance
 from triton_on_cpu import INTERPRETED, WHY_NOT
 
 from hamts.ops.kernels import TORCH, Kernels
+from hamts.ops.pages import PagedStore
 from hamts.ops.stores import EntryKind, PaddedStore, Store, StoreError, open_store
 
 KINDS = {
@@ -140,6 +141,37 @@ def test_the_kernel_reads_pages_as_torch_reads_lists(
 
 
 @pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(("cap", "J", "streams"), [(None, 1, 5), (None, 3, 1100), (100, 70, 20), (1, 1, 3)])
+def test_the_kernel_takes_and_gives_back_the_pages_that_torch_does(
+    cap: int | None, J: int, streams: int, device: str, generator: torch.Generator
+) -> None:
+    kind = EntryKind(heads=1, key_width=1, value_width=1)
+    # too few for all, in the end, where no cap gives some back
+    pages = 3 * streams if cap else 3 * streams // 2
+    options = {"cap": cap, "device": device, "pages": pages, "room": 250}
+    stores = [PagedStore(kind, streams, kernel=kernel, **options) for kernel in ("torch", "triton")]
+    likely = torch.rand(streams, 1, generator=generator)
+    rows = {name: torch.zeros(streams, J, *shape, device=device) for name, (shape, _) in kind.fields().items()}
+    seen = 0
+    for turn in range(200 // J if streams < 100 else 50):
+        rows["bias"] += torch.arange(1, streams * J + 1, device=device).view(streams, J)
+        accepted = (torch.rand(streams, J, generator=generator) < likely).to(device)
+        for store in stores:
+            store.append_(rows, accepted)
+        if turn % 20 and int(stores[0].lost) == seen:
+            continue
+        seen = int(stores[0].lost)
+        for name in ("table", "free"):
+            one, two = (getattr(store, name)[..., :-1] for store in stores)
+            assert torch.equal(one, two), name
+        for name in ("n_free", "past", "first", "lost"):
+            assert torch.equal(*(getattr(store, name) for store in stores)), name
+        # what has no place goes to the last page, in any order
+        assert torch.equal(*(store.buffers["bias"][:-64] for store in stores))
+    assert (seen > 0) == (cap is None)
+
+
+@pytest.mark.parametrize("device", PLACES)
 def test_a_store_of_nothing_is_read_as_the_window_alone(device: str, generator: torch.Generator) -> None:
     kind = KINDS["one channel"]
     padded, paged = pair(kind, None, device)
@@ -217,6 +249,8 @@ def test_what_a_store_cannot_be_is_refused() -> None:
         open_store("heap", kind, 2)
     with pytest.raises(StoreError, match=r"page must be a multiple of 64 entries. Got 48."):
         open_store("paged", kind, 2, page=48)
+    with pytest.raises(StoreError, match=r"Unknown kernel 'fla' of a paged store. Available: \['torch', 'triton'\]."):
+        open_store("paged", kind, 2, kernel="fla")
     with pytest.raises(StoreError, match=r"cap must be at least 1, or None for no cap. Got 0."):
         open_store("padded", kind, 2, cap=0)
     store = open_store("padded", kind, STREAMS, cap=2)
@@ -239,7 +273,8 @@ def test_a_recorded_step_follows_and_nothing_waits(cap: int | None) -> None:
     """Append and read in a CUDA graph, replayed as pages fill, are given back and taken; launched without a wait."""
     kind = replace(KINDS["one channel"], dtype=torch.bfloat16, key_width=64, value_width=64)
     recorded, launched = (
-        open_store("paged", kind, STREAMS, cap=cap, device="cuda", pages=40, room=256) for _ in range(2)
+        open_store("paged", kind, STREAMS, cap=cap, device="cuda", pages=40, room=256, kernel=kernel)
+        for kernel in ("triton", "torch")
     )
     lists = PaddedStore(kind, STREAMS, cap=cap, device="cuda", room=512)
     generator = torch.Generator().manual_seed(3)

@@ -291,7 +291,7 @@ def open_store(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Store:
-    """An empty store: ``padded`` (option ``room``) or ``paged`` (options ``pages``, ``page``, ``room``, ``grows``)."""
+    """An empty store, one of ``STORES``; options are those of ``PaddedStore`` or of ``pages.PagedStore``."""
     if store == "padded":
         return PaddedStore(kind, streams, cap=cap, device=device, **options)
     if store == "paged":
