@@ -37,7 +37,7 @@ APART = ({"ops", "data", "storage", "metrics"}, {"adapters", "report"})
 
 # where a library may be imported, as the start of a path inside the package
 HOMES = {
-    "triton": ("ops/attend_triton", "ops/decode_triton", "ops/layer_triton"),
+    "triton": ("ops/attend_triton", "ops/decode_triton", "ops/layer_triton", "ops/pages_triton"),
     "fla": ("ops/gated_delta_fla.py",),
     "lightning": ("training",),
     "pytorch_lightning": (),
