@@ -10,6 +10,7 @@ Preset small, patches of 16 steps, a budget of 10 %; weights hardly trained wher
 | throughput | 1,000 items of 8 channels, one row of each a call, scratchpads full |
 | memory | resident memory over 200,000 calls |
 | alternatives | the same forecasts by reading the whole history again, and by fitting again |
+| stores | 1,000 items of different ages: scratchpads padded, and in shared pages |
 | flights | three airports, hour by hour through the storms of December 2013 |
 """
 
@@ -252,8 +253,16 @@ def flights(seed: int = 0, steps: int | None = None) -> dict[str, Any]:
     return replay(seed, steps)
 
 
+def stores() -> dict[str, Any]:
+    """The same items in both stores of scratchpads."""
+    from benchmarks.streaming_stores import stores as measured
+
+    return measured()
+
+
 CELLS: dict[str, Callable[..., dict[str, Any]]] = {
-    "latency": latency, "throughput": throughput, "memory": memory, "alternatives": alternatives, "flights": flights,
+    "latency": latency, "throughput": throughput, "memory": memory, "alternatives": alternatives, "stores": stores,
+    "flights": flights,
 }  # fmt: skip
 
 
@@ -320,12 +329,20 @@ def table() -> str:
     missing = [name for name in CELLS if load(name) is None]
     if missing:
         lines.append(f"| not run | | {', '.join(missing)} |")
-    found = load("flights")
-    if found:
-        from benchmarks.streaming_flights import table as flights_table
+    return "\n".join(lines + more_tables())
 
-        lines += ["", flights_table(found)]
-    return "\n".join(lines)
+
+def more_tables() -> list[str]:
+    """Cells that have a table of their own."""
+    from benchmarks.streaming_flights import table as flights_table
+    from benchmarks.streaming_stores import table as stores_table
+
+    lines = []
+    for name, shown in (("flights", flights_table), ("stores", stores_table)):
+        found = load(name)
+        if found:
+            lines += ["", shown(found)]
+    return lines
 
 
 def main() -> None:

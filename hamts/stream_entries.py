@@ -173,10 +173,10 @@ class PagedEntries(PaddedEntries):
                 table[row, number] = free.pop()
 
     def _add_pages(self, pad: str, fewest: int) -> None:
-        """More pages, half as many again as there are."""
+        """More pages, a quarter as many again as there are, so that what is copied is shared by what comes."""
         names = self._of(pad)
         have = len(self.leaves[names[0]]) // PAGE
-        more = max(fewest, have // 2)
+        more = max(fewest, have // 4)
         for name in names:
             leaf = self.leaves[name]
             self.leaves[name] = torch.cat([leaf, leaf.new_zeros((more * PAGE, *leaf.shape[1:]))])
