@@ -32,23 +32,27 @@ def stores() -> dict[str, Any]:
     times = ITEMS // SEEDS
     arrays = {name: torch.as_tensor(array).repeat(times, *[1] * (array.ndim - 1)) for name, array in arrays.items()}
     meta["item_ids"] = [f"item {k}" for k in range(ITEMS)]
-    found = {}
-    for store in STORES:
-        stream = Stream.from_state(model, arrays, {**meta, "config": {**meta["config"], "store": store}})
-        names = np.array(stream.item_ids, dtype=object)
-        spent = 0.0
-        for step in range(CALLS):
-            one = series("x", LONGEST + step, 1, CHANNELS)
-            frame = pd.DataFrame({name: np.repeat(one[name].to_numpy(), ITEMS) for name in one})
-            frame = frame.assign(unique_id=names)
+    streams = {
+        store: Stream.from_state(model, arrays, {**meta, "config": {**meta["config"], "store": store}})
+        for store in STORES
+    }
+    names = np.array(meta["item_ids"], dtype=object)
+    spent = dict.fromkeys(streams, 0.0)
+    for step in range(CALLS):
+        one = series("x", LONGEST + step, 1, CHANNELS)
+        frame = pd.DataFrame({name: np.repeat(one[name].to_numpy(), ITEMS) for name in one}).assign(unique_id=names)
+        # in turns, so that both meet the same machine
+        for store in sorted(streams, reverse=bool(step % 2)):
             began = time.process_time()
-            stream.update(frame)
-            spent += time.process_time() - began
+            streams[store].update(frame)
+            spent[store] += time.process_time() - began
+    found = {}
+    for store, stream in streams.items():
         usage = stream.usage()
         found[store] = {
             "live_mib": round(float(usage["scratchpad_bytes"].sum()) / MEBIBYTE, 1),
             "store_mib": round(stream._items.memory.entries.nbytes() / MEBIBYTE, 1),
-            "rows_per_processor_s": round(ITEMS * CALLS / spent),
+            "rows_per_processor_s": round(ITEMS * CALLS / spent[store]),
             "entries_mean": round(float(usage["entries"].mean()), 1),
             "entries_most": int(usage["entries"].max()),
             "state_hash": stream.state_hash(),
