@@ -289,7 +289,7 @@ def test_no_launched_pass_waits_for_the_device(cap: int | None, generator: torch
     """Forward, backward and the memory they leave, of 12,288 tokens a chunk: the host never asks how many are kept."""
     from hamts.ops.gated_delta_trial import untuned
 
-    config = ModelConfig(width=128, heads=2, layers=1, window_patches=16, patch_steps=2, router="learned+surprise+tags")
+    config = ModelConfig(width=128, heads=2, layers=1, window_patches=16, patch_steps=2, router="surprise+tags")
     layer = drawn_layer(config).to("cuda")
     layer.kernels = resolve_kernels("fla+triton", device="cuda", head_width=64)
     length = 4_096
