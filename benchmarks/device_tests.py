@@ -30,6 +30,7 @@ FILES = (
     "tests/test_gated_delta_fla.py",
     "tests/test_attend_triton.py",
     "tests/test_stores.py",
+    "tests/test_stream_entries.py",
     "tests/test_compact.py",
     "tests/test_kernels_choice.py",
     "tests/test_probes_stacked.py",

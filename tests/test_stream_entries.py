@@ -52,9 +52,10 @@ def assert_alike(padded: PaddedEntries, paged: PagedEntries, items: int) -> None
         assert not paged.leaves[f"{pad}.alive"][:PAGE].any()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("most", [None, 200])
-def test_pages_give_back_what_was_stored(most: int | None, generator: torch.Generator) -> None:
-    empty = {name: torch.zeros(1, 0, *((2,) if "keys" in name else ())) for name in NAMES}
+def test_pages_give_back_what_was_stored(most: int | None, device: str, generator: torch.Generator) -> None:
+    empty = {name: torch.zeros(1, 0, *((2,) if "keys" in name else ()), device=device) for name in NAMES}
     empty |= {name: leaf.bool() for name, leaf in empty.items() if "alive" in name}
     padded, paged = PaddedEntries(empty, most), PagedEntries(empty, most)
     items = 7
@@ -63,7 +64,7 @@ def test_pages_give_back_what_was_stored(most: int | None, generator: torch.Gene
             store.reserve(items)
         rows = torch.randperm(items, generator=generator)[: 1 + turn % items].numpy()
         lengths = torch.randint(0, 20 * (turn % 5) + 1, (len(rows),), generator=generator).tolist()
-        found = drawn_leaves(lengths, generator)
+        found = {name: leaf.to(device) for name, leaf in drawn_leaves(lengths, generator).items()}
         for store in (padded, paged):
             store.write(rows, found)
         assert_alike(padded, paged, items)
@@ -77,7 +78,7 @@ def test_pages_give_back_what_was_stored(most: int | None, generator: torch.Gene
             items += 3
     alone = paged.like()
     alone.reserve(1)
-    alone.write(np.array([0]), drawn_leaves([5], generator))
+    alone.write(np.array([0]), {name: leaf.to(device) for name, leaf in drawn_leaves([5], generator).items()})
     assert alone.used["a"].tolist() <= [5] and alone.row_shape("a.keys") == padded.row_shape("a.keys") == (2,)
 
 
