@@ -35,7 +35,7 @@ class PagedStore(Store):
     Args:
         pages: P, of all streams together.
         page: E, a multiple of 64.
-        room: entries that a stream without a cap may have; ``reserve`` raises it.
+        room: entries that a stream may have, up to its cap, until ``reserve`` makes ready for more.
         grows: whether ``reserve`` makes more pages where there are too few, instead of refusing.
         kernel: what finds the places of new rows: ``torch``, or ``triton``, in one launch where the other takes sixty.
     """
@@ -78,7 +78,9 @@ class PagedStore(Store):
 
     def check(self) -> None:
         """Raises StoreError where a row found no page; asks the device."""
-        lost = int(self.lost)
+        self._refuse(int(self.lost))
+
+    def _refuse(self, lost: int) -> None:
         if lost:
             raise StoreError(
                 f"Every row must find a page. {lost} found none of {self.pages} pages of {self.page} entries: more came"
@@ -87,9 +89,9 @@ class PagedStore(Store):
             )
 
     def reserve(self, rows: int) -> bool:
-        self.check()
-        told = torch.cat([self.first, self.past, self.n_free[None]]).cpu()  # [2 S + 1]
-        first, past, free = told[: self.streams], told[self.streams : -1], int(told[-1])
+        told = torch.cat([self.first, self.past, torch.stack([self.n_free, self.lost])]).cpu()  # [2 S + 2]
+        first, past, free = told[: self.streams], told[self.streams : -2], int(told[-2])
+        self._refuse(int(told[-1]))
         held = -(-past // self.page) - first // self.page  # [S]
         most = int((past - first).max()) + rows if self.streams else rows
         most = most if self.cap is None else min(most, self.cap)
