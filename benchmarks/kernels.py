@@ -344,6 +344,7 @@ def graph_ms(step: Callable[[], Any]) -> float:
     """Median milliseconds of a step that is replayed from a CUDA graph."""
     with torch.no_grad():
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 step()
