@@ -107,12 +107,15 @@ def steps(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return sorted(cells, key=lambda c: (c["streams"], c["share"], c["ragged"], c.get("store", "padded")))
 
 
+def card(cell: dict[str, Any]) -> str:
+    """Of which kind the device was, in short."""
+    return str(cell["device"].split()[1])
+
+
 def decode_table() -> None:
     """Steps at the size that has a bound, and those of the versions before."""
-    print(
-        "\n| version | store | streams | entries mean / most | read ms | floor bytes ms | tokens/s | full ms |", end=""
-    )
-    print(" times |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n| version, card | store | streams | entries mean / most | read ms | floor bytes ms | tokens/s |", end="")
+    print(" full ms | times |\n|---|---|---|---|---|---|---|---|---|")
     for version, folder in (("second", RESULTS / "second"), ("fifth", RESULTS / "fifth"), ("this", RESULTS)):
         for c in steps(folder):
             if c["share"] != 0.1 or "step_ms" not in c:
@@ -124,7 +127,7 @@ def decode_table() -> None:
                 full = f"{min(c[name] for name in c if name.startswith('full_')):.2f}"
             times = f"{c['times_as_many_tokens_per_s']:.1f}" if "times_as_many_tokens_per_s" in c else "-"
             print(
-                f"| {version} | {c.get('store', 'padded')} | {c['streams']:,} |"
+                f"| {version}, {card(c)} | {c.get('store', 'padded')} | {c['streams']:,} |"
                 f" {c['mean_entries']:,.0f} / {c['most_entries']:,} | {c['step_ms']:.3f} | {c['floor_bytes_ms']:.3f} |"
                 f" {c['tokens_per_s']:,.0f} | {full} | {times} |"
             )
