@@ -378,11 +378,10 @@ def main() -> None:
         rates: dict[str, float] = {}
         if {"attention", "decode"} & set(options.parts):
             rates = ceilings()
-        if "attention" in options.parts:
-            record("ceilings", rates)
         if "tiles" in options.parts:
             search_cells([(16_384, 0.25), (16_384, 0.1), (65_536, 0.1)])
         if "attention" in options.parts:
+            record("ceilings", rates)
             attention_cells(
                 rates, [size for size in SIZES if options.sizes != ("others" if size in BOUNDS else "bounds")]
             )
