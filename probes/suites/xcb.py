@@ -22,6 +22,7 @@ RESPONSE = 2
 RADIUS = 2.0
 MARGIN = 5
 LEVELS = 16
+LOUD = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class XcbConfig(ProbeConfig):
         distractors: firings without a partner, or pairs never asked.
         flag: whether a moment carries an event flag.
         channels: C of the variant ``channels``.
+        loud: of the variant ``channels``: answers lie beyond the carrier too, as what stands for them does. Else no
+            reader can always tell which channel fired (``benchmarks/probe_ceiling.py``).
     """
 
     variant: str = "sphere"
@@ -44,6 +47,7 @@ class XcbConfig(ProbeConfig):
     distractors: int = 0
     flag: bool = False
     channels: int = 10
+    loud: bool = False
     grid_side: int = 4
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class XcbConfig(ProbeConfig):
             raise ValueError(f"The grid has {self.grid_side**2} cells. Got {self.items} items. Raise grid_side.")
         if self.variant == "channels" and self.channels < 2:
             raise ValueError(f"channels must be at least 2. Got {self.channels}.")
+        if self.loud and self.variant != "channels":
+            raise ValueError(f"Answers of the variant 'channels' alone are loud. Got {self.variant!r}.")
         self.need_rows((self.items + self.distractors) * (self.lag + 1) + MARGIN, "Moments and distractors")
 
 
@@ -65,6 +71,7 @@ class CrossChannelBinding(Probe):
         "xcbF": {"flag": True},
         "xcbG": {"variant": "grid"},
         "xcbC": {"variant": "channels"},
+        "xcbP": {"variant": "channels", "loud": True},
     }
     quick = ("xcbF",)
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -165,8 +172,10 @@ class CrossChannelBinding(Probe):
             raise ValueError(f"{C} channels at {LEVELS} levels give {C * LEVELS} keys. Got {M} moments.")
         source, level = cells[:, :M] // LEVELS, cells[:, :M] % LEVELS  # 2 x [B, M]
         other = (source + torch.randint(1, C, source.shape, generator=gen)) % C  # [B, M]
-        amount = (2.0 + level / (LEVELS - 1)) * torch.where(level % 2 == 0, 1.0, -1.0)  # [B, M]
+        amount = (LOUD + level / (LEVELS - 1)) * torch.where(level % 2 == 0, 1.0, -1.0)  # [B, M]
         answer = payloads(draws("payloads"), (n, M, 1))  # [B, M, 1]
+        if config.loud:
+            answer = answer + LOUD * answer.sign()
         cue = torch.full((n, M, C), math.nan).scatter(2, source[..., None], amount[..., None])  # [B, M, C]
         full = cue.scatter(2, other[..., None], answer)  # [B, M, C]
         hot = torch.nn.functional.one_hot(source * LEVELS + level, C * LEVELS).float()  # [B, M, C levels]

@@ -1,0 +1,34 @@
+"""The pilot of training and the ceiling of channel pairs run, and say what their pages say."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.probe_ceiling import ideal_skill
+from benchmarks.probe_pilot import Trial, run, table
+from probes.contract import generator
+from probes.registry import get_probe
+from probes.suites.xcb import XcbConfig
+
+
+def test_a_trial_trains_each_seed_at_each_rate() -> None:
+    trial = Trial("xcb/xcbP", ("full",), (100, 101), 1, rates=(0.002,), short=True)
+    records = run(trial, "cpu")
+    assert [(record["line"], record["seed"]) for record in records] == [("full", 100), ("full", 101)]
+    assert "64 rows, 1" in table(records)
+
+
+@pytest.mark.parametrize(("rung", "low", "high"), [("xcbC", 0.85, 0.95), ("xcbP", 0.99, 1.0)])
+def test_answers_beyond_the_carrier_can_be_told_from_it(rung: str, low: float, high: float) -> None:
+    assert low < ideal_skill(rung, sequences=64, seed=7, carrier_known=True) <= high
+
+
+def test_loud_answers_are_those_of_the_quiet_pairs_moved_outwards() -> None:
+    quiet, loud = (
+        get_probe(name)[0].sample(generator(3), 4, get_probe(name)[0].config("smoke", name.split("/")[1]))
+        for name in ("xcb/xcbC", "xcb/xcbP")
+    )
+    assert (loud.y - quiet.y).abs().allclose(loud.y.new_tensor(2.0))
+    assert bool((loud.y.abs() >= 2.0).all())
+    with pytest.raises(ValueError, match="variant 'channels' alone are loud"):
+        XcbConfig(loud=True)
