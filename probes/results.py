@@ -160,10 +160,16 @@ def start_folder(folder: Path, asked: Sequence[str], versions: dict[str, int], *
     """Note what a folder is to hold, and whether all of it is there.
 
     Raises:
-        DataError: E-PROBE-VERSION, the folder holds results of another version of a suite.
+        DataError: E-PROBE-VERSION, the folder holds results of another contract or of another version of a suite.
     """
     path = folder / RUN_FILE
     before = _asked(path) if path.exists() else {"suite_versions": {}, "documents": []}
+    contract = before.get("contract_version", CONTRACT_VERSION)
+    if contract != CONTRACT_VERSION:
+        raise DataError(
+            "E-PROBE-VERSION", f"'{folder}' holds results of contract {contract}; this is contract {CONTRACT_VERSION}.",
+            fix="Write to another folder: results of two contracts are never compared with each other.",
+        )  # fmt: skip
     for suite, version in versions.items():
         known = before["suite_versions"].get(suite, version)
         if known != version:
@@ -239,16 +245,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
     """Refuse results of different versions of a suite or of the contract."""
-    seen: dict[str, tuple[int, int]] = {}
+    seen: dict[str, int] = {}
     for content in documents:
         identity = content["identity"]
-        version = (identity["contract_version"], identity["suite_version"])
-        first = seen.setdefault(identity["suite"], version)
-        if first != version:
+        version, contract = identity["suite_version"], identity["contract_version"]
+        first = seen.setdefault(identity["suite"], version), seen.setdefault("", contract)
+        if first != (version, contract):
             raise DataError(
                 "E-PROBE-VERSION",
-                f"'{where}' mixes results of {identity['suite']}: version {first[1]} (contract {first[0]}) and version"
-                f" {version[1]} (contract {version[0]}), as in '{content.get('path', '')}'.",
+                f"'{where}' mixes results of {identity['suite']}: version {first[0]} (contract {first[1]}) and version"
+                f" {version} (contract {contract}), as in '{content.get('path', '')}'.",
                 fix="Keep one version a folder: move the older documents away, and run their cells again.",
             )
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hamts.errors import DataError
 from hamts.files import written_whole
 from probes.contract import CONTRACT_VERSION, FAMILY, PRESETS, ProbeBatch, ProbeConfig, generator
 from probes.evaluate import Evaluation, evaluate
@@ -210,6 +211,8 @@ def run_transfers(
     if len({replace(plan, model="ham", router="learned", seed=0) for plan in plans}) > 1:
         raise ValueError("Transfers side by side must differ in router, model and seed alone. Run the others apart.")
     paths = [transfer_path(plan, folder) for plan in plans]
+    for plan, path in zip(plans, paths, strict=True):
+        _refuse_other(plan, path)
     todo: dict[tuple[str, str], list[TransferPlan]] = {}
     for plan, path in zip(plans, paths, strict=True):
         if not path.is_file():
@@ -292,10 +295,43 @@ def _together(errors: np.ndarray) -> list[float]:
     return [round(float(part.mean()), 6) for part in np.array_split(flat, max(len(flat) // TOGETHER, 1))]
 
 
+def _refuse_other(plan: TransferPlan, path: Path) -> None:
+    """Refuse to go on beside a document of the same name that was made in another way."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["contract_version"] != CONTRACT_VERSION:
+        what = f"contract {content['contract_version']}; this is contract {CONTRACT_VERSION}"
+    else:
+        there = {name: value for name, value in content["plan"].items() if name != "device"}
+        asked = json.loads(json.dumps({name: value for name, value in asdict(plan).items() if name != "device"}))
+        other = [name for name in asked if there.get(name) != asked[name]]
+        if not other:
+            return
+        what = f"{other[0]} {there.get(other[0])}; asked is {asked[other[0]]}"
+    raise DataError("E-PROBE-VERSION", f"'{path}' was made with {what}.", fix="Write to another folder with --out.")
+
+
 def read_transfers(folder: str | Path) -> list[dict[str, Any]]:
-    """All documents of transfers in a results folder."""
-    paths = sorted((Path(folder) / TRANSFER_FOLDER).glob("*/*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    """All documents of transfers in a results folder.
+
+    Raises:
+        DataError: E-PROBE-VERSION, they are of different contracts or versions of a suite.
+    """
+    found: list[dict[str, Any]] = []
+    seen: dict[str, tuple[int, Path]] = {}
+    for path in sorted((Path(folder) / TRANSFER_FOLDER).glob("*/*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, version in {"the contract": content["contract_version"], **content["suite_versions"]}.items():
+            first, where = seen.setdefault(name, (version, path))
+            if first != version:
+                raise DataError(
+                    "E-PROBE-VERSION",
+                    f"'{folder}' mixes transfers of {name} {first} and {version}, as in '{where}' and '{path}'.",
+                    fix="Keep one version a folder: move the older documents away.",
+                )
+        found.append(content)
+    return found
 
 
 def transfer_table(documents: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,9 @@ from probes.registry import get_probe
 from probes.suites.xcb import XcbConfig
 
 
-def test_a_trial_trains_each_seed_at_each_rate() -> None:
+def test_a_trial_trains_each_seed_at_each_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("probes.stacked_run.POOL_SEQUENCES", 64)
+    monkeypatch.setattr("probes.stacked_run.BATCHES", 2)
     trial = Trial("xcb/xcbP", ("full",), (100, 101), 1, rates=(0.002,), short=True)
     records = run(trial, "cpu")
     assert [(record["line"], record["seed"]) for record in records] == [("full", 100), ("full", 101)]

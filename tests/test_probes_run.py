@@ -24,6 +24,7 @@ from probes.evaluate import permute_flags
 from probes.exact import exact_checks
 from probes.models import MODELS, ROUTERS_T1, NetConfig, ProbeNet, kept_rows, memory_bytes, without_rows
 from probes.registry import get_probe
+from probes.results import refuse_mixed
 from probes.runner_plan import RunPlan
 from probes.scores import selection
 from probes.summary import score_table
@@ -257,7 +258,18 @@ def test_mixed_versions_are_refused(folder: Path) -> None:
     run_file.write_text(kept.replace('"der": 1', '"der": 7'), encoding="utf-8")
     with pytest.raises(DataError, match="holds results of der version 7"):
         run(folder)
+    run_file.write_text(json.dumps({**json.loads(kept), "contract_version": 1}), encoding="utf-8")
+    with pytest.raises(DataError, match="holds results of contract 1"):
+        run(folder)
     run_file.write_text(kept, encoding="utf-8")
+
+
+def test_results_of_two_contracts_are_refused_though_their_suites_differ() -> None:
+    first = {"identity": {"suite": "der", "suite_version": 1, "contract_version": 4}}
+    other = {"identity": {"suite": "pbc", "suite_version": 3, "contract_version": 5}}
+    refuse_mixed([first, first], "here")
+    with pytest.raises(DataError, match=r"version 3 \(contract 5\)"):
+        refuse_mixed([first, other], "here")
 
 
 def test_routers_are_compared_on_the_same_sequences(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hamts.errors import DataError
 from probes.stacked_data import Rows, joined_rows
 from probes.train import Stream
 from probes.transfer import TransferPlan, read_transfers, run_transfers, transfer_plans, transfer_table
@@ -92,6 +93,14 @@ def test_routers_side_by_side_are_written_once_and_told(tmp_path: Path) -> None:
         run_transfers([plans[0], TransferPlan(test="pbc/pbcS")], tmp_path)
     with pytest.raises(ValueError, match="'long' to train at"):
         transfer_plans(preset="long")
+    with pytest.raises(DataError, match="was made with learning_rate 0.004; asked is 0.002"):
+        run_transfers(transfer_plans(routers=("full",), seeds=1, steps=3, learning_rate=0.002), tmp_path)
+    content = json.loads(paths[0].read_text())
+    paths[0].write_text(json.dumps({**content, "contract_version": 4}))
+    with pytest.raises(DataError, match="contract 4; this is contract"):
+        run_transfers(plans, tmp_path)
+    with pytest.raises(DataError, match="mixes transfers of the contract"):
+        read_transfers(tmp_path)
 
 
 @pytest.mark.gpu
