@@ -31,8 +31,8 @@ LEVEL = 0.05
 RUNGS_TOGETHER = 9
 STAGES = {"fail_write": "write", "fail_read": "read", "fail_decode": "decode"}
 RUNGS = (
-    "der", "derD", "exo", "xcb", "xcbF", "xcbG", "xcbC", "rrr", "act", "actS", "topoG", "topo", "topo2", "pbc0", "pbcD",
-    "pbcS", "pbcA", "pbcR",
+    "der", "derD", "exo", "xcb", "xcbF", "xcbG", "xcbC", "xcbP", "rrr", "act", "actS", "topoG", "topo", "topo2", "pbc0",
+    "pbcD", "pbcS", "pbcA", "pbcR",
 )  # fmt: skip
 
 
