@@ -120,6 +120,15 @@ class Results:
         table = self.at(rung, "full", 1.0)
         return table is not None and float(table.mean()) >= SOLVED
 
+    @property
+    def ranked(self) -> list[str]:
+        """Rungs that full attention solves, without those that some line has not run on yet."""
+        lines = {(line, budget) for _, line, budget in self.groups}
+        return [
+            rung for rung in self.rungs
+            if self.solved(rung) and all((rung, line, budget) in self.groups for line, budget in lines)
+        ]  # fmt: skip
+
 
 def answers_markdown(documents: Sequence[dict[str, Any]]) -> str:
     """All tables."""
@@ -185,8 +194,8 @@ def _recalls(found: Results) -> str:
 
 
 def _routers(found: Results) -> str:
-    """Mean and worst over the rungs that full attention solves."""
-    rungs = [rung for rung in found.rungs if found.solved(rung)]
+    """Mean and worst over the rungs that full attention solves and every line has run on."""
+    rungs = found.ranked
     if not rungs or not found.budgets:
         return ""
     rows = []
@@ -213,7 +222,7 @@ def _routers(found: Results) -> str:
 
 def _pairs(found: Results) -> str:
     """The router that is best on average against each other one and the state of equal bytes, on every rung."""
-    rungs = [rung for rung in found.rungs if found.solved(rung)]
+    rungs = found.ranked
     budget = max(found.budgets, default=GOAL_BUDGET)
     tables = {name: [found.at(rung, name, budget) for rung in rungs] for name in found.candidates}
     means = {

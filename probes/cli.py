@@ -355,17 +355,17 @@ def report(
 @app.command()
 def table(
     folder: Folder,
-    into: Annotated[
-        Path | None, typer.Option("--into", help="A page with the marks <!-- table:begin --> and <!-- table:end -->.")
-    ] = None,
+    into: Annotated[Path | None, typer.Option(help="A page with <!-- table:begin --> and <!-- table:end -->.")] = None,
+    rungs: Annotated[str, typer.Option(metavar="A,B", help="Of the folder; else all of them.")] = "",
     partial: Partial = False,
 ) -> None:
     """What the results say about the open questions, with intervals; of networks asked again, their scores."""
     from probes.again_table import again_markdown, asked_again
     from probes.answers import answers_markdown, write_between
-    from probes.results import read_documents
+    from probes.results import of_rungs, read_documents
 
-    found = read_documents(folder, partial=partial)
+    with usage():
+        found = of_rungs(read_documents(folder, partial=partial), words(rungs))
     text = again_markdown(found) if asked_again(found) else answers_markdown(found)
     if into is None:
         console().print(text, markup=False, soft_wrap=True)

@@ -29,7 +29,7 @@ from probes.runner_plan import Cell
 from probes.stats import mean_interval
 from probes.train import Fitted
 
-__all__ = ["SCHEMA_VERSION", "document", "read_documents", "start_folder", "tidy", "write_document"]
+__all__ = ["SCHEMA_VERSION", "document", "of_rungs", "read_documents", "start_folder", "tidy", "write_document"]
 
 SCHEMA_VERSION = 1
 RUN_FILE, TABLE_FILE = "run.json", "probe_results.parquet"
@@ -215,6 +215,14 @@ def read_documents(folder: str | Path, *, partial: bool = False) -> list[dict[st
     documents = [_read(path) for path in sorted(root.glob("*/*.json"))] + list(packed_documents(root))
     refuse_mixed(documents, str(root))
     return documents
+
+
+def of_rungs(documents: Sequence[dict[str, Any]], rungs: Sequence[str]) -> list[dict[str, Any]]:
+    """The documents of some rungs; of all where none are named."""
+    there = {content["identity"]["rung"] for content in documents}
+    if unknown := sorted(set(rungs) - there):
+        raise ValueError(f"No results of {unknown[0]!r} are there. Available: {sorted(there)}.")
+    return [content for content in documents if not rungs or content["identity"]["rung"] in rungs]
 
 
 def _asked(path: Path) -> dict[str, Any]:

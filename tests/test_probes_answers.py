@@ -10,6 +10,7 @@ import pytest
 
 from probes.answers import Results, answers_markdown, write_between
 from probes.gates_trained import gates_of_runs
+from probes.results import of_rungs
 
 SKILLS = {"full": 1.0, "learned": 0.97, "surprise": 0.2, "oracle": 1.0, "random": 0.1, "recurrent_wide": 0.6}
 
@@ -66,6 +67,15 @@ def test_tables_are_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold the lines"):
         write_between(page, "new")
+
+
+def test_a_table_of_some_rungs_holds_these_alone(tmp_path: Path) -> None:
+    documents = made_up(tmp_path, full=0.5)
+    rung = documents[0]["identity"]["rung"]
+    assert of_rungs(documents, [rung]) == [one for one in documents if one["identity"]["rung"] == rung]
+    assert of_rungs(documents, []) == documents
+    with pytest.raises(ValueError, match="No results of 'nothing'"):
+        of_rungs(documents, ["nothing"])
 
 
 def test_gates_are_read_off_the_runs_of_a_table(tmp_path: Path) -> None:
