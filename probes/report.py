@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -116,8 +117,10 @@ def limits(
         lines.append("Tier 0 has fixed keys and an ideal reader: it says what is kept, not what a network learns.")
     if real:
         few = sorted({content["set"] for content in real if content["events"] < 20})
+        fits = Counter((content["set"], content.get("preset")) for content in real)
         lines.append(
-            f"Real series: one fit each; fewer than twenty events, so case studies: {', '.join(few) or 'none'}."
+            f"Real series: {min(fits.values())} to {max(fits.values())} fits of a set and preset; fewer than twenty"
+            f" events, so case studies: {', '.join(few) or 'none'}."
         )
     trained_gates = {(g.probe, g.rung, g.gate) for g in gates if g.gate in TRAINED and g.passed is not None}
     wanted = [(p.name, r, g) for p in list_probes().values() if p.trained for r in p.rungs for g in TRAINED]
