@@ -246,16 +246,20 @@ class Pools:
     def __init__(self, plan: TrainPlan, seeds: Sequence[int]) -> None:
         self.plan, self.closed = plan, threading.Event()
         self.queues: dict[int, queue.Queue[tuple[Rows, int] | BaseException]] = {}
+        self.threads: list[threading.Thread] = []
         for seed in seeds:
             self.queues[seed] = queue.Queue(POOLS_AHEAD)
-            threading.Thread(target=self._fill, args=(seed,), daemon=True).start()
+            self.threads.append(threading.Thread(target=self._fill, args=(seed,), daemon=True))
+            self.threads[-1].start()
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, and wait for it: one that still draws when the interpreter leaves aborts the process."""
         self.closed.set()
         for waiting in self.queues.values():
             while not waiting.empty():
                 waiting.get_nowait()
+        for thread in self.threads:
+            thread.join()
 
     def batches(self, device: str) -> Iterator[dict[int, Rows]]:
         """Of every step, and one more: a batch of each seed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from hamts.errors import DataError
 from probes.api import load_report
-from probes.contract import generator
+from probes.contract import ProbeBatch, generator
 from probes.evaluate import evaluate
 from probes.models import NetConfig
 from probes.packed import pack_folder
@@ -20,6 +22,7 @@ from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, RunPlan, critica
 from probes.stacked import StackedNet
 from probes.stacked_data import Decisions, Rows
 from probes.stacked_evaluate import EvaluationSet, evaluate_stacked
+from probes.stacked_run import Pools
 from probes.stacked_train import StackedTrainer, stacked_loss, train_stacked
 from probes.summary import best_rates, score_table
 from probes.train import TrainPlan, everything, forward, make_net, sample, train, training_loss
@@ -207,6 +210,18 @@ def in_step(folder: Path, **changes: object) -> list[Path]:
                "learning_rates": (2e-3, 1e-2), "steps": 3, "streams": 2, "sequences": 16}  # fmt: skip
     plan = RunPlan(probes=("der/der",), preset="smoke", **options)  # type: ignore[arg-type]
     return run_plan(plan, folder, in_step=True, progress=False, **changes)  # type: ignore[arg-type]
+
+
+def test_pools_that_are_closed_draw_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a thread that still draws when the interpreter leaves aborts the process
+    def slow(*args: object) -> ProbeBatch:
+        time.sleep(0.2)
+        return sample(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("probes.stacked_run.POOL_SEQUENCES", 64)
+    monkeypatch.setattr("probes.stacked_run.sample", slow)
+    Pools(plan("full", "none"), [0, 1]).close()
+    assert not [thread for thread in threading.enumerate() if "_fill" in thread.name]
 
 
 def test_a_rung_is_run_in_step_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
