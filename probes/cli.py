@@ -169,13 +169,14 @@ def validate(
     """Run the gates, and say which fails and why. Exit code 1 if one does."""
     from probes.gates import GateResult
     from probes.gates import validate as run_gates
+    from probes.runner import one_thread
 
     def show(result: GateResult) -> None:
         console().print(str(result), markup=False, soft_wrap=True)
 
     failed = 0
     for name in chosen(names, everything):
-        with usage():
+        with usage(), one_thread():
             results = run_gates(
                 name, preset=preset, trained=trained, gates=words(gates) or None, device=device, seed=seed, folder=out,
                 workers=workers, report=show,

@@ -246,7 +246,7 @@ def run_t0_folder(
     chosen = [get_probe(name) for name in names]
     versions = {probe.name: probe.version for probe, _ in chosen}
     start_folder(root, [], versions, done=False)
-    with bars(len(chosen), progress) as report:
+    with bars(len(chosen), progress) as report, one_thread():
         for probe, rung in chosen:
             rows = run_t0_suite(probe, preset=preset, seed=seed, rungs=(rung,) if rung else None)
             for number, content in enumerate(t0_documents(probe.name, rows, preset=preset, seed=seed)):
@@ -258,6 +258,17 @@ def run_t0_folder(
             report.finish(probe.name)
     start_folder(root, [str(path.relative_to(root)) for path in written], versions, done=True)
     return written
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations on small tensors in one thread: more gain nothing, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_table(documents: list[dict[str, Any]], path: Path) -> None:

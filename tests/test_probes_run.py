@@ -299,7 +299,9 @@ def test_the_page_holds_ten_panels_and_needs_no_other_file(folder: Path, tmp_pat
 
 
 def test_tier_0_goes_the_same_way(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     report = run_probes(["act"], tier="T0", preset="smoke", out=tmp_path / "t0", progress=False)
+    assert torch.get_num_threads() == threads
     assert set(report.frame["tier"]) == {"T0"}
     assert "AUROC" in report.to_html()
     assert not math.isnan(report.frame[report.frame["metric"] == "recall_corrected"]["value"].iloc[0])
