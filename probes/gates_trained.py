@@ -210,7 +210,10 @@ def gates_of_runs(documents: Sequence[dict[str, Any]]) -> list[GateResult]:
             key = (identity["suite"], identity["rung"], str(content["config"].get("preset")))
             skills.setdefault(key, {}).setdefault(fit, []).append(value(content, "skill"))
     found = []
-    for (suite, rung, preset), fits in sorted(skills.items()):
+    for (suite, rung, preset), every in sorted(skills.items()):
+        # with fewer seeds than others of the rung: trials of learning rates, of a line that is not finished
+        most = max(len(numbers) for numbers in every.values())
+        fits = {fit: numbers for fit, numbers in every.items() if len(numbers) == most}
         if "full" not in fits:
             continue
         means = {fit: sum(numbers) / len(numbers) for fit, numbers in fits.items()}

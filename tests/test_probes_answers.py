@@ -69,6 +69,13 @@ def test_tables_are_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
         write_between(page, "new")
 
 
+def test_a_gate_is_not_read_off_trials_beside_finished_lines(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    assert {gate.gate for gate in gates_of_runs(documents)} == {"G1", "G5"}
+    trial = [d for d in documents if d["identity"]["router"] != "oracle" or d["data_manifest"]["train_seed"] == 0]
+    assert {gate.gate for gate in gates_of_runs(trial)} == {"G1"}
+
+
 def test_a_table_of_some_rungs_holds_these_alone(tmp_path: Path) -> None:
     documents = made_up(tmp_path, full=0.5)
     rung = documents[0]["identity"]["rung"]
@@ -90,12 +97,13 @@ def test_gates_are_read_off_the_runs_of_a_table(tmp_path: Path) -> None:
     for width, axis, level in ((8, "", 0.3), (64, "width64", 0.9)):
         path = tmp_path / f"recurrent_{width}.json"
         np.savez(path.with_suffix(".npz"), errors=np.ones((2, 8)))
-        documents.append({
+        documents += [{
             **plain, "identity": {**plain["identity"], "model": "recurrent", "axis": axis}, "path": str(path),
             "config": {"learning_rate": 1e-3, "preset": "small", "state_width": width},
-            "results": {"skill": {"median": level}},
-        })  # fmt: skip
+            "results": {"skill": {"median": level}}, "data_manifest": {"train_seed": seed},
+        } for seed in range(5)]  # fmt: skip
     gate = {gate.gate: gate for gate in gates_of_runs(documents)}["G2"]
-    assert gate.passed and gate.value == 0.3
+    assert gate.passed and gate.value == pytest.approx(0.3)
     assert "0.900" in gate.note
-    assert ("pbcD", "recurrent", 1.0) not in Results.of(documents).groups
+    lines = Results.of(documents).groups["pbcD", "recurrent", 1.0]
+    assert [content["identity"]["axis"] for content in lines] == [""] * 5
