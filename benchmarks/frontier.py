@@ -40,6 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "frontier"
 RATES = (1e-3, 3e-3)
 # learning rates are tried on one set, rivals that have a size at a tenth
 TRIAL_SET, TRIAL_SHARE = "epf", 0.1
+FAMILIES = sorted({spec.family for spec in SETS.values()})
 # of a GPU's memory; the rest is the processes' own
 USED_GPU = 0.93
 
@@ -147,7 +148,7 @@ def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> lis
 
     def needed(one: Task, needs: list[str]) -> str:
         if one.path.name not in jobs and (again or not one.path.exists()):
-            jobs[one.path.name] = Job(one.path.name, one, tuple(needs), one.cell.room)
+            jobs[one.path.name] = Job(one.path.name, one, tuple(needs), one.cell.room, one.cell.seconds)
         return one.path.name
 
     def add(cell: Cell) -> str:
@@ -237,6 +238,7 @@ def smoke(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--core", action="store_true", help="the mandatory core alone")
+    parser.add_argument("--family", default="recent", choices=FAMILIES, help="of sets: how old echoes are")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -264,7 +266,7 @@ def main() -> None:
     elif not options.table:
         cells = [
             cell
-            for cell in grid(core=options.core)
+            for cell in grid(core=options.core, family=options.family)
             if cell.set in options.sets and cell.model in options.models and cell.seed in options.seeds
         ]
         run(

@@ -1,9 +1,10 @@
 """Is an echo recalled as well in a forecast as where training asks for it? The same events, memory and weights.
 
 ``python -m benchmarks.frontier_asked --set epf --model attention --weights FILE`` reads 200 patches before each of some
-test echoes with the weights of a network of the grid (half precision, a ``state_dict``), and asks three times for what
-follows the name: as training does, hidden in a complete patch; as a forecast does; and as a forecast that is told that
-no other event will follow in this patch, as a complete patch tells. Loss in deviations of the stream.
+test echoes with the weights of a network of the grid (half precision, a ``state_dict``), and asks four times for what
+follows the name: as training does, in its own code; hidden in a patch whose event column is complete, as training did
+before; as a forecast does; and as a forecast that is told that no other event will follow in this patch, as a complete
+patch tells. Loss in deviations of the stream.
 
 B echoes · C channels · P steps in a patch · G targets
 """
@@ -22,14 +23,21 @@ import torch
 from benchmarks.frontier_cell import NO_CAP, SIZES, asked_of, fit
 from benchmarks.frontier_grid import MODELS
 from benchmarks.frontier_sets import NAMED_STEPS, SETS, Carrier, Set, load
+from hamts.config import TrainConfig
 from hamts.data.frame import to_panel
 from hamts.data.patches import Chunk, PatchStore, build_store
+from hamts.data.scale import ScaleState
 from hamts.nn.head import pinball
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork, Reading
-from hamts.windows import scale_history
+from hamts.windows import StreamWindows, scale_history
 
-BEFORE, EACH, AGES = 200, 14, ("day", "week", "month")
+BEFORE, EACH = 200, 14
+
+
+def ages_of(spec: Set) -> list[str]:
+    """Those that are within what is read."""
+    return [age for age, days in spec.ages if days * spec.day / spec.patch_steps < BEFORE]
 
 
 def echoes(carrier: Carrier, spec: Set, panel: Any, store: PatchStore) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -38,7 +46,7 @@ def echoes(carrier: Carrier, spec: Set, panel: Any, store: PatchStore) -> tuple[
     for item, name in enumerate(panel.item_ids):
         own = asked_of(carrier, name)
         own = own[own["asked"] >= carrier.rows - carrier.test_rows]
-        for age in AGES:
+        for age in ages_of(spec):
             at = (own.loc[own["age"] == age, "asked"].to_numpy(int) + int(store.lead[item])) // spec.patch_steps
             at = at[at < int(store.row_count[item]) - 2]
             found += [(item, int(patch), age) for patch in rng.permutation(at)[:EACH]]
@@ -49,7 +57,7 @@ def echoes(carrier: Carrier, spec: Set, panel: Any, store: PatchStore) -> tuple[
 def asked(
     store: PatchStore, spec: Set, items: torch.Tensor, patch: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Chunk]]:
-    """The truth, [B, C, 1, P], and the three questions."""
+    """The truth, [B, C, 1, P], and the questions."""
     B, P = len(items), spec.patch_steps
     whole = store.window(items, patch, 1)
     later = torch.arange(P) >= NAMED_STEPS  # [P]
@@ -64,7 +72,21 @@ def asked(
     seen, values = ahead.observed.clone(), ahead.values.clone()
     seen[:, event, 0], values[:, event, 0] = hidden.observed[:, event, 0], hidden.values[:, event, 0]
     told = replace(ahead, observed=seen, values=values)
-    return whole.truth, {"hidden in a complete patch": hidden, "forecast": ahead, "forecast, told of no other": told}
+    return whole.truth, {
+        "as training asks": asked_in_training(store, whole, items, patch),
+        "hidden in a complete patch": hidden, "forecast": ahead, "forecast, told of no other": told,
+    }  # fmt: skip
+
+
+def asked_in_training(store: PatchStore, whole: Chunk, items: torch.Tensor, patch: torch.Tensor) -> Chunk:
+    """The question as ``StreamWindows`` puts it, where every echo is asked."""
+    config = TrainConfig(batch_windows=len(items), recall_share=1.0, span_share=0.0)
+    nothing = ScaleState(*(torch.zeros(1) for _ in range(5)))
+    windows = StreamWindows(
+        store, nothing, ends=store.row_count.numpy() * store.patch_steps, horizon=1, config=config, cross_chance=0.0
+    )
+    windows.items = items
+    return windows._hide_spans(whole, windows._recalled(whole, patch, torch.full_like(patch, BEFORE)))
 
 
 def loss_of(network: HAMNetwork, reading: Reading, truth: torch.Tensor) -> torch.Tensor:
@@ -106,7 +128,7 @@ def main() -> None:
             memory = network(store.window(items, first + low, BEFORE // 2), memory, policy, decode=False).memory
         for label, chunk in questions.items():
             losses = loss_of(network, network(chunk, memory, policy, advance=False), truth).numpy()
-            means = {age: round(float(np.nanmean(losses[ages == age])), 3) for age in AGES}
+            means = {age: round(float(np.nanmean(losses[ages == age])), 3) for age in ages_of(spec)}
             print(f"{told.set}, {told.model}, {label}: {means}", flush=True)
 
 

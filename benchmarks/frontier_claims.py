@@ -15,6 +15,7 @@ from benchmarks.frontier_sets import SETS
 
 __all__ = [
     "claims",
+    "cores_of",
     "difference",
     "draw",
     "drawn",
@@ -22,6 +23,7 @@ __all__ = [
     "equal_time",
     "lines_of",
     "markdown",
+    "parts_of",
     "positive_control",
     "recalled",
     "read_cells",
@@ -38,6 +40,18 @@ ROUTERS = [label for label, model in MODELS.items() if model.controls]
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*--seed*.json"))]
+
+
+def cores_of(cells: list[dict[str, Any]]) -> list[str]:
+    """The core sets that are judged together with those of some cells."""
+    families = {SETS[cell["set"]].family for cell in cells if cell["set"] in SETS} or {"recent"}
+    return [name for name, spec in SETS.items() if spec.core and spec.family in families]
+
+
+def parts_of(cells: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Parts of the windows of some cells: all events, those of each age, and all rows."""
+    ages = dict.fromkeys(age for name in cores_of(cells) for age, _ in SETS[name].ages)
+    return ("events", *ages, "all")
 
 
 def lines_of(cells: list[dict[str, Any]]) -> pd.DataFrame:
@@ -129,8 +143,8 @@ def verdict(difference: float, low: float, high: float, *, seeds: int, bytes_rat
 def positive_control(cells: list[dict[str, Any]]) -> pd.DataFrame:
     """Whether everything kept is better than nothing kept, for each core set and part of its windows."""
     rows = []
-    for name in (name for name, spec in SETS.items() if spec.core):
-        for part in ("events", "day", "week", "month", "year", "all"):
+    for name in cores_of(cells):
+        for part in parts_of(cells):
             found = difference(cells, name, ("attention", "model"), ("recurrent", "model"), None, part)
             if found is not None:
                 passed = found["difference"] < -MARGIN and found["high"] < 0
@@ -142,7 +156,7 @@ def positive_control(cells: list[dict[str, Any]]) -> pd.DataFrame:
 def everything_kept(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
     """Whether everything kept is better than nothing kept with the same weights, for each core set and router."""
     rows = []
-    for name in (name for name, spec in SETS.items() if spec.core):
+    for name in cores_of(cells):
         for model in ROUTERS:
             own = [cell for cell in cells if (cell["set"], cell["model"]) == (name, model)]
             sides = [
@@ -175,7 +189,7 @@ def recalled(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
         sizes += [("recency", share)] if ("recency", share) in points else []
         for point in sizes if base is not None else []:
             row = {"set": cell["set"], "model": cell["model"], "memory": point[0], "seed": cell["seed"]}
-            for part in ("events", "day", "week", "month", "year", "all"):
+            for part in parts_of(cells):
                 one, two = points[point][part], base["points"][0]["parts"][part]
                 low, high = drawn([one], [two])
                 apart = sum(one["quantile"]) / max(sum(two["quantile"]), 1e-12) - 1
@@ -187,7 +201,7 @@ def recalled(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
 def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
     """Every comparison that the registered claims need, on the core sets."""
     rows = []
-    for name in (name for name, spec in SETS.items() if spec.core):
+    for name in cores_of(cells):
         for share in CONTROL_SHARES:
             for part in ("events", "all"):
                 pairs = [((r, "model"), (r, control)) for r in ROUTERS for control in ("shuffled", "random")]
@@ -201,7 +215,7 @@ def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
 
 def answers(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
     """Each registered claim with its verdict, and the comparisons that it rests on."""
-    cores = [name for name, spec in SETS.items() if spec.core]
+    cores = cores_of(cells)
     lines = lines_of(cells)
     asked: dict[str, list[tuple[float, str, tuple[str, str]]]] = {"a": [], "b": [], "c": []}
     for name in cores:
@@ -304,8 +318,9 @@ def table(folder: Path) -> str:
             texts += ["## Comparisons (negative: the first is better)", markdown(found)]
             whole = pd.concat([answers(cells), answers(cells, "all")])
             texts += ["## Claims", markdown(whole)]
-    missing = [cell.name for cell in grid(core=False) if not (folder / f"{cell.name}.json").exists()]
-    core = {cell.name for cell in grid(core=True)}
+    family = SETS[cores_of(cells)[0]].family
+    missing = [cell.name for cell in grid(core=False, family=family) if not (folder / f"{cell.name}.json").exists()]
+    core = {cell.name for cell in grid(core=True, family=family)}
     texts.append(
         f"Not run: {len(missing)} cells, of them {len([m for m in missing if m in core])} of the mandatory core."
     )

@@ -21,7 +21,7 @@ __all__ = ["fresh_echoes"]
 
 # of times of events, that are then moved along the item as a whole: some as they are where a model is judged, others
 # with more events, of ages that a window holds
-NATURAL, DENSE, DENSE_APART, DENSE_LONGEST = 4, 12, 5, 300
+NATURAL, DENSE, DENSE_APART = 4, 12, 5
 
 
 def fresh_echoes(
@@ -31,7 +31,7 @@ def fresh_echoes(
     rules of ``with_echoes``. None where the carrier has no injected events.
 
     ``lengthen``: from which batch on streams read up to how many patches before their window: what is looked up is
-    learned in short histories, and then in longer ones.
+    learned in short histories, and then in longer ones, of lengths and of as many streams as the set says.
     """
     if carrier.flat is None:
         return None
@@ -63,6 +63,7 @@ class _Echoes:
     ) -> None:
         """flat: the target without events, [R, P]."""
         self.lengthen, self.batches = lengthen, 0
+        self.lengths, self.streams = spec.lengths, spec.streams
         self.flat, self.codes, self.sizes, self.P = flat, codes, sizes, spec.patch_steps
         self.target, self.event = channels
         self.generator = torch.Generator().manual_seed(seed)
@@ -72,7 +73,7 @@ class _Echoes:
             torch.tensor(
                 [(at // self.P, echo // self.P) for at, echo, _ in places_of(self.rows * self.P, 0, spec, rng, **how)]
             )
-            for how in [{}] * NATURAL + [{"apart": DENSE_APART, "longest": DENSE_LONGEST}] * DENSE
+            for how in [{}] * NATURAL + [{"apart": DENSE_APART, "longest": spec.longest}] * DENSE
         ]  # [n, 2] patches each
         self.level = torch.arange(self.P - NAMED_STEPS) * LEVELS // (self.P - NAMED_STEPS)
 
@@ -95,6 +96,9 @@ class _Echoes:
         store, device = windows.store, windows.device
         if self.lengthen is not None and self.batches == self.lengthen[0]:
             windows.config = replace(windows.config, prefix_patches=self.lengthen[1])
+            windows.prefixes = self.lengths
+            if self.streams is not None:
+                windows.keep_streams(self.streams)
         self.batches += 1
         if self.flat.device != device:
             self.flat, self.codes, self.level = (x.to(device) for x in (self.flat, self.codes, self.level))

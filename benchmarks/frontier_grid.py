@@ -23,6 +23,7 @@ CONTROL = ("attention", "recurrent")
 CLAIMED = ("mix", "learned", "learned-token", "recurrent_wide", "neighbours")
 # share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit
 ROOM, LARGE_ROOM, LARGE = 1 / 10, 1 / 8, ("recurrent_wide", "neighbours")
+HAM_SECONDS, LARGE_SECONDS, RIVAL_SECONDS = 230.0, 170.0, 130.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ class Cell:
         return LARGE_ROOM if self.model in LARGE else ROOM
 
     @property
+    def seconds(self) -> float:
+        """What it takes at most, ten at a time on an H100."""
+        if MODELS[self.model].controls:
+            return HAM_SECONDS
+        return LARGE_SECONDS if self.model in LARGE else RIVAL_SECONDS
+
+    @property
     def name(self) -> str:
         size = "" if self.share is None else f"@{100 * self.share:g}"
         return f"{self.set}--{self.model}{size}--seed{self.seed}"
@@ -93,14 +101,15 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     return (2, cell.seed, MODELS[cell.model].controls == (), cell.share != TENTH)
 
 
-def grid(*, core: bool) -> list[Cell]:
-    """The positive control and the mandatory core first, then the rest."""
+def grid(*, core: bool, family: str = "recent") -> list[Cell]:
+    """The positive control and the mandatory core of a family of sets first, then the rest of these and other sets."""
     cells = [
         Cell(name, label, seed, share)
         for label, model in MODELS.items()
         for share in (CONTROL_SHARES if model.sized else (None,))
         for seed in SEEDS
-        for name in SETS
+        for name, spec in SETS.items()
+        if spec.family == family
     ]
     inner = [cell for cell in cells if SETS[cell.set].core and (MODELS[cell.model].core or cell.model in CONTROL)]
     inner.sort(key=_place)

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.frontier_cell import LENGTHENED, SIZES, equal_bytes, fit, give_back, judged, point_of
 from benchmarks.frontier_claims import markdown
-from benchmarks.frontier_grid import MODELS
+from benchmarks.frontier_grid import MODELS, Cell
 from benchmarks.frontier_sets import SETS, Carrier, load
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
@@ -45,7 +45,6 @@ LONG: tuple[dict[str, Any], tuple[float, int]] = (
 )  # fmt: skip
 # first as short ones, then up to so many patches more
 THEN_LONG: tuple[dict[str, Any], tuple[float, int]] = ({}, LENGTHENED)
-PARTS = ("events", "day", "week", "month", "year", "all")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ WAYS = {
 # the grid's protocol, and what might teach attention more
 AGAIN: dict[str, tuple[dict[str, Any], int]] = {
     "grid": ({}, 1), "grid, twice": ({}, 2),
+    "grid, 128 patches": ({"batch_windows": 32, "context_patches": 128}, 1),
     "grid, 128 patches, twice": ({"batch_windows": 32, "context_patches": 128}, 2),
 }  # fmt: skip
 
@@ -77,8 +77,8 @@ AGAIN: dict[str, tuple[dict[str, Any], int]] = {
 def _variants() -> dict[str, Variant]:
     found = {}
     for way, (training, times) in AGAIN.items():
-        for model in ("attention", "recurrent"):
-            for name in ("epf", "household"):
+        for model in ("attention", "recurrent", "gdn_gsa", "mix", "learned", "learned-token"):
+            for name in ("epf", "household", "epf-old", "household-old"):
                 found[f"{name}, {model}, {way}"] = Variant(name, model, {}, training, LENGTHENED, times)
     for way, (backbone, (training, lengthened)) in WAYS.items():
         for model in ("learned", "attention", "recurrent", "window"):
@@ -118,6 +118,12 @@ def read_otherwise(trained: Trained, how: tuple[Callable[[Any], None], ...]) -> 
     for layer in trained.network.backbone.layers():
         for change in how:
             change(layer)
+
+
+def seconds_of(variant: Variant) -> float:
+    """What it takes at most, ten at a time on an H100."""
+    cell = Cell(variant.set, variant.model, SEED)
+    return cell.seconds * variant.times * (1.2 if SETS[variant.set].lengths else 1.0)
 
 
 def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
@@ -196,10 +202,10 @@ def table(folder: Path) -> str:
             share = point["share"] if one["model"] != "window" else None
             events = point["parts"]["events"]["WQL"]
             row = {"variant": ", ".join(filter(None, label)), "share": "" if share is None else share}
-            row |= {part: point["parts"][part]["WQL"] if part in point["parts"] else "" for part in PARTS}
+            row |= {part: scores["WQL"] for part, scores in point["parts"].items()}
             against = f"{100 * (events / base[one['set']] - 1):+.1f}" if one["set"] in base else ""
             rows.append({**row, "events, against recurrent": against, "attention": point["scratchpad_attention"]})
-    return markdown(pd.DataFrame(rows))
+    return markdown(pd.DataFrame(rows).fillna(""))
 
 
 def main() -> None:
@@ -219,7 +225,10 @@ def main() -> None:
         how = {name: value for name, value in {**how, "max_steps": told.max_steps}.items() if value is not None}
         # long lists need more room than their share
         room = {name: (1.6 if "long" in name else 0.9) / told.workers for name in told.variants}
-        jobs = [Job(name, (name, told.folder, how, min(room[name], 1.0))) for name in told.variants]
+        jobs = [
+            Job(name, (name, told.folder, how, min(room[name], 1.0)), seconds=seconds_of(VARIANTS[name]))
+            for name in told.variants
+        ]
         run_jobs(jobs, perform, workers=told.workers, begin_within_s=told.end_time, end_within_s=told.end_time)
     print(table(told.folder))
 

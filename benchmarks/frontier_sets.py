@@ -3,7 +3,8 @@
 Events with an echo are injected into real carriers: a column reports a name, two letters in the first two steps of a
 patch, and a shape is added to the target for the rest of that patch. A day, a week, a month or a year later (within a
 fifth) the same name is reported, and the same shape comes back. Times are random, so that no clock tells them; no item
-uses a name twice. ``epf-flat`` has shapes of size 0.
+uses a name twice. ``epf-flat`` has shapes of size 0. In ``epf-old`` and ``household-old`` echoes are 60, 200 or 700
+patches old (within a fifth), so that the newest tenth of a history does not hold them all.
 
 T steps · P steps in a patch
 """
@@ -34,6 +35,10 @@ NAMED_STEPS, LEVELS = 2, 5
 WIDEST = 1.7
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EVENT = "event"
+AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
+# of sets whose echoes are old, in patches
+OLD = {"near": 60, "middle": 200, "far": 700}
+OLD_LENGTHS, OLD_STREAMS, OLD_LONGEST = (48, 192, 832, 832), 24, 900
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ class Set:
     core: bool = False
     most_items: int | None = None
     steps: int = 420  # of a fit
+    family: str = "recent"  # core sets that are judged together
+    ages: tuple[tuple[str, float], ...] = tuple(AGES.items())  # of echoes, in days, each as likely
+    longest: int = 300  # patches, of ages in fits that are not those
+    # of the later part of a fit: patches read before a window, each as likely, and streams; none: as in all sets
+    lengths: tuple[int, ...] = ()
+    streams: int | None = None
 
 
 SETS = {
@@ -76,7 +87,12 @@ SETS = {
     ),
 }  # fmt: skip
 SETS["epf-flat"] = replace(SETS["epf"], amplitude=0.0, core=False)
-AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
+for _name in ("epf", "household"):
+    _day = SETS[_name].day / SETS[_name].patch_steps  # patches
+    SETS[f"{_name}-old"] = replace(
+        SETS[_name], family="old", ages=tuple((age, patches / _day) for age, patches in OLD.items()),
+        longest=OLD_LONGEST, lengths=OLD_LENGTHS, streams=OLD_STREAMS,
+    )  # fmt: skip
 SMOKE = Set("", ("y",), 8, 8, 0.3, 8, 24, copies=2)
 
 
@@ -145,9 +161,9 @@ def places_of(
 
     Args:
         apart: patches from one new event to the next, on average.
-        longest: ages are even in their logarithm from one patch to so many, and have no name; None: one of ``AGES``.
+        longest: ages are even in their logarithm from one patch to so many, and have no name; None: those of the set.
     """
-    P = spec.patch_steps
+    P, days = spec.patch_steps, dict(spec.ages)
     patches = (lead + rows) // P
     taken = np.zeros(patches, dtype=bool)
     taken[0] = lead > 0  # begun before the first row
@@ -158,8 +174,8 @@ def places_of(
         # so many of the patches that are no echo
         if taken[patch] or rng.uniform() * (apart - 1) > 1:
             continue
-        age = str(rng.choice(list(AGES))) if longest is None else ""
-        later = AGES[age] * spec.day / P * rng.uniform(0.8, 1.2) if longest is None else longest ** rng.uniform()
+        age = str(rng.choice(list(days))) if longest is None else ""
+        later = days[age] * spec.day / P * rng.uniform(0.8, 1.2) if longest is None else longest ** rng.uniform()
         echo = patch + max(1, round(later))
         while echo < patches and taken[echo]:
             echo += 1

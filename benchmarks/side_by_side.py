@@ -28,13 +28,15 @@ NO_ROOM = ("out of memory", "its process died")
 class Job:
     """Something to do, and the jobs that must be done before; what is not in the list counts as done.
 
-    ``room`` is the share of a device's memory that it needs: what runs at once needs 1 at most.
+    ``room`` is the share of a device's memory that it needs: what runs at once needs 1 at most. ``seconds`` are those
+    that it is thought to take: what would not be done in time is not begun.
     """
 
     name: str
     payload: Any
     needs: tuple[str, ...] = ()
     room: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -85,7 +87,7 @@ def run_jobs(
     while True:
         run.drop_hopeless()
         if run.passed < begin_within_s:
-            run.hand_out()
+            run.hand_out(end_within_s)
         if not run.busy() or run.passed > end_within_s:
             break
         run.collect()
@@ -124,10 +126,11 @@ class _Run:
                 self.failed.append(job.name)
                 print(f"{job.name} is not done: it needs {', '.join(job.needs)}", flush=True)
 
-    def hand_out(self) -> None:
+    def hand_out(self, end_within_s: float) -> None:
         """Give jobs whose needs are met to idle processes, in their order: small ones that overtook would leave no room
         for a large one for ever."""
-        for job in [job for job in self.waiting if not set(job.needs) & self.unfinished]:
+        ready = [job for job in self.waiting if not set(job.needs) & self.unfinished]
+        for job in [job for job in ready if self.passed + job.seconds <= end_within_s]:
             worker = self._free(job.room)
             if worker is None:
                 return

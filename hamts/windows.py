@@ -147,6 +147,8 @@ class StreamWindows(IterableDataset[Windows]):
         self.reset = torch.ones(B, dtype=torch.bool)
         # patches since the same events were read last, of every row, [R]
         self.since = patches_since(store) if config.recall_share > 0 else None
+        # lengths of prefixes, each as likely; none: drawn up to ``prefix_patches``
+        self.prefixes: tuple[int, ...] = ()
         self.augment = augment
         if augment is not None:
             own = {name: getattr(self.store, name).clone() for name in ("values", "tags")}
@@ -174,15 +176,20 @@ class StreamWindows(IterableDataset[Windows]):
         self.share = torch.where(which, share, self.share)
         self.cross = torch.where(which, self._uniform(B) < self.cross_chance, self.cross)
 
+    def keep_streams(self, number: int) -> None:
+        """Go on with the first so many streams: longer ones take more room each."""
+        for name in ("items", "at", "share", "cross", "reset"):
+            setattr(self, name, getattr(self, name)[:number])
+
     def __iter__(self) -> Iterator[Windows]:
         while True:
             yield self.draw()
 
     def draw(self) -> Windows:
         """The next batch; moves every stream on."""
-        N, B = self.config.context_patches, len(self.items)
         if self.augment is not None:
             self.augment(self)
+        N, B = self.config.context_patches, len(self.items)
         prefix = self._prefix()
         parts, done = [], 0
         for k in range(self.config.origins):
@@ -216,6 +223,8 @@ class StreamWindows(IterableDataset[Windows]):
 
     def _prefix(self) -> int:
         """How much restarted streams read first; one length a step, evenly spread in its logarithm."""
+        if self.prefixes:
+            return self.prefixes[int(self._uniform(1) * len(self.prefixes))]
         longest = math.log(1 + self.config.prefix_patches)
         drawn = float(self._uniform(1)) * longest
         if not self.few_prefixes:

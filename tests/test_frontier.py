@@ -153,10 +153,11 @@ def test_the_command_writes_table_and_picture(tmp_path: Path, capsys: pytest.Cap
 # --- the grid of the benchmark
 
 
-def test_an_echo_is_the_shape_that_was_stored_at_its_age() -> None:
-    from benchmarks.frontier_sets import AGES, EVENT, NAMED_STEPS, SETS, with_echoes
+@pytest.mark.parametrize("name", ["epf", "epf-old"])
+def test_an_echo_is_the_shape_that_was_stored_at_its_age(name: str) -> None:
+    from benchmarks.frontier_sets import EVENT, NAMED_STEPS, SETS, with_echoes
 
-    spec = replace(SETS["epf"], target=("y",), futr=(), copies=2)
+    spec = replace(SETS[name], target=("y",), futr=(), copies=2)
     P, T = spec.patch_steps, 24 * 1200
     flat = pd.DataFrame({"unique_id": "a", "ds": pd.date_range("2020-01-01", periods=T, freq="h")})
     flat["y"] = np.random.default_rng(0).normal(size=T)
@@ -187,7 +188,7 @@ def test_an_echo_is_the_shape_that_was_stored_at_its_age() -> None:
             shapes[item, stored] = one
             for again in asked:
                 np.testing.assert_allclose(added[again + NAMED_STEPS : again + P], one, atol=1e-12)
-                days = AGES[ages[again + NAMED_STEPS - 1]] * spec.day
+                days = dict(spec.ages)[ages[again + NAMED_STEPS - 1]] * spec.day
                 # later by some patches where another event has the place
                 assert 0.8 * days - P <= again - stored <= 1.2 * days + 20 * P
         changed = np.zeros(T, dtype=bool)
@@ -198,7 +199,7 @@ def test_an_echo_is_the_shape_that_was_stored_at_its_age() -> None:
     assert places[0] == places[1]
     together = np.stack(list(shapes.values()))
     assert len(np.unique(together.round(9), axis=0)) == len(together)
-    assert set(ages.values()) == set(AGES)
+    assert set(ages.values()) == {age for age, _ in spec.ages}
 
 
 def test_what_follows_an_event_is_hidden_where_the_stream_has_read_it_before() -> None:
@@ -265,6 +266,13 @@ def test_streams_become_longer_after_so_many_batches() -> None:
     prefixes = [windows.draw().prefix for _ in range(60)]
     assert max(prefixes[:5]) <= 1
     assert 8 < max(prefixes[5:]) <= 40
+    # where a set says so, of lengths that it names, in fewer streams
+    spec = replace(SMOKE, lengths=(3, 30), streams=2)
+    windows.augment = fresh_echoes(carrier, spec, panel, 0, lengthen=(5, 40))
+    drawn = [windows.draw() for _ in range(25)]
+    assert [len(batch.items) for batch in drawn] == [4] * 5 + [2] * 20
+    assert {batch.prefix for batch in drawn[5:]} == {3, 30}
+    assert all(part.values.shape[0] == 2 for batch in drawn[5:] for part in batch.parts[0])
 
 
 def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
@@ -279,7 +287,10 @@ def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
     assert wanted | {"neighbours"} <= {cell.model for cell in core}
     assert {cell.seed for cell in core} == {0, 1, 2}
     assert {cell.model for cell in whole} == set(MODELS)
-    assert {cell.set for cell in whole} == set(SETS)
+    old = grid(core=True, family="old")
+    assert {cell.set for cell in old} == {"epf-old", "household-old"}
+    assert [replace(cell, set=cell.set.removesuffix("-old")) for cell in old] == core
+    assert {cell.set for cell in [*whole, *old]} == set(SETS)
 
 
 def test_verdicts_are_those_of_the_registration() -> None:
