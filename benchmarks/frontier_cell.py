@@ -41,14 +41,15 @@ SIZES: dict[str, dict[str, Any]] = {name: preset.model for name, preset in PRESE
     "10M": {"width": 384, "layers": 4, "heads": 12},
 }
 # of every model here: tokens know the events of their patch, the exact read starts open, sharp and with what is like
-# the query, and stays sharp in long histories
+# the query at whatever age, and stays sharp in long histories
 BACKBONE = {
     "event_context": True, "entry_bias": -1.0, "match_gain": 2.0, "queries_from_keys": True, "read_reference": 128,
+    "rotary_share": 0.0,
 }  # fmt: skip
-# of every fit here: each stream is read once, in one pass, and asked at most of the echoes of what it has seen
+# of every fit here: each stream is read once, in one pass, and asked at all echoes of what it has seen
 TRAINING = {
     "batch_windows": 64, "context_patches": 64, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
-    "recall_share": 0.7, "checks": 1,
+    "recall_share": 1.0, "span_share": 0.0, "checks": 1,
 }  # fmt: skip
 # from which share of the steps on streams read up to how many patches before their window
 LENGTHENED = (0.6, 768)
@@ -56,7 +57,7 @@ LENGTHENED = (0.6, 768)
 REGULAR_CHECKS, ECHO_CHECKS = 8, 16
 BLOCKS = 20
 # by which a cell was fitted and judged; those of others are not compared with it
-REGISTRATION = 5
+REGISTRATION = 6
 NO_CAP = 1 << 40
 
 

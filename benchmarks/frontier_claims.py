@@ -204,7 +204,7 @@ def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
     for name in cores_of(cells):
         for share in CONTROL_SHARES:
             for part in ("events", "all"):
-                pairs = [((r, "model"), (r, control)) for r in ROUTERS for control in ("shuffled", "random")]
+                pairs = [((r, "model"), (r, control)) for r in ROUTERS for control in ("shuffled", "random", "recency")]
                 pairs += [
                     ((r, "model"), (rival, "model")) for r in ROUTERS for rival in ("recurrent_wide", "neighbours")
                 ]
@@ -227,12 +227,14 @@ def answers(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
                 size = here.loc[here["model"] == rival, "bytes"]
                 asked["b"].append((share, name, (best_router(here, None if size.empty else size.iloc[0]), rival)))
             asked["c"].append((share, name, ("learned", "learned-token")))
+            if SETS[name].family == "old" and share == TENTH:
+                asked.setdefault("d", []).append((share, name, (best, "recency")))
     rows = []
     for claim, comparisons in asked.items():
         said: dict[tuple[float, str], list[str]] = {}
         texts = []
         for share, name, (one, other) in comparisons:
-            two = (one, other) if claim == "a" else (other, "model")
+            two = (one, other) if claim in ("a", "d") else (other, "model")
             found = difference(cells, name, (one, "model"), two, share, part)
             word = "not run" if found is None else found["verdict"]
             said.setdefault((share, name), []).append(word)

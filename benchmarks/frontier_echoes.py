@@ -21,7 +21,7 @@ __all__ = ["fresh_echoes"]
 
 # of times of events, that are then moved along the item as a whole: some as they are where a model is judged, others
 # with more events, of ages that a window holds
-NATURAL, DENSE, DENSE_APART = 4, 12, 5
+NATURAL, DENSE, DENSE_APART = 4, 12, 4
 
 
 def fresh_echoes(
@@ -105,10 +105,11 @@ class _Echoes:
         pairs, whole, items = self._drawn()  # [n, 2], [n], [n]
         n = len(pairs)
         letters = len(LETTERS)
-        # no name twice in an item
-        order = torch.rand(len(self.first), letters**NAMED_STEPS, generator=self.generator).argsort(1)
+        # no name twice among so many pairs in a row
+        names = letters**NAMED_STEPS
+        order = torch.rand(len(self.first), names, generator=self.generator).argsort(1)
         place = torch.cat([torch.arange(int((items == i).sum())) for i in range(len(self.first))])
-        name = order[items, place]  # [n]
+        name = order[items, place % names]  # [n]
         name = torch.stack([name // letters, name % letters], 1)  # [n, 2]
         size = torch.tensor(self.sizes, dtype=torch.float64)[items]  # [n]
         shape = size[:, None] * (2 * torch.rand(n, LEVELS, generator=self.generator, dtype=torch.float64) - 1)

@@ -169,7 +169,8 @@ def places_of(
     taken[0] = lead > 0  # begun before the first row
     pairs = []
     for patch in range(patches):
-        if len(pairs) == len(LETTERS) ** NAMED_STEPS:
+        # in a fit names come again, longer ago than a stream reads
+        if longest is None and len(pairs) == len(LETTERS) ** NAMED_STEPS:
             break
         # so many of the patches that are no echo
         if taken[patch] or rng.uniform() * (apart - 1) > 1:
