@@ -69,13 +69,17 @@ class _Echoes:
         self.generator = torch.Generator().manual_seed(seed)
         self.first, self.rows = store.first_row.tolist(), int(store.row_count.min())
         rng = np.random.default_rng(seed)
-        self.schedules = [
+        self.schedules, self.later = (self._schedules(spec, reach, rng) for reach in (spec.early, spec.reach))
+        self.level = torch.arange(self.P - NAMED_STEPS) * LEVELS // (self.P - NAMED_STEPS)
+
+    def _schedules(self, spec: Set, reach: tuple[int, int], rng: np.random.Generator) -> list[torch.Tensor]:
+        """Patches of events and their echoes, [n, 2] each."""
+        return [
             torch.tensor(
                 [(at // self.P, echo // self.P) for at, echo, _ in places_of(self.rows * self.P, 0, spec, rng, **how)]
             )
-            for how in [{}] * NATURAL + [{"apart": DENSE_APART, "longest": spec.longest}] * DENSE
-        ]  # [n, 2] patches each
-        self.level = torch.arange(self.P - NAMED_STEPS) * LEVELS // (self.P - NAMED_STEPS)
+            for how in [{}] * NATURAL + [{"apart": DENSE_APART, "least": reach[0], "longest": reach[1]}] * DENSE
+        ]
 
     def _drawn(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of events and their echoes, [n, 2]; whether there is an echo, [n]; which item, [n]."""
@@ -96,7 +100,7 @@ class _Echoes:
         store, device = windows.store, windows.device
         if self.lengthen is not None and self.batches == self.lengthen[0]:
             windows.config = replace(windows.config, prefix_patches=self.lengthen[1])
-            windows.prefixes = self.lengths
+            windows.prefixes, self.schedules = self.lengths, self.later
             if self.streams is not None:
                 windows.keep_streams(self.streams)
         self.batches += 1

@@ -29,6 +29,8 @@ AMPLITUDE = 8.0
 MAD_TO_DEVIATION = 1.48
 # patches from one new event to the next, on average; as many echoes follow
 APART_PATCHES = 10
+# patches before a name may come again, in fits alone
+AGAIN_PATCHES = 1000
 # steps that name an event, by a letter each; levels of a shape
 NAMED_STEPS, LEVELS = 2, 5
 # levels are even between so many amplitudes below and above, which deviate by one
@@ -38,7 +40,7 @@ EVENT = "event"
 AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
 # of sets whose echoes are old, in patches
 OLD = {"near": 60, "middle": 200, "far": 700}
-OLD_LENGTHS, OLD_STREAMS, OLD_LONGEST = (48, 192, 832, 832), 24, 900
+OLD_LENGTHS, OLD_STREAMS, OLD_REACH, OLD_EARLY = (48, 192, 832, 832), 24, (16, 900), (2, 64)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Set:
     steps: int = 420  # of a fit
     family: str = "recent"  # core sets that are judged together
     ages: tuple[tuple[str, float], ...] = tuple(AGES.items())  # of echoes, in days, each as likely
-    longest: int = 300  # patches, of ages in fits that are not those
+    # patches, from and to which ages reach in fits where they are not those; the same in the first part of a fit
+    reach: tuple[int, int] = (1, 300)
+    early: tuple[int, int] = (1, 300)
     # of the later part of a fit: patches read before a window, each as likely, and streams; none: as in all sets
     lengths: tuple[int, ...] = ()
     streams: int | None = None
@@ -91,7 +95,7 @@ for _name in ("epf", "household"):
     _day = SETS[_name].day / SETS[_name].patch_steps  # patches
     SETS[f"{_name}-old"] = replace(
         SETS[_name], family="old", ages=tuple((age, patches / _day) for age, patches in OLD.items()),
-        longest=OLD_LONGEST, lengths=OLD_LENGTHS, streams=OLD_STREAMS,
+        reach=OLD_REACH, early=OLD_EARLY, lengths=OLD_LENGTHS, streams=OLD_STREAMS,
     )  # fmt: skip
 SMOKE = Set("", ("y",), 8, 8, 0.3, 8, 24, copies=2)
 
@@ -155,28 +159,42 @@ def _lead(one: pd.DataFrame, spec: Set) -> int:
 
 
 def places_of(
-    rows: int, lead: int, spec: Set, rng: np.random.Generator, *, apart: int = APART_PATCHES, longest: int | None = None
+    rows: int,
+    lead: int,
+    spec: Set,
+    rng: np.random.Generator,
+    *,
+    apart: int = APART_PATCHES,
+    least: int = 1,
+    longest: int | None = None,
 ) -> list[tuple[int, int, str]]:
     """First rows of an event and of its echo, and its age; one event to a patch. An echo may lie beyond the end.
 
     Args:
         apart: patches from one new event to the next, on average.
-        longest: ages are even in their logarithm from one patch to so many, and have no name; None: those of the set.
+        least, longest: ages are even in their logarithm from and to so many patches, and have no name; without
+            ``longest`` those of the set.
     """
-    P, days = spec.patch_steps, dict(spec.ages)
+    P, days, names = spec.patch_steps, dict(spec.ages), len(LETTERS) ** NAMED_STEPS
     patches = (lead + rows) // P
     taken = np.zeros(patches, dtype=bool)
     taken[0] = lead > 0  # begun before the first row
     pairs = []
     for patch in range(patches):
-        # in a fit names come again, longer ago than a stream reads
-        if longest is None and len(pairs) == len(LETTERS) ** NAMED_STEPS:
-            break
+        if len(pairs) >= names:
+            # in a fit names come again, further away than a stream reads, also where the end is joined to the beginning
+            apart_now = patch - (pairs[-names][0] + lead) // P
+            if longest is None or min(apart_now, patches - apart_now) < AGAIN_PATCHES:
+                break
         # so many of the patches that are no echo
         if taken[patch] or rng.uniform() * (apart - 1) > 1:
             continue
         age = str(rng.choice(list(days))) if longest is None else ""
-        later = days[age] * spec.day / P * rng.uniform(0.8, 1.2) if longest is None else longest ** rng.uniform()
+        later = (
+            days[age] * spec.day / P * rng.uniform(0.8, 1.2)
+            if longest is None
+            else least * (longest / least) ** rng.uniform()
+        )
         echo = patch + max(1, round(later))
         while echo < patches and taken[echo]:
             echo += 1
