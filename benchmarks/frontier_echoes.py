@@ -66,6 +66,8 @@ class _Echoes:
         self.lengths, self.streams = spec.lengths, spec.streams
         self.flat, self.codes, self.sizes, self.P = flat, codes, sizes, spec.patch_steps
         self.target, self.event = channels
+        said = store.values[:, :, self.event]  # [R, P]
+        self.quiet = torch.where(torch.isnan(said), said, 0.0)  # [R, P] no event, or beyond the rows
         self.generator = torch.Generator().manual_seed(seed)
         self.first, self.rows = store.first_row.tolist(), int(store.row_count.min())
         rng = np.random.default_rng(seed)
@@ -105,7 +107,9 @@ class _Echoes:
                 windows.keep_streams(self.streams)
         self.batches += 1
         if self.flat.device != device:
-            self.flat, self.codes, self.level = (x.to(device) for x in (self.flat, self.codes, self.level))
+            self.flat, self.quiet, self.codes, self.level = (
+                x.to(device) for x in (self.flat, self.quiet, self.codes, self.level)
+            )
         pairs, whole, items = self._drawn()  # [n, 2], [n], [n]
         n = len(pairs)
         letters = len(LETTERS)
@@ -124,7 +128,8 @@ class _Echoes:
         rows = torch.cat([pairs[:, 0], torch.where(whole, pairs[:, 1], pairs[:, 0])]).to(device)  # [2 n]
         name, shape = name.to(device).repeat(2, 1), shape.to(device).repeat(2, 1)[:, self.level]
         store.values[:, :, self.target] = self.flat
-        store.values[:, :, self.event] = torch.nan
+        # where nothing happens the column says so, as in the rows that are judged
+        store.values[:, :, self.event] = self.quiet
         store.tags[:, :, self.event] = False
         store.values[rows, :NAMED_STEPS, self.event] = self.codes[name]
         store.tags[rows, :NAMED_STEPS, self.event] = True

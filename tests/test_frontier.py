@@ -264,6 +264,11 @@ def test_streams_become_longer_after_so_many_batches() -> None:
         augment=fresh_echoes(carrier, SMOKE, panel, 0, lengthen=(5, 40)),
     )  # fmt: skip
     prefixes = [windows.draw().prefix for _ in range(60)]
+    # a column of events says where nothing happens, as in the rows that are judged
+    event = panel.schema.indices("event")[0]
+    told, plain = windows.store.values[:, :, event], store.values[:, :, event]
+    assert not told[~plain.isnan()].isnan().any()
+    assert ((told == 0) | windows.store.tags[:, :, event])[~plain.isnan()].all()
     assert max(prefixes[:5]) <= 1
     assert 8 < max(prefixes[5:]) <= 40
     # where a set says so, of lengths that it names, in fewer streams

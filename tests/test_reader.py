@@ -134,6 +134,21 @@ def test_tokens_of_a_target_know_the_events_of_their_patch_from_the_start_where_
     assert (network.backbone.embedding.from_moment is not None) == known
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_an_event_is_read_alike_while_its_patch_goes_on_where_tokens_know_events(known: bool) -> None:
+    network = make_network(make_config(event_context=known), calibrate=False)
+    panel = make_panel((12,), seed=14)
+    panel.values[:, ALARM] = 0.0
+    panel.values[4, ALARM] = 2.0
+    store, embedded = make_store(panel), []
+    item, cut = torch.tensor([0]), torch.tensor([5])
+    for chunk in (store.window(item, torch.tensor([1]), 1), store.horizon(item, cut, 2, torch.tensor([False]))):
+        assert chunk.tags[0, ALARM, 0].sum() == 1
+        stats, _ = network.scaler.advance(chunk.values, chunk.observed, network.empty_memory(1).scale)
+        embedded.append(network.backbone.embedding(network.tokens(chunk, stats))[0, ALARM, 0])  # [D]
+    assert torch.allclose(*embedded) == known
+
+
 @pytest.mark.parametrize("mixer", ["ham", "attention"])
 def test_the_read_starts_as_open_and_as_sharp_as_asked(mixer: str) -> None:
     config = make_config(entry_bias=-1.0, match_gain=2.0, mixer=mixer)

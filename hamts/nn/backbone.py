@@ -85,10 +85,16 @@ class Embedding(nn.Module):
         kind = tokens.values.dtype
         categorical = constant([n > 0 for n in self.spec.levels], torch.bool, tokens.values.device)[:, None, None]
         values = torch.where(categorical, 0.0, tokens.values)  # [B, C, N, P]
+        observed = tokens.observed  # [B, C, N, P]
+        sparse = constant([role == "event" for role in self.spec.roles], torch.bool, values.device)[:, None, None]
+        if self.from_moment is not None:
+            # what happened, whether or not it is known that nothing else did: an event that is asked for while its
+            # patch goes on is then like the one that was kept
+            observed = observed & (tokens.tags | ~sparse)  # [B, C, N, P]
         features = torch.cat(
             [
                 values,
-                tokens.observed.to(kind),
+                observed.to(kind),
                 tokens.tags.to(kind),
                 tokens.event_offset,
                 tokens.ahead_values,
@@ -102,11 +108,10 @@ class Embedding(nn.Module):
         x = torch.einsum("bcni,cid->bcnd", features, self.per_role[self.role])  # [B, C, N, D]
         x = x + self.channel[:, None]  # [B, C, N, D]
         if self.category is not None and self.from_category is not None:
-            codes = torch.where(categorical & tokens.observed, tokens.values, 0.0).long()  # [B, C, N, P]
+            codes = torch.where(categorical & observed, tokens.values, 0.0).long()  # [B, C, N, P]
             vectors = self.category(codes.clamp_max(self.category.num_embeddings - 1))  # [B, C, N, P, E]
-            vectors = vectors * (categorical & tokens.observed)[..., None]  # [B, C, N, P, E]
+            vectors = vectors * (categorical & observed)[..., None]  # [B, C, N, P, E]
             # an event is named at a step or two of its patch, others have a level at every step
-            sparse = constant([role == "event" for role in self.spec.roles], torch.bool, x.device)[:, None, None]
             weight = torch.where(sparse, vectors.shape[-2] ** 0.5, 1.0)  # [C, 1, 1]
             x = x + weight * self.from_category(vectors.flatten(-2))  # [B, C, N, D]
         if self.from_moment is not None:
