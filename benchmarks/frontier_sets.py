@@ -38,8 +38,9 @@ WIDEST = 1.7
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EVENT = "event"
 AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
-# of sets whose echoes are old, in patches
+# of sets whose echoes are old, in patches, and of their fits
 OLD = {"near": 60, "middle": 200, "far": 700}
+OLD_STEPS = 320
 OLD_LENGTHS, OLD_STREAMS, OLD_REACH, OLD_EARLY = (48, 192, 832, 832), 24, (16, 900), (2, 64)
 
 
@@ -96,6 +97,7 @@ for _name in ("epf", "household"):
     SETS[f"{_name}-old"] = replace(
         SETS[_name], family="old", ages=tuple((age, patches / _day) for age, patches in OLD.items()),
         reach=OLD_REACH, early=OLD_EARLY, lengths=OLD_LENGTHS, streams=OLD_STREAMS,
+        steps=OLD_STEPS,
     )  # fmt: skip
 SMOKE = Set("", ("y",), 8, 8, 0.3, 8, 24, copies=2)
 
