@@ -1,10 +1,11 @@
 """Is an echo recalled as well in a forecast as where training asks for it? The same events, memory and weights.
 
-``python -m benchmarks.frontier_asked --set epf --model attention --weights FILE`` reads 200 patches before each of some
-test echoes with the weights of a network of the grid (half precision, a ``state_dict``), and asks four times for what
-follows the name: as training does, in its own code; hidden in a patch whose event column is complete, as training did
-before; as a forecast does; and as a forecast that is told that no other event will follow in this patch, as a complete
-patch tells. Loss in deviations of the stream.
+``python -m benchmarks.frontier_asked --set epf --model attention --weights FILE`` reads some patches before each of
+some test echoes with the weights of a network of the grid (half precision, a ``state_dict``), and asks four times for
+what follows the name: as training does, in its own code; hidden in a patch whose event column is complete; as a
+forecast does; and as a forecast that is told that no other event will follow in this patch, as a complete patch tells.
+Loss in deviations of the stream. With ``--before 30 900`` memories of 30 and of 900 patches are asked for the same
+echoes: the first does not hold what is asked for, where an echo is older.
 
 B echoes · C channels · P steps in a patch · G targets
 """
@@ -32,24 +33,21 @@ from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork, Reading
 from hamts.windows import StreamWindows, scale_history
 
-BEFORE, EACH = 200, 14
+EACH, AT_ONCE, LONG_AGO = 14, 50, 1 << 30
 
 
-def ages_of(spec: Set) -> list[str]:
-    """Those that are within what is read."""
-    return [age for age, days in spec.ages if days * spec.day / spec.patch_steps < BEFORE]
-
-
-def echoes(carrier: Carrier, spec: Set, panel: Any, store: PatchStore) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def echoes(
+    carrier: Carrier, spec: Set, panel: Any, store: PatchStore, items_wanted: int | None, each: int
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Item, patch and age of some echoes among the test rows, [B] each."""
     rng, found = np.random.default_rng(0), []
-    for item, name in enumerate(panel.item_ids):
+    for item, name in enumerate(panel.item_ids[:items_wanted]):
         own = asked_of(carrier, name)
         own = own[own["asked"] >= carrier.rows - carrier.test_rows]
-        for age in ages_of(spec):
+        for age, _ in spec.ages:
             at = (own.loc[own["age"] == age, "asked"].to_numpy(int) + int(store.lead[item])) // spec.patch_steps
             at = at[at < int(store.row_count[item]) - 2]
-            found += [(item, int(patch), age) for patch in rng.permutation(at)[:EACH]]
+            found += [(item, int(patch), age) for patch in rng.permutation(at)[:each]]
     items = torch.tensor([item for item, _, _ in found])
     return items, torch.tensor([p for _, p, _ in found]) + store.first_patch[items], np.array([a for *_, a in found])
 
@@ -86,7 +84,7 @@ def asked_in_training(store: PatchStore, whole: Chunk, items: torch.Tensor, patc
         store, nothing, ends=store.row_count.numpy() * store.patch_steps, horizon=1, config=config, cross_chance=0.0
     )
     windows.items = items
-    return windows._hide_spans(whole, windows._recalled(whole, patch, torch.full_like(patch, BEFORE)))
+    return windows._hide_spans(whole, windows._recalled(whole, patch, torch.full_like(patch, LONG_AGO)))
 
 
 def loss_of(network: HAMNetwork, reading: Reading, truth: torch.Tensor) -> torch.Tensor:
@@ -103,6 +101,9 @@ def main() -> None:
     parser.add_argument("--size", default="1M", choices=list(SIZES))
     parser.add_argument("--weights", type=Path, help="of such a network; default: fitted here")
     parser.add_argument("--max-steps", type=int, help="of a fit; default those of the set")
+    parser.add_argument("--before", type=int, nargs="+", default=[200], help="patches that are read before an echo")
+    parser.add_argument("--items", type=int, help="so many of them; default all")
+    parser.add_argument("--each", type=int, default=EACH, help="echoes of an age and item")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
     spec, carrier = SETS[told.set], load(told.set)
@@ -116,20 +117,32 @@ def main() -> None:
         network.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in stored.items()})
     panel = to_panel(carrier.frame, schema=trained.panel.schema)
     store = build_store(panel, patch_steps=spec.patch_steps, extra_steps=spec.h, time_unit=trained.plan.time_unit)
-    items, patch, ages = echoes(carrier, spec, panel, store)
-    first = patch - BEFORE
+    items, patch, ages = echoes(carrier, spec, panel, store, told.items, told.each)
+    history = scale_history(network, store)
+    for before in told.before:
+        ask(network, store, spec, (items, patch, ages), before, history, f"{told.set}, {told.model}")
+
+
+def ask(
+    network: HAMNetwork, store: PatchStore, spec: Set, wanted: tuple[torch.Tensor, torch.Tensor, np.ndarray],
+    before: int, history: ScaleState, label: str,
+) -> None:  # fmt: skip
+    """Read so many patches before each echo, ask, and print."""
+    items, patch, ages = wanted
+    first = patch - before
     rows = store.first_row[items] + (first - store.first_patch[items]).clamp_min(0)
-    warm = map_tensors(scale_history(network, store), lambda tensor: tensor[rows])
+    warm = map_tensors(history, lambda tensor: tensor[rows])
     memory = replace(network.empty_memory(len(items)), scale=warm)
     policy = replace(network.policy(torch.ones(len(items))), masses=False)
     truth, questions = asked(store, spec, items, patch)
     with torch.no_grad():
-        for low in range(0, BEFORE, BEFORE // 2):
-            memory = network(store.window(items, first + low, BEFORE // 2), memory, policy, decode=False).memory
-        for label, chunk in questions.items():
+        for low in range(0, before, AT_ONCE):
+            chunk = store.window(items, first + low, min(AT_ONCE, before - low))
+            memory = network(chunk, memory, policy, decode=False).memory
+        for question, chunk in questions.items():
             losses = loss_of(network, network(chunk, memory, policy, advance=False), truth).numpy()
-            means = {age: round(float(np.nanmean(losses[ages == age])), 3) for age in ages_of(spec)}
-            print(f"{told.set}, {told.model}, {label}: {means}", flush=True)
+            means = {age: round(float(np.nanmean(losses[ages == age])), 3) for age, _ in spec.ages}
+            print(f"{label}, {before} patches, {question}: {means}", flush=True)
 
 
 if __name__ == "__main__":

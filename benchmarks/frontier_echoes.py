@@ -76,11 +76,13 @@ class _Echoes:
 
     def _schedules(self, spec: Set, reach: tuple[int, int], rng: np.random.Generator) -> list[torch.Tensor]:
         """Patches of events and their echoes, [n, 2] each."""
+        dense: dict[str, int] = {"apart": DENSE_APART, "least": reach[0], "longest": reach[1]}
+        natural: dict[str, int] = {}
         return [
             torch.tensor(
                 [(at // self.P, echo // self.P) for at, echo, _ in places_of(self.rows * self.P, 0, spec, rng, **how)]
             )
-            for how in [{}] * NATURAL + [{"apart": DENSE_APART, "least": reach[0], "longest": reach[1]}] * DENSE
+            for how in [natural] * NATURAL + [dense] * DENSE
         ]
 
     def _drawn(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

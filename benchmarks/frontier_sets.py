@@ -181,7 +181,7 @@ def places_of(
     patches = (lead + rows) // P
     taken = np.zeros(patches, dtype=bool)
     taken[0] = lead > 0  # begun before the first row
-    pairs = []
+    pairs: list[tuple[int, int, str]] = []
     for patch in range(patches):
         if len(pairs) >= names:
             # in a fit names come again, further away than a stream reads, also where the end is joined to the beginning
