@@ -187,7 +187,9 @@ def recalled(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
         points = {(p["memory"], p["share"]): p["parts"] for p in cell["points"]}
         sizes = [point for point in points if point[0] == "model" and point[1] in (share, None)]
         sizes += [("recency", share)] if ("recency", share) in points else []
-        for point in sizes if base is not None else []:
+        if base is None:
+            continue
+        for point in sizes:
             row = {"set": cell["set"], "model": cell["model"], "memory": point[0], "seed": cell["seed"]}
             for part in parts_of(cells):
                 one, two = points[point][part], base["points"][0]["parts"][part]
