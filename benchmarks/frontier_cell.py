@@ -57,7 +57,7 @@ LENGTHENED = (0.6, 768)
 REGULAR_CHECKS, ECHO_CHECKS = 8, 16
 BLOCKS = 20
 # by which a cell was fitted and judged; those of others are not compared with it
-REGISTRATION = 7
+REGISTRATION = 8
 NO_CAP = 1 << 40
 
 

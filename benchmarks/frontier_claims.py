@@ -14,6 +14,7 @@ from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, REFERENCE, SEEDS, T
 from benchmarks.frontier_sets import SETS
 
 __all__ = [
+    "by_seed",
     "claims",
     "cores_of",
     "difference",
@@ -200,6 +201,27 @@ def recalled(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_seed(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
+    """Error inside events of every fit of a router at each budget, and of the controls at one; the same of the oldest
+    echoes; and the share of tokens that it took: fits that learned to look up are not those that did not."""
+    oldest = parts_of(cells)[-2]
+    rows = []
+    for cell in cells:
+        found = {(point["memory"], point["share"]): point for point in cell["points"]}
+        if cell["model"] not in ROUTERS:
+            continue
+        row: dict[str, Any] = {"set": cell["set"], "model": cell["model"], "seed": cell["seed"]}
+        shown = [("model", asked) for asked in SHOWN] + [(name, share) for name in ("shuffled", "random", "recency")]
+        for memory, asked in [key for key in shown if key in found]:
+            label = f"{100 * asked:g} %" if memory == "model" else f"{memory} {100 * asked:g} %"
+            row[label] = found[memory, asked]["parts"]["events"]["WQL"]
+        for memory in [name for name in ("model", "recency") if (name, share) in found]:
+            row[f"{oldest}, {memory}"] = found[memory, share]["parts"][oldest]["WQL"]
+        row |= {f"took at {100 * asked:g} %": found["model", asked]["usage_share"] for asked in CONTROL_SHARES}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:
     """Every comparison that the registered claims need, on the core sets."""
     rows = []
@@ -316,6 +338,8 @@ def table(folder: Path) -> str:
             texts += ["## Positive control: attention against recurrent", markdown(control)]
         if len(kept := everything_kept(cells)):
             texts += ["## Second control: everything kept against nothing, same weights", markdown(kept)]
+        if len(seeds := by_seed(cells)):
+            texts += ["## Routers, seed by seed", markdown(seeds)]
         if len(apart := recalled(cells)):
             texts += [f"## Against recurrent, in percent, at {100 * TENTH:g} % or whole", markdown(apart)]
         if len(found := claims(cells)):

@@ -63,7 +63,7 @@ class _Echoes:
     ) -> None:
         """flat: the target without events, [R, P]."""
         self.lengthen, self.batches = lengthen, 0
-        self.lengths, self.streams = spec.lengths, spec.streams
+        self.lengths, self.streams, self.warm = spec.lengths, spec.streams, spec.warm
         self.flat, self.codes, self.sizes, self.P = flat, codes, sizes, spec.patch_steps
         self.target, self.event = channels
         said = store.values[:, :, self.event]  # [R, P]
@@ -107,6 +107,8 @@ class _Echoes:
             windows.prefixes, self.schedules = self.lengths, self.later
             if self.streams is not None:
                 windows.keep_streams(self.streams)
+        if self.warm and self.lengthen is not None and self.batches < self.lengthen[0]:
+            windows.share = torch.ones_like(windows.share)
         self.batches += 1
         if self.flat.device != device:
             self.flat, self.quiet, self.codes, self.level = (

@@ -71,6 +71,7 @@ class Set:
     # of the later part of a fit: patches read before a window, each as likely, and streams; none: as in all sets
     lengths: tuple[int, ...] = ()
     streams: int | None = None
+    warm: bool = False  # whether everything is kept in the first part of a fit, whatever the router
 
 
 SETS = {
@@ -97,7 +98,7 @@ for _name in ("epf", "household"):
     SETS[f"{_name}-old"] = replace(
         SETS[_name], family="old", ages=tuple((age, patches / _day) for age, patches in OLD.items()),
         reach=OLD_REACH, early=OLD_EARLY, lengths=OLD_LENGTHS, streams=OLD_STREAMS,
-        steps=OLD_STEPS,
+        steps=OLD_STEPS, warm=True,
     )  # fmt: skip
 SMOKE = Set("", ("y",), 8, 8, 0.3, 8, 24, copies=2)
 

@@ -272,11 +272,14 @@ def test_streams_become_longer_after_so_many_batches() -> None:
     assert max(prefixes[:5]) <= 1
     assert 8 < max(prefixes[5:]) <= 40
     # where a set says so, of lengths that it names, in fewer streams
-    spec = replace(SMOKE, lengths=(3, 30), streams=2)
+    spec = replace(SMOKE, lengths=(3, 30), streams=2, warm=True)
     windows.augment = fresh_echoes(carrier, spec, panel, 0, lengthen=(5, 40))
     drawn = [windows.draw() for _ in range(25)]
     assert [len(batch.items) for batch in drawn] == [4] * 5 + [2] * 20
     assert {batch.prefix for batch in drawn[5:]} == {3, 30}
+    # and everything is kept at first
+    assert all((batch.share == 1).all() for batch in drawn[:5])
+    assert not all((batch.share == 1).all() for batch in drawn[5:])
     assert all(part.values.shape[0] == 2 for batch in drawn[5:] for part in batch.parts[0])
 
 
