@@ -101,15 +101,26 @@ def main() -> None:
     parser.add_argument("--size", default="1M", choices=list(SIZES))
     parser.add_argument("--weights", type=Path, help="of such a network; default: fitted here")
     parser.add_argument("--max-steps", type=int, help="of a fit; default those of the set")
+    parser.add_argument("--short", action="store_true", help="a fit whose streams stay short: a pilot for a CPU")
+    parser.add_argument("--streams", type=int, help="of a fit; default those of the grid")
+    parser.add_argument("--seed", type=int, default=0, help="of a fit")
+    parser.add_argument("--random-budgets", action="store_true", help="from the first step of a fit on")
     parser.add_argument("--before", type=int, nargs="+", default=[200], help="patches that are read before an echo")
     parser.add_argument("--items", type=int, help="so many of them; default all")
     parser.add_argument("--each", type=int, default=EACH, help="echoes of an age and item")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
     spec, carrier = SETS[told.set], load(told.set)
-    few = {"max_steps": 1, "training": {"batch_windows": 2}} if told.weights else {"max_steps": told.max_steps}
+    few: dict[str, Any] = {"max_steps": 1, "training": {"batch_windows": 2}}
+    if not told.weights:
+        few = {"max_steps": told.max_steps, "training": {"batch_windows": told.streams} if told.streams else {}}
+    if told.short:
+        few["lengthened"] = (1.0, 1)
+    if told.random_budgets:
+        spec = replace(spec, warm=False)
     trained = fit(
-        carrier, spec, MODELS[told.model], rate=3e-3, seed=0, budget=NO_CAP, size=told.size, accelerator="cpu", **few
+        carrier, spec, MODELS[told.model], rate=3e-3, seed=told.seed, budget=NO_CAP, size=told.size,
+        accelerator="cpu", **few,
     )  # fmt: skip
     network = trained.network
     if told.weights:
