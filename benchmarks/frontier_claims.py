@@ -208,7 +208,7 @@ def by_seed(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
     rows = []
     for cell in cells:
         found = {(point["memory"], point["share"]): point for point in cell["points"]}
-        if cell["model"] not in ROUTERS:
+        if cell["model"] not in ROUTERS or not {"events", oldest} <= set(cell["points"][0]["parts"]):
             continue
         row: dict[str, Any] = {"set": cell["set"], "model": cell["model"], "seed": cell["seed"]}
         shown = [("model", asked) for asked in SHOWN] + [(name, share) for name in ("shuffled", "random", "recency")]
@@ -217,7 +217,11 @@ def by_seed(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
             row[label] = found[memory, asked]["parts"]["events"]["WQL"]
         for memory in [name for name in ("model", "recency") if (name, share) in found]:
             row[f"{oldest}, {memory}"] = found[memory, share]["parts"][oldest]["WQL"]
-        row |= {f"took at {100 * asked:g} %": found["model", asked]["usage_share"] for asked in CONTROL_SHARES}
+        row |= {
+            f"took at {100 * asked:g} %": found["model", asked]["usage_share"]
+            for asked in CONTROL_SHARES
+            if ("model", asked) in found
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 
