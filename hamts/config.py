@@ -66,7 +66,7 @@ class ModelConfig:
             its own past, so each gets its share; ``learned``: that plus a learned level, one threshold over all layers.
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later. An event is then also read alike whether or not
-            it is known what follows in its patch.
+            it is known what follows in its patch; models fitted with it before that was so must be fitted anew.
         entry_bias, match_gain: at first, what is added to the logits of entries, and how sharply queries match keys.
         queries_from_keys: whether queries of the exact read start with the weights of its keys: like finds like.
         read_reference: keys up to which logits of the exact read are as they are; with more they are multiplied by

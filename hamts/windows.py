@@ -177,7 +177,15 @@ class StreamWindows(IterableDataset[Windows]):
         self.cross = torch.where(which, self._uniform(B) < self.cross_chance, self.cross)
 
     def keep_streams(self, number: int) -> None:
-        """Go on with the first so many streams: longer ones take more room each."""
+        """Go on with the first so many streams: longer ones take more room each.
+
+        Raises ValueError unless every stream restarts at every step: carried memories belong to all of them.
+        """
+        if self.config.reset_share < 1.0:
+            raise ValueError(
+                "Streams can be left out only where all restart at every step: reset_share=1.0."
+                f" Got reset_share={self.config.reset_share}."
+            )
         for name in ("items", "at", "share", "cross", "reset"):
             setattr(self, name, getattr(self, name)[:number])
 

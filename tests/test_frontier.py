@@ -258,7 +258,9 @@ def test_streams_become_longer_after_so_many_batches() -> None:
     panel = to_panel(carrier.frame.groupby("unique_id", sort=False).head(rows), **carrier.roles)
     store = build_store(panel, patch_steps=SMOKE.patch_steps, extra_steps=SMOKE.h)
     network = HAMNetwork(ModelConfig(width=32, layers=1, heads=2, patch_steps=8), MemoryConfig(), panel_spec(panel))
-    config = TrainConfig(batch_windows=4, context_patches=8, origins=1, prefix_patches=1, recall_share=0.7)
+    config = TrainConfig(
+        batch_windows=4, context_patches=8, origins=1, prefix_patches=1, recall_share=0.7, reset_share=1.0
+    )
     windows = StreamWindows(
         store, scale_history(network, store), ends=panel.lengths, horizon=8, config=config, cross_chance=1.0,
         augment=fresh_echoes(carrier, SMOKE, panel, 0, lengthen=(5, 40)),
@@ -281,6 +283,10 @@ def test_streams_become_longer_after_so_many_batches() -> None:
     assert all((batch.share == 1).all() for batch in drawn[:5])
     assert not all((batch.share == 1).all() for batch in drawn[5:])
     assert all(part.values.shape[0] == 2 for batch in drawn[5:] for part in batch.parts[0])
+    # memories that are carried on are those of all streams
+    windows.config = replace(windows.config, reset_share=0.5)
+    with pytest.raises(ValueError, match=r"reset_share=1\.0.*Got reset_share=0\.5"):
+        windows.keep_streams(1)
 
 
 def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
