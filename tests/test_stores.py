@@ -171,6 +171,42 @@ def test_the_kernel_takes_and_gives_back_the_pages_that_torch_does(
     assert (seen > 0) == (cap is None)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [pytest.param("torch", "cpu"), *(pytest.param("triton", *p.values, marks=p.marks) for p in PLACES)],
+)
+def test_a_page_that_was_not_found_is_not_given_back(kernel: str, device: str) -> None:
+    kind = EntryKind(heads=1, key_width=1, value_width=1)
+    store = PagedStore(kind, STREAMS, cap=64, device=device, pages=2, room=64, kernel=kernel)
+    rows = drawn_rows(kind, 1, torch.Generator().manual_seed(0), device)
+    # behind the pile, where nobody may write
+    behind = torch.full((16,), -1, dtype=torch.int32, device=device)
+    pile = torch.cat([store.free, behind])
+    store.free = pile[: len(store.free)]
+    for _ in range(300):
+        store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool, device=device))
+    assert int(store.lost) > 0 and torch.equal(pile[len(store.free) :], behind)
+    held = store.table[:, :-1]
+    held, free = held[held < 2], store.free[: int(store.n_free)]
+    assert 0 <= int(store.n_free) <= 2 and bool((free < 2).all()) and set(held.tolist()) | set(free.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_list_longer_than_the_read_is_ready_for_mixes_no_other_in(device: str, generator: torch.Generator) -> None:
+    kind = KINDS["one channel"]
+    stores = [PagedStore(kind, STREAMS, device=device, pages=3 * STREAMS, room=192) for _ in range(2)]
+    rows = drawn_rows(kind, 1, generator, device)
+    for store, count in zip(stores, (192, 64), strict=True):
+        for _ in range(count):
+            store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool, device=device))
+    # one program for each stream and head: the first 64 entries, with the window
+    for store in stores:
+        store.most = 1
+    given = drawn_read(kind, generator, device)
+    got, wanted = (store.read(**given, kernels=Kernels("triton")).output for store in stores)
+    assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("device", PLACES)
 def test_a_store_of_nothing_is_read_as_the_window_alone(device: str, generator: torch.Generator) -> None:
     kind = KINDS["one channel"]

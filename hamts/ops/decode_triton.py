@@ -202,7 +202,8 @@ def join_kernel(
     stream = (tl.program_id(0) // C // H).to(tl.int64)
     at_v, at_r = tl.arange(0, BV), tl.arange(0, RP)
     _, origin, end = _ends(ends_ptr, stream, n_entries, E)
-    used = tl.maximum(tl.cdiv(end - origin, length), 1)
+    # of more entries than the read was made ready for, no program read the rest
+    used = tl.minimum(tl.maximum(tl.cdiv(end - origin, length), 1), n_parts)
     slots = (stream * H + head) * n_parts
     top = LOWEST + 0.0
     for start in tl.range(0, used, BP):

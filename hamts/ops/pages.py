@@ -250,8 +250,9 @@ class PagedStore(Store):
         if self.cap is None:
             return
         number = before[:, None] + torch.arange(at_once, device=self.device)  # [S, k]
-        gone = (number < now[:, None]).flatten()  # [S k]
         page = self.table.gather(1, number % self.width).flatten()  # [S k]
+        # where none was free nothing was taken, and nothing comes back
+        gone = (number < now[:, None]).flatten() & (page < self.pages)  # [S k]
         place = torch.where(gone, self.n_free + gone.cumsum(0) - 1, self.pages)  # [S k]
         self.free.scatter_(0, place, page)
         self.n_free += gone.sum()

@@ -59,6 +59,8 @@ def place_kernel(
             number = (first // E)[:, None] + turn[None, :]
             gone = (number < (begins // E)[:, None]) & inside[:, None]
             page = tl.load(table_ptr + stream[:, None] * (width + 1) + number % span, mask=gone, other=0)
+            # where none was free nothing was taken, and nothing comes back
+            gone = gone & (page < n_pages)
             counts = gone.to(tl.int64)
             before = tl.cumsum(tl.sum(counts, 1), 0) - tl.sum(counts, 1)
             rank = before[:, None] + tl.cumsum(counts, 1) - 1
