@@ -191,7 +191,7 @@ def ham_layer(
 def number_asked_for() -> Iterator[None]:
     """Lists get room for what they hold, which the host must ask the device for, instead of for all that may come."""
 
-    def counted(alive: torch.Tensor, most: int | None = None) -> int:
+    def counted(alive: torch.Tensor, most: int | None = None, *, skips_padding: bool = False) -> int:
         return min(bucket(int(alive.sum(dim=1).max())), alive.shape[1] if most is None else most)
 
     room, scratchpad.rows_for = scratchpad.rows_for, counted

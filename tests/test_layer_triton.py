@@ -286,7 +286,7 @@ def test_a_whole_layer(router: str, options: dict[str, Any], generator: torch.Ge
 @pytest.mark.gpu
 @pytest.mark.parametrize("cap", [None, 9_000])
 def test_no_launched_pass_waits_for_the_device(cap: int | None, generator: torch.Generator) -> None:
-    """Forward, backward and the memory they leave, of 12,288 tokens a chunk: the host never asks how many are kept."""
+    """Training, of 12,288 tokens a chunk: forward, backward and the memory they leave never ask how many are kept."""
     from hamts.ops.gated_delta_trial import untuned
 
     config = ModelConfig(width=128, heads=2, layers=1, window_patches=16, patch_steps=2, router="surprise+tags")
@@ -304,6 +304,8 @@ def test_no_launched_pass_waits_for_the_device(cap: int | None, generator: torch
     leaves = [weight for name, weight in layer.named_parameters() if "router" not in name]
 
     def passes() -> tuple[torch.Tensor, torch.Tensor]:
+        # without gradients lists of so many rows are asked for
+        assert torch.is_grad_enabled()
         memory = layer.empty_memory(2, 3, layer.conv)
         with torch.autocast("cuda", torch.bfloat16):
             first = layer(x, tokens=tokens, memory=memory, policy=policy)

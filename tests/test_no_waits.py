@@ -15,12 +15,12 @@ from hamts.nn import scratchpad
 from hamts.nn.budget import FOLLOW_EXACTLY_STEPS, FOLLOW_RATE, SHARES, ThresholdTable
 from hamts.nn.ham import HAMLayer
 from hamts.nn.head import outward
-from hamts.nn.rows import RowMove, _gathered, _of_words, rows_for
+from hamts.nn.rows import RowMove, _gathered, _of_words, pays_to_ask, rows_for
 from hamts.nn.tokens import Policy, map_tensors
 
 
-def room(alive: torch.Tensor, most: int | None = None) -> int:
-    """What a GPU gives short lists."""
+def room(alive: torch.Tensor, most: int | None = None, *, skips_padding: bool = False) -> int:
+    """What a GPU gives short lists, and all lists of a training pass."""
     return alive.shape[1] if most is None else min(most, alive.shape[1])
 
 
@@ -41,6 +41,46 @@ def test_moved_rows_and_their_gradient_are_those_picked_by_hand(generator: torch
         # padding has no gradient, whatever comes for it
         (grad,) = torch.autograd.grad((got * weight).sum(), rows)
         assert torch.equal(grad, wanted)
+
+
+def test_only_training_by_kernels_gives_long_lists_all_their_room() -> None:
+    training = {"recorded": False, "gradients": True, "skips_padding": True}
+    assert not pays_to_ask(1_000_000, **training)
+    for differs in ("gradients", "skips_padding"):
+        other = {**training, differs: False}
+        assert pays_to_ask(8_193, **other) and not pays_to_ask(8_192, **other)
+        assert not pays_to_ask(8_193, **{**other, "recorded": True})
+    asked = {"gradients": False, "skips_padding": False}
+    assert pays_to_ask(8_193, recorded=False, **asked) and not pays_to_ask(8_193, recorded=True, **asked)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_are_asked_for_by_who_reads_them(
+    fused: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    told = []
+
+    def rows(alive: torch.Tensor, most: int | None = None, *, skips_padding: bool = False) -> int:
+        told.append(skips_padding)
+        raise InterruptedError
+
+    monkeypatch.setattr(scratchpad, "rows_for", rows)
+    entries = HAMLayer(make_config()).empty_memory(2, 3, torch.zeros(())).scratchpad
+    for name in ("merge_candidates", "append_candidates"):
+        with pytest.raises(InterruptedError):
+            getattr(scratchpad, name)(entries, entries, fused=fused)
+    with pytest.raises(InterruptedError):
+        scratchpad.append_shared(entries, entries)
+    assert told == [fused, fused, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("gradients", "rows"), [(True, 20_000), (False, 512)])
+def test_a_gpu_gives_long_lists_what_they_hold_unless_it_trains(gradients: bool, rows: int) -> None:
+    alive = torch.arange(20_000, device="cuda").expand(2, -1) < 400
+    with torch.set_grad_enabled(gradients):
+        assert rows_for(alive, skips_padding=True) == rows
+        assert rows_for(alive) == 512 and rows_for(alive, 9_000) == 512 and rows_for(alive, 8_192) == 8_192
 
 
 def test_moved_rows_pass_a_check_of_their_gradient(generator: torch.Generator) -> None:

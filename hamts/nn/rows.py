@@ -11,25 +11,49 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hamts.ops.compact import compact
+from hamts.ops.compact import bucket, compact
 
-__all__ = ["RowMove", "rows_for"]
+__all__ = ["RowMove", "pays_to_ask", "rows_for"]
 
 WORD = 8
+# so many rows are given room at once, whoever reads them
+ROOM_WITHOUT_ASKING = 8192
 
 
-def rows_for(alive: torch.Tensor, most: int | None = None) -> int:
+def rows_for(alive: torch.Tensor, most: int | None = None, *, skips_padding: bool = False) -> int:
     """Rows that hold all that are alive in any item: their largest number, or a bound where that must be waited for.
 
-    On a GPU asking stops it for as long as the host takes to go on, so every list gets the room that it may ever need:
-    one row for each candidate, or the budget's cap where that is less. So nothing overflows, kernels skip padding, and
-    the keys and values of all tokens are a small part of what a pass over these tokens holds anyway.
+    On a GPU asking stops it for as long as the host takes to go on. In a training pass whose read skips padding every
+    list gets the room that it may ever need instead: one row for each candidate, or the budget's cap where that is
+    less. The keys and values of all tokens are a small part of what such a pass holds of them anyway. A pass without
+    gradients holds little else, chunk after chunk, so it asks once for a list of more than 8,192 rows, and gives it
+    one of few sizes: what is carried costs what is kept, not all that was read.
+
+    Args:
+        alive: bool [B, J].
+        most: more than so many are never alive in an item; None: all may be.
+        skips_padding: whether the read passes over padding, as kernels do, instead of computing with it.
     """
     size = alive.shape[1]
     most = size if most is None else min(most, size)
-    if alive.is_cuda or not size:
+    if not size:
+        return 0
+    if not alive.is_cuda:
+        return min(int(alive.sum(dim=1).max()), most)
+    if not pays_to_ask(
+        most, recorded=torch.cuda.is_current_stream_capturing(), gradients=torch.is_grad_enabled(),
+        skips_padding=skips_padding,
+    ):  # fmt: skip
         return most
-    return min(int(alive.sum(dim=1).max()), most)
+    return min(bucket(int(alive.sum(dim=1).max())), most)
+
+
+def pays_to_ask(most: int, *, recorded: bool, gradients: bool, skips_padding: bool) -> bool:
+    """Whether a GPU is asked how many of at most ``most`` rows are alive, instead of giving room for all of them."""
+    # a graph cannot wait
+    if recorded or most <= ROOM_WITHOUT_ASKING:
+        return False
+    return not (gradients and skips_padding)
 
 
 @dataclass(frozen=True)

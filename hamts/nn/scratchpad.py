@@ -194,14 +194,14 @@ def merge_candidates(
         kept: entries from before, [B, M].
         local: tokens of the window and the chunk in time order, [B, N C]; ``alive`` says which are routed.
         most: more than so many are never alive in an item; None: all may be.
-        fused: whether a kernel moves wide rows.
+        fused: whether kernels move wide rows, and read them without their padding.
 
     Returns:
         The merged entries, [B, M'], and where each came from in ``local`` ([B, M'] int64; -1 for entries from before
         and padding). M' is the largest count of any item, or more where asking for it would wait for the device.
     """
     alive = torch.cat([kept.alive, local.alive], dim=1)  # [B, J]
-    moved = RowMove.closing(alive, rows_for(alive, most), fused=fused)
+    moved = RowMove.closing(alive, rows_for(alive, most, skips_padding=fused), fused=fused)
     merged = {}
     for f in fields(Entries):
         if getattr(local, f.name) is None:
@@ -231,7 +231,7 @@ def append_shared(kept: Entries, local: Entries) -> tuple[Entries, torch.Tensor,
     Returns:
         Entries and origin; also keys and values of all tokens, [B, N C, ...], for the other reader.
     """
-    moved = RowMove.closing(local.alive, rows_for(local.alive), fused=True)
+    moved = RowMove.closing(local.alive, rows_for(local.alive, skips_padding=True), fused=True)
     (same_keys, keys), (same_values, values) = moved.shared(local.keys), moved.shared(local.values)
     names = [f.name for f in fields(Entries) if getattr(local, f.name) is not None]
     rest = {name: moved(getattr(local, name)) for name in names if name not in ("keys", "values", "alive")}
