@@ -192,6 +192,38 @@ def test_a_page_that_was_not_found_is_not_given_back(kernel: str, device: str) -
 
 
 @pytest.mark.parametrize("device", PLACES)
+def test_entries_beyond_two_thousand_million_are_read(device: str, generator: torch.Generator) -> None:
+    kind = KINDS["three channels"]
+    _, paged = pair(kind, 150, device)
+    fed((paged,), kind, 100, 2, 7, device)
+    given = drawn_read(kind, generator, device)
+    wanted = paged.read(**given, kernels=Kernels("triton")).output
+    rounds = 64 * paged.width * 2**23
+    assert rounds == 2**31
+    for counted in (paged.first, paged.past):
+        counted += rounds
+    assert torch.equal(paged.read(**given, kernels=Kernels("triton")).output, wanted)
+    # and go on
+    padded = open_store("padded", kind, STREAMS, cap=150, device=device)
+    padded.load(paged.arrays())
+    fed((padded, paged), kind, 70, 2, 8, device)
+    got, truth = paged.read(**given, kernels=Kernels("triton")), padded.read(**given, kernels=TORCH)
+    assert distance(got.output, truth.output) <= 1e-5
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_mask_of_the_window_may_lie_in_any_order(device: str, generator: torch.Generator) -> None:
+    kind = KINDS["three channels"]
+    _, paged = pair(kind, None, device)
+    given = drawn_read(kind, generator, device)
+    wanted = paged.read(**given, kernels=Kernels("triton")).output
+    turned = given["local_present"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    got = paged.read(**{**given, "local_present": turned}, kernels=Kernels("triton")).output
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("device", PLACES)
 def test_a_list_longer_than_the_read_is_ready_for_mixes_no_other_in(device: str, generator: torch.Generator) -> None:
     kind = KINDS["one channel"]
     stores = [PagedStore(kind, STREAMS, device=device, pages=3 * STREAMS, room=192) for _ in range(2)]

@@ -291,10 +291,11 @@ def attend_step(
     entries, ends, stride = _entries(queries, scratch, channel_bias)
     step_kernel[(B * H, parts)](
         queries, local_keys, local_values, tops if local_marks is None else local_marks.float().contiguous(),
-        local_present.to(torch.int8), *entries, ends, readable.to(torch.int8).contiguous(), channel_bias.float(), tops,
-        totals, outputs, markeds, ends if table is None else table, head_bias, n_entries, parts, length, window,
-        cross_span, stride, 2 if table is None else table.shape[1], H=H, C=C, K=K, V=V, R=R, BK=_padded(K), BN=TILE,
-        E=E, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C), **padded,
+        local_present.to(torch.int8).contiguous(), *entries, ends, readable.to(torch.int8).contiguous(),
+        channel_bias.float(), tops, totals, outputs, markeds, ends if table is None else table, head_bias, n_entries,
+        parts, length, window, cross_span, stride, 2 if table is None else table.shape[1], H=H, C=C, K=K, V=V,
+        R=R, BK=_padded(K), BN=TILE, E=E, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C),
+        **padded,
     )  # fmt: skip
     output = queries.new_empty(B, C, H, V)  # [B, C, H, V]
     marked = room(B, C, H, R) if R else None  # [B, C, H, R]
@@ -323,7 +324,10 @@ def _entries(
 ) -> tuple[tuple[Any, ...], torch.Tensor, int]:
     """Keys, values, marks, biases, who is alive and sources; each stream's ends; entries' stride of biases."""
     if isinstance(scratch, Paged):
-        ends = torch.stack([-scratch.first, scratch.past], 1).int()  # [B, 2]
+        # under a cap entries are counted without end; a stream's row of pages comes round, so whole rounds are left out
+        round_of = scratch.page * max(scratch.table.shape[1] - 1, 1)
+        base = scratch.first // round_of * round_of  # [B]
+        ends = torch.stack([base - scratch.first, scratch.past - base], 1).int()  # [B, 2]
         marks = channel_bias if scratch.marks is None else scratch.marks
         source = ends if scratch.channel is None else scratch.channel
         return (scratch.keys, scratch.values, marks, scratch.bias, ends, source), ends, 1
