@@ -223,6 +223,23 @@ def test_a_mask_of_the_window_may_lie_in_any_order(device: str, generator: torch
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=PLACES[0].marks)])
+@pytest.mark.parametrize("store", ["padded", "paged"])
+def test_entries_that_do_not_say_their_channel_are_not_read_by_several(
+    store: str, kernel: str, generator: torch.Generator
+) -> None:
+    one = replace(KINDS["three channels"], channels=1)
+    kept = open_store(store, one, STREAMS, cap=4)
+    given = drawn_read(KINDS["three channels"], generator)
+    with pytest.raises(StoreError, match=r"Entries must say their channel .* Got queries of 3 channels, and entries"):
+        kept.read(**given, kernels=Kernels(kernel))
+    if store == "paged" and kernel == "triton":
+        from hamts.ops.attend_pages import attend_pages
+
+        with pytest.raises(StoreError, match=r"Pages must say the channel of each entry .* Got queries of 3 channels"):
+            attend_pages(given.pop("queries"), pages=kept.paged(given.pop("head_bias")), **given)
+
+
 @pytest.mark.parametrize("device", PLACES)
 def test_a_list_longer_than_the_read_is_ready_for_mixes_no_other_in(device: str, generator: torch.Generator) -> None:
     kind = KINDS["one channel"]

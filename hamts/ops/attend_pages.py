@@ -10,6 +10,7 @@ import torch
 from hamts.ops.attend_triton import check
 from hamts.ops.attend_triton_inputs import precision
 from hamts.ops.decode_triton import MOST_CHANNELS, Paged, attend_step
+from hamts.ops.stores import StoreError
 
 __all__ = ["attend_pages"]
 
@@ -36,6 +37,8 @@ def attend_pages(
     S, N, C, H, K = queries.shape
     if N != 1 or C > MOST_CHANNELS:
         raise ValueError(f"A step of pages reads 1 patch of at most {MOST_CHANNELS} channels. Got {N} of {C}.")
+    if C > 1 and pages.channel is None:
+        raise StoreError(f"Pages must say the channel of each entry where several ask. Got queries of {C} channels.")
     if not 0 <= cross_span <= window or window < 1:
         raise ValueError(f"cross_span must lie in 0 .. window. Got cross_span={cross_span}, window={window}.")
     if local_keys.shape[1] != window + 1:

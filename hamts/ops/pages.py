@@ -126,6 +126,7 @@ class PagedStore(Store):
             return super().read(queries, kernels=kernels, **others)
         from hamts.ops.attend_pages import attend_pages
 
+        self._check_channels(queries.shape[2])
         output, marks = attend_pages(queries, pages=self.paged(others.pop("head_bias")), **others)
         return StepRead(output, marks)
 

@@ -118,6 +118,7 @@ class Store:
             head_bias: added to the bias of every entry, [H].
             kernels: what runs the read.
         """
+        self._check_channels(queries.shape[2])
         scratch = self.scratch(head_bias)
         got = kernels.attend(
             queries, local_keys=local_keys, local_values=local_values, local_marks=local_marks,
@@ -164,6 +165,13 @@ class Store:
             raise StoreError(
                 f"At most cap={self.cap} rows of a stream can come at once. Got {accepted.shape[1]}:"
                 " append them in parts."
+            )
+
+    def _check_channels(self, asking: int) -> None:
+        if asking > 1 and "channel" not in self.buffers:
+            raise StoreError(
+                f"Entries must say their channel where several ask. Got queries of {asking} channels, and entries of"
+                " one: make the store with EntryKind(channels=...)."
             )
 
     def _check_arrays(self, arrays: Mapping[str, torch.Tensor]) -> list[int]:
