@@ -240,6 +240,16 @@ def test_entries_that_do_not_say_their_channel_are_not_read_by_several(
             attend_pages(given.pop("queries"), pages=kept.paged(given.pop("head_bias")), **given)
 
 
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=PLACES[0].marks)])
+def test_a_step_that_brings_no_row_changes_nothing(kernel: str) -> None:
+    kind = KINDS["no marks"]
+    store = PagedStore(kind, STREAMS, pages=10, room=64, kernel=kernel)
+    fed((store,), kind, 16, 1, 3)
+    before = store.arrays()
+    store.append_(drawn_rows(kind, 0, torch.Generator()), torch.ones(STREAMS, 0, dtype=torch.bool))
+    assert_equal_arrays(store.arrays(), before)
+
+
 @pytest.mark.parametrize("device", PLACES)
 def test_a_list_longer_than_the_read_is_ready_for_mixes_no_other_in(device: str, generator: torch.Generator) -> None:
     kind = KINDS["one channel"]

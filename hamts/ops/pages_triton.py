@@ -120,6 +120,8 @@ def place_rows(
     """Row of the pools for each row that comes, accepted bool [S, J] -> [S, J]; everything else is changed in place."""
     S, J = accepted.shape
     slot = torch.empty(S, J, dtype=torch.int64, device=accepted.device)  # [S, J]
+    if not slot.numel():
+        return slot
     turns = triton.next_power_of_2((J + page - 1) // page)
     rows = triton.next_power_of_2(J)
     side = max(1, min(AT_ONCE // max(rows, turns), triton.next_power_of_2(S)))
