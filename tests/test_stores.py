@@ -164,7 +164,7 @@ def test_the_kernel_takes_and_gives_back_the_pages_that_torch_does(
         for name in ("table", "free"):
             one, two = (getattr(store, name)[..., :-1] for store in stores)
             assert torch.equal(one, two), name
-        for name in ("n_free", "past", "first", "lost"):
+        for name in ("n_free", "past", "first", "lost", "over"):
             assert torch.equal(*(getattr(store, name) for store in stores)), name
         # what has no place goes to the last page, in any order
         assert torch.equal(*(store.buffers["bias"][:-64] for store in stores))
@@ -334,8 +334,31 @@ def test_more_entries_than_the_read_is_ready_for_are_noticed() -> None:
     rows = drawn_rows(kind, 1, torch.Generator().manual_seed(0))
     for _ in range(65):
         store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool))
-    with pytest.raises(StoreError, match=r"Every row must find a page."):
+    text = r"at most the 64 entries that reserve made ready for. One had 65, and steps may have left some out: more"
+    with pytest.raises(StoreError, match=text):
         store.check()
+
+
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=PLACES[0].marks)])
+def test_entries_beyond_what_is_read_are_not_said_to_lack_a_page(kernel: str) -> None:
+    kind = KINDS["no marks"]
+    store = PagedStore(kind, STREAMS, pages=20, room=60, kernel=kernel)
+    rows = drawn_rows(kind, 1, torch.Generator().manual_seed(0))
+    accepted = torch.zeros(STREAMS, 1, dtype=torch.bool)
+    accepted[1:3] = True
+    for _ in range(63):
+        store.append_(rows, accepted)
+    # steps that bring nothing add nothing
+    for _ in range(5):
+        store.append_(rows, torch.zeros_like(accepted))
+    assert (int(store.lost), int(store.over)) == (0, 3)
+    for asked in (store.check, lambda: store.reserve(1)):
+        with pytest.raises(
+            StoreError, match=r"at most the 60 entries .* One had 63, and steps may have left some out: more"
+        ):
+            asked()
+    store.load(PagedStore(kind, STREAMS).arrays())
+    store.check()
 
 
 def test_what_a_store_cannot_be_is_refused() -> None:

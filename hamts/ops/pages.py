@@ -70,6 +70,8 @@ class PagedStore(Store):
         self.n_free = torch.full((), pages, dtype=torch.int64, device=self.device)  # []
         # rows that found no page, since the store was made
         self.lost = torch.zeros((), dtype=torch.int64, device=self.device)  # []
+        # entries beyond ``most`` that any stream had at a time, since the store was made
+        self.over = torch.zeros((), dtype=torch.int64, device=self.device)  # []
 
     @property
     def width(self) -> int:
@@ -77,21 +79,26 @@ class PagedStore(Store):
         return self.table.shape[1] - 1
 
     def check(self) -> None:
-        """Raises StoreError where a row found no page; asks the device."""
-        self._refuse(int(self.lost))
+        """Raises StoreError where a row found no page, or a stream had more than a step reads; asks the device."""
+        self._refuse(*torch.stack([self.lost, self.over]).tolist())
 
-    def _refuse(self, lost: int) -> None:
-        if lost:
-            raise StoreError(
-                f"Every row must find a page. {lost} found none of {self.pages} pages of {self.page} entries: more came"
-                " than reserve was asked to make sure of. Call reserve before that many steps, and start from a state"
-                " saved before."
-            )
+    def _refuse(self, lost: int, over: int) -> None:
+        if over:
+            what = f"A stream must have at most the {self.most} entries that reserve made ready for. One had"
+            what += f" {self.most + over}, and steps may have left some out"
+        elif lost:
+            what = f"Every row must find a page. {lost} found none of {self.pages} pages of {self.page} entries"
+        else:
+            return
+        raise StoreError(
+            f"{what}: more came than reserve was asked to make sure of. Call reserve before that many steps, and start"
+            " from a state saved before."
+        )
 
     def reserve(self, rows: int) -> bool:
-        told = torch.cat([self.first, self.past, torch.stack([self.n_free, self.lost])]).cpu()  # [2 S + 2]
-        first, past, free = told[: self.streams], told[self.streams : -2], int(told[-2])
-        self._refuse(int(told[-1]))
+        told = torch.cat([self.first, self.past, torch.stack([self.n_free, self.lost, self.over])]).cpu()  # [2 S + 3]
+        first, past, free = told[: self.streams], told[self.streams : -3], int(told[-3])
+        self._refuse(*told[-2:].tolist())
         held = -(-past // self.page) - first // self.page  # [S]
         most = int((past - first).max()) + rows if self.streams else rows
         most = most if self.cap is None else min(most, self.cap)
@@ -191,6 +198,7 @@ class PagedStore(Store):
         self.free[:left] = torch.arange(needed, self.pages, dtype=torch.int32, device=self.device)
         self.n_free.fill_(left)
         self.lost.zero_()
+        self.over.zero_()
         self.first.zero_()
         self.past.copy_(counts)
 
@@ -201,7 +209,7 @@ class PagedStore(Store):
 
         return place_rows(
             accepted, past=self.past, first=self.first, table=self.table, free=self.free, n_free=self.n_free,
-            lost=self.lost, pages=self.pages, page=self.page, cap=self.cap, most=self.most,
+            lost=self.lost, over=self.over, pages=self.pages, page=self.page, cap=self.cap, most=self.most,
         )  # fmt: skip
 
     def _placed(self, accepted: torch.Tensor) -> torch.Tensor:
@@ -217,7 +225,8 @@ class PagedStore(Store):
         page = self.table.gather(1, entry // E % T).long() if T else torch.full_like(entry, self.pages)  # [S, J]
         inside = accepted & (entry // E < (first // E + T)[:, None])  # [S, J]
         slot = torch.where(inside, page * E + entry % E, self.pages * E)  # [S, J]
-        self.lost += (accepted & (slot >= self.pages * E)).sum() + (past - first - self.most).clamp_min(0).sum()
+        self.lost += (accepted & (slot >= self.pages * E)).sum()
+        self.over.copy_(torch.cat([self.over[None], past - first - self.most]).max())
         self.first.copy_(first)
         self.past.copy_(past)
         return slot

@@ -42,13 +42,15 @@ def _bounds(past_ptr, first_ptr, accepted_ptr, stream, inside, cap, J: tl.conste
 
 @triton.jit(do_not_specialize=("n_streams", "n_pages", "width", "cap", "most"))
 def place_kernel(
-    past_ptr, first_ptr, accepted_ptr, table_ptr, free_ptr, n_free_ptr, lost_ptr, slot_ptr, n_streams, n_pages, width,
-    cap, most, E: tl.constexpr, J: tl.constexpr, BJ: tl.constexpr, BS: tl.constexpr, TURNS: tl.constexpr,
+    past_ptr, first_ptr, accepted_ptr, table_ptr, free_ptr, n_free_ptr, lost_ptr, over_ptr, slot_ptr, n_streams,
+    n_pages, width, cap, most, E: tl.constexpr, J: tl.constexpr, BJ: tl.constexpr, BS: tl.constexpr,
+    TURNS: tl.constexpr,
 ):  # fmt: skip
     """One program for all streams; the pile of free pages is changed in the order of streams."""
     span = tl.maximum(width, 1)
     n_free = tl.load(n_free_ptr)
     lost = tl.load(lost_ptr)
+    over = tl.load(over_ptr)
     if cap > 0:
         # everybody gives back before anybody takes
         for start in tl.range(0, n_streams, BS):
@@ -96,11 +98,12 @@ def place_kernel(
         tl.store(slot_ptr + stream[:, None] * J + row[None, :], slot, mask=here)
         astray = here & (accepted > 0) & (slot >= n_pages.to(tl.int64) * E)
         lost += tl.sum(tl.sum(astray.to(tl.int64), 1), 0)
-        lost += tl.sum(tl.where(inside, tl.maximum(then - begins - most, 0), 0), 0)
+        over = tl.maximum(over, tl.max(tl.where(inside, then - begins - most, 0), 0))
         tl.store(past_ptr + stream, then, mask=inside)
         tl.store(first_ptr + stream, begins, mask=inside)
     tl.store(n_free_ptr, n_free)
     tl.store(lost_ptr, lost)
+    tl.store(over_ptr, over)
 
 
 def place_rows(
@@ -112,6 +115,7 @@ def place_rows(
     free: torch.Tensor,
     n_free: torch.Tensor,
     lost: torch.Tensor,
+    over: torch.Tensor,
     pages: int,
     page: int,
     cap: int | None,
@@ -126,7 +130,7 @@ def place_rows(
     rows = triton.next_power_of_2(J)
     side = max(1, min(AT_ONCE // max(rows, turns), triton.next_power_of_2(S)))
     place_kernel[(1,)](
-        past, first, accepted.contiguous().view(torch.int8), table, free, n_free, lost, slot, S,
-        pages, table.shape[1] - 1, cap or 0, most, E=page, J=J, BJ=rows, BS=side, TURNS=turns, num_warps=4,
+        past, first, accepted.contiguous().view(torch.int8), table, free, n_free, lost, over, slot,
+        S, pages, table.shape[1] - 1, cap or 0, most, E=page, J=J, BJ=rows, BS=side, TURNS=turns, num_warps=4,
     )  # fmt: skip
     return slot
