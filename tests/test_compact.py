@@ -53,6 +53,7 @@ def test_buckets_are_few_and_not_much_too_large() -> None:
     assert all(size >= count and size % 128 == 0 for count, size in enumerate(sizes, 1))
     assert all(size <= 2**0.5 * count + 128 for count, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 20
+    assert all(bucket(size) == size for size in sizes) and bucket(363) == bucket(384) == 384
     assert bucket(0) == 0 and bucket(1) == bucket(128) == 128 and bucket(4096) == 4096
 
 

@@ -40,14 +40,17 @@ class Compacted:
 def bucket(count: int) -> int:
     """The next capacity of a short list: powers of the square root of 2, as multiples of 128.
 
-    A buffer of such a size is at most 41 % (below 1,024: 127 rows) too large, and a growing count meets few sizes.
+    A buffer of such a size is at most 41 % (below 1,024: 127 rows) too large, and a growing count meets few sizes. The
+    bucket of such a size is itself.
     """
     if count < 0:
         raise ValueError(f"count must be 0 or more. Got {count}.")
     if count <= STEP:
         return STEP if count else 0
-    size = 2.0 ** (math.ceil(2 * math.log2(count) - 1e-9) / 2)
-    return math.ceil(round(size, 6) / STEP) * STEP
+    power = math.ceil(2 * math.log2(count) - 1e-9)
+    # the power below, made a whole multiple, may be large enough
+    below, size = (math.ceil(round(2.0 ** (half / 2), 6) / STEP) * STEP for half in (power - 1, power))
+    return below if below >= count else size
 
 
 def compact(kept: torch.Tensor, capacity: int) -> Compacted:
