@@ -305,6 +305,23 @@ def test_pages_take_room_for_what_is_there_and_lists_for_the_longest() -> None:
     assert paged.allocated_bytes() <= paged.live_bytes() + 6 * 64 * kind.entry_bytes()
 
 
+@pytest.mark.parametrize(("cap", "rows"), [(500, 12), (500, 1), (64, 64)])
+def test_a_full_list_is_not_moved_at_every_call(cap: int, rows: int) -> None:
+    kind = EntryKind(heads=1, key_width=1, value_width=1)
+    store = PaddedStore(kind, 2, cap=cap)
+    new = {name: torch.zeros(2, rows, *shape) for name, (shape, _) in kind.fields().items()}
+    moves, calls, rooms = 0, 0, set()
+    for call in range(3000 // rows):
+        moved = store.reserve(rows)
+        store.append_(new, torch.ones(2, rows, dtype=torch.bool))
+        if call * rows > 3 * cap:
+            moves, calls, rooms = moves + moved, calls + 1, rooms | {store.room}
+    assert int((store.past - store.first).max()) == cap and len(rooms) == 1
+    assert store.room <= 2 * (cap + 2 * rows)
+    # each move makes room for an eighth of the list, or for as many rows again
+    assert moves <= calls * rows // max(cap // 8, 2 * rows) + 1
+
+
 def test_pages_that_run_out_are_refused_before_and_noticed_after() -> None:
     kind = KINDS["no marks"]
     store = open_store("paged", kind, STREAMS, pages=7, room=200)

@@ -24,6 +24,8 @@ __all__ = ["STORES", "EntryKind", "PaddedStore", "StepRead", "Store", "StoreErro
 
 STORES = ("padded", "paged")
 NEVER = 2**40
+# of a padded list under a cap, what part of it is spare room, at least: it moves as a whole once that has filled
+SPARE = 8
 
 
 class StoreError(ValueError):
@@ -215,8 +217,10 @@ class PaddedStore(Store):
         if max(past) + rows <= self.room:
             return False
         living = max(b - a for a, b in zip(first, past, strict=True))
-        # what has left stays in front until there is no room behind
-        self._lay_out(max(living + rows, self.room))
+        # what has left stays in front until there is no room behind; under a cap as much leaves as comes, so room for
+        # the rows alone would be used up, and everything moved, at every call
+        spare = 0 if self.cap is None else max(rows, living // SPARE)
+        self._lay_out(max(living + rows + spare, self.room))
         return True
 
     def append_(self, rows: Mapping[str, torch.Tensor], accepted: torch.Tensor) -> None:
