@@ -292,6 +292,27 @@ def test_what_one_saves_any_may_load_and_go_on(saved: str, loaded: str, cap: int
     assert_equal_arrays(after.arrays(), before.arrays())
 
 
+@pytest.mark.parametrize("store", ["padded", "paged"])
+def test_a_load_says_whether_a_recorded_step_still_holds(store: str) -> None:
+    kind = KINDS["three channels"]
+    kept = open_store(store, kind, STREAMS, **({"grows": True} if store == "paged" else {}))
+
+    def places() -> list[Any]:
+        # what a recorded step knows: where tensors lie, and how much it reads
+        tensors = [*kept.buffers.values(), kept.first, kept.past]
+        if isinstance(kept, PagedStore):
+            tensors += [kept.table, kept.free, kept.n_free, kept.lost, kept.over]
+        return [*(tensor.data_ptr() for tensor in tensors), getattr(kept, "most", None)]
+
+    told = []
+    for entries in (70, 70, 40, 300, 0):
+        rows = {name: torch.zeros(STREAMS, entries, *shape, dtype=d) for name, (shape, d) in kind.fields().items()}
+        before = places()
+        told.append(kept.load({**rows, "count": torch.full((STREAMS,), entries)}))
+        assert told[-1] or places() == before
+    assert told == ([True] * 5 if store == "padded" else [True, False, False, True, False])
+
+
 def test_pages_take_room_for_what_is_there_and_lists_for_the_longest() -> None:
     kind = KINDS["one channel"]
     padded, paged = pair(kind, None)

@@ -167,19 +167,25 @@ class PagedStore(Store):
         slot, there = self._slots(int(count.max()) if self.streams else 0)  # 2 x [S, M]
         return {**{name: blank(pool[slot], there) for name, pool in self.buffers.items()}, "count": count}
 
-    def load(self, arrays: Mapping[str, torch.Tensor]) -> None:
+    def load(self, arrays: Mapping[str, torch.Tensor]) -> bool:
         counts = self._check_arrays(arrays)
-        self.allot(torch.tensor(counts, dtype=torch.int64))
+        changed = self.allot(torch.tensor(counts, dtype=torch.int64))
         slot, there = self._slots(arrays["bias"].shape[1])  # 2 x [S, M]
         slot = torch.where(there, slot, self.pages * self.page)  # [S, M]
         for name, pool in self.buffers.items():
             pool[slot] = arrays[name].to(pool)
+        return changed
 
-    def allot(self, counts: torch.Tensor) -> None:
-        """Hold so many entries of each stream, [S], and nothing else; what their rows hold is up to the caller."""
+    def allot(self, counts: torch.Tensor) -> bool:
+        """Hold so many entries of each stream, [S], and nothing else; what their rows hold is up to the caller.
+
+        Returns: as ``reserve``, whether a recorded step must be recorded anew: pages were added, or the step was not
+            ready for so many entries.
+        """
         E = self.page
         held = -(-counts.cpu() // E)  # [S]
         needed, most = int(held.sum()), int(counts.max()) if self.streams else 0
+        before = self.pages
         if needed > self.pages:
             if not self.grows:
                 raise StoreError(
@@ -187,6 +193,7 @@ class PagedStore(Store):
                     f" pages={needed} or more, or let it grow: grows=True."
                 )
             self._add_pages(needed - self.pages)
+        changed = needed > before or most > self.most
         self.most = max(self.most, most)
         self._widen()
         self.table.fill_(self.pages)
@@ -201,6 +208,7 @@ class PagedStore(Store):
         self.over.zero_()
         self.first.zero_()
         self.past.copy_(counts)
+        return changed
 
     # --- inside
 

@@ -140,8 +140,11 @@ class Store:
         """
         raise NotImplementedError
 
-    def load(self, arrays: Mapping[str, torch.Tensor]) -> None:
-        """Hold what ``arrays`` gave, of a store of either kind, and nothing else."""
+    def load(self, arrays: Mapping[str, torch.Tensor]) -> bool:
+        """Hold what ``arrays`` gave, of a store of either kind, and nothing else.
+
+        Returns: as ``reserve``, whether a recorded step must be recorded anew.
+        """
         raise NotImplementedError
 
     # --- what they have in common
@@ -248,13 +251,15 @@ class PaddedStore(Store):
         most = int(count.max()) if self.streams else 0
         return {**_in_front(self.buffers, self.first, count, most), "count": count}
 
-    def load(self, arrays: Mapping[str, torch.Tensor]) -> None:
+    def load(self, arrays: Mapping[str, torch.Tensor]) -> bool:
+        """``Store.load``; buffers are new ones, always."""
         counts = self._check_arrays(arrays)
         self.buffers = self._blank(bucket(max(counts, default=0)))
         for name, buffer in self.buffers.items():
             buffer[:, : arrays[name].shape[1]] = arrays[name].to(self.device)
         self.first.zero_()
         self.past.copy_(arrays["count"])
+        return True
 
     def _blank(self, room: int) -> dict[str, torch.Tensor]:
         shapes = self.kind.fields().items()
