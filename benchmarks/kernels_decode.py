@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels import HEADS, MARKS, WIDTH, WINDOW, graph_ms, record
+from benchmarks.kernels import HEADS, MARKS, RESULTS, WIDTH, WINDOW, graph_ms, record
 from hamts.ops.compact import bucket
 from hamts.ops.kernels import Kernels
 from hamts.ops.pages import PagedStore
@@ -34,7 +34,9 @@ CELLS += [(256, 0.1, False), *((streams, share, True) for streams in (1, 64) for
 CELLS += [(1024, share, True) for share in (0.0, 0.05)]
 
 
-def decode_cells(rates: dict[str, float]) -> None:
+def decode_cells(rates: dict[str, float]) -> list[str]:
+    """Measures and records all cells; the names of those that failed, whose result of before is gone too."""
+    failed: list[str] = []
     full = full_decode_ms()
     torch.cuda.empty_cache()
     for streams, share, ragged in CELLS:
@@ -44,9 +46,12 @@ def decode_cells(rates: dict[str, float]) -> None:
             try:
                 record(name, Streams(streams, share, ragged, store).measured(rates, full if streams == 256 else {}))
             except RuntimeError:
-                # one cell that fails must not cost the others
+                # one cell that fails must not cost the others, nor may what an earlier run found pass for this one's
                 traceback.print_exc()
+                (RESULTS / f"{name}.json").unlink(missing_ok=True)
+                failed.append(name)
             torch.cuda.empty_cache()
+    return failed
 
 
 def normal(*shape: int) -> torch.Tensor:
