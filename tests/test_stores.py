@@ -183,7 +183,7 @@ def test_a_page_that_was_not_found_is_not_given_back(kernel: str, device: str) -
     behind = torch.full((16,), -1, dtype=torch.int32, device=device)
     pile = torch.cat([store.free, behind])
     store.free = pile[: len(store.free)]
-    for _ in range(300):
+    for _ in range(140):
         store.append_(rows, torch.ones(STREAMS, 1, dtype=torch.bool, device=device))
     assert int(store.lost) > 0 and torch.equal(pile[len(store.free) :], behind)
     held = store.table[:, :-1]
