@@ -30,11 +30,15 @@ def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def gates(found: Results, documents: Sequence[dict[str, Any]]) -> str:
-    """Gates as the runs show them, of rungs with all seeds."""
+    """Gates as the runs show them; where a line has too few seeds, how many it has."""
     rows: dict[str, dict[str, str]] = {}
     for gate in gates_of_runs(documents):
         told = f"{gate.value:.2f}" if gate.roomy is None else f"{gate.value:.2f} / {gate.roomy:.2f}"
-        rows.setdefault(gate.rung, {})[gate.gate] = told if gate.passed else f"**{told}**"
+        if gate.passed is None:
+            told = gate.note
+        elif not gate.passed:
+            told = f"**{told}**"
+        rows.setdefault(gate.rung, {})[gate.gate] = told
     if not rows:
         return ""
     lines = [[rung, *(rows[rung].get(name, "") for name in ("G1", "G2", "G5"))] for rung in found.rungs if rung in rows]

@@ -48,13 +48,16 @@ class ProbeReport:
     def gates(self) -> list[GateResult]:
         """Results of gates that lie in the folder (``hamts probes validate --out``), and what its runs say.
 
-        Where both do, the runs decide: they have more seeds.
+        Where both do, the runs decide, unless they have too few seeds to be read.
         """
         from probes.gates import read_gates
         from probes.gates_trained import gates_of_runs
 
         found = {(gate.probe, gate.rung, gate.gate): gate for gate in read_gates(self.folder)}
-        found |= {(gate.probe, gate.rung, gate.gate): gate for gate in gates_of_runs(self.documents)}
+        for gate in gates_of_runs(self.documents):
+            key = (gate.probe, gate.rung, gate.gate)
+            if not gate.unread or key not in found:
+                found[key] = gate
         return list(found.values())
 
     @cached_property

@@ -30,6 +30,8 @@ TRAINED = ("G1", "G2", "G5")
 SEQUENCES, STREAM_SEQUENCES = 1_024, 256
 # many rungs are tested at once: an interval that each leaves by chance one time in a hundred
 NORMAL_99 = 2.576
+# how the note of a gate begins that has too few seeds
+UNREAD = "not read: "
 SHORTCUT_SHARE, SHUFFLED_SKILL, STRIDE_MARGIN = 0.95, 0.02, 0.05
 
 
@@ -49,6 +51,11 @@ class GateResult:
     limit: float
     note: str
     roomy: float | None = None
+
+    @property
+    def unread(self) -> bool:
+        """Whether some line it needs has too few seeds."""
+        return self.passed is None and self.note.startswith(UNREAD)
 
     def __str__(self) -> str:
         word = {True: "pass", False: "FAIL", None: "----"}[self.passed]

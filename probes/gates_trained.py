@@ -11,7 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from hamts.files import written_whole
 from probes.contract import CONTRACT_VERSION, PRESETS
 from probes.evaluate import evaluate
-from probes.gates import GateResult
+from probes.gates import UNREAD, GateResult
 from probes.models import NetConfig
 from probes.registry import Probe, get_probe
 from probes.runner_plan import STATE_WIDTH, critical_rows
@@ -38,6 +38,11 @@ EVALUATED_SEQUENCES = 256
 
 # the models that each gate needs
 FITS = {"G1": ("full",), "G2": ("narrow", "wide"), "G5": ("full", "oracle")}
+LINE_NAMES = {
+    "full": "full attention", "narrow": "a small state", "wide": "a roomy state", "oracle": "the oracle's list",
+}  # fmt: skip
+# skill of each training seed, by fit and width of the state
+Lines = dict[tuple[str, int], dict[int, float]]
 
 
 def steps_of(suite: str, preset: str) -> int:
@@ -199,50 +204,92 @@ def gates_of_runs(documents: Sequence[dict[str, Any]]) -> list[GateResult]:
 
     Runs on tags with noise serve too: neither full attention nor the list of the critical rows, nor a state reads tags.
     G2 needs the recurrent model with a roomy state too: ``run --models recurrent --state-width``, 4 x the items.
+    A gate of which some line has fewer seeds than full attention is not read, and its note says so.
     """
     from probes.summary import best_rates, value
 
-    skills: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    rungs: dict[tuple[str, str, str], Lines] = {}
     for content in best_rates(documents):
-        fit = _fit_of_run(content)
-        if fit is not None:
+        line = _line_of_run(content)
+        if line is not None:
             identity = content["identity"]
             key = (identity["suite"], identity["rung"], str(content["config"].get("preset")))
-            skills.setdefault(key, {}).setdefault(fit, []).append(value(content, "skill"))
+            seeds = rungs.setdefault(key, {}).setdefault(line, {})
+            seeds[int(content["data_manifest"]["train_seed"])] = value(content, "skill")
+    return [gate for key, lines in sorted(rungs.items()) for gate in _gates_of_lines(*key, lines)]
+
+
+def _gates_of_lines(suite: str, rung: str, preset: str, lines: Lines) -> list[GateResult]:
+    most = max(len(skills) for skills in lines.values())
+    complete = len(lines.get(("full", 0), {}))
+    # one seed beside lines of several is a trial of learning rates: full attention itself is not finished
+    wanted = complete if complete > 1 else most
+    seeds = {fit: _seeds_of_fit(lines, fit, wanted) for fit in LINE_NAMES}
+    means = {fit: math.fsum(skills.values()) / max(len(skills), 1) for fit, skills in seeds.items()}
+
+    def short_of(*fits: str) -> str:
+        """Why a gate on these lines cannot be read; empty where it can."""
+        counts = [
+            f"{len(seeds[fit])} of {wanted} seeds of {LINE_NAMES[fit]}" for fit in fits if len(seeds[fit]) < wanted
+        ]
+        return UNREAD + ", ".join(counts) if counts else ""
+
+    def told(*fits: str) -> str:
+        counts = sorted({len(seeds[fit]) for fit in fits})
+        return f"mean of {' and '.join(map(str, counts))} training seeds at {preset}, from the runs"
+
     found = []
-    for (suite, rung, preset), every in sorted(skills.items()):
-        # with fewer seeds than others of the rung: trials of learning rates, of a line that is not finished
-        most = max(len(numbers) for numbers in every.values())
-        fits = {fit: numbers for fit, numbers in every.items() if len(numbers) == most}
-        if "full" not in fits:
-            continue
-        means = {fit: sum(numbers) / len(numbers) for fit, numbers in fits.items()}
-        full, told = means["full"], f"mean of {len(fits['full'])} training seeds at {preset}, from the runs"
-        found.append(GateResult(suite, rung, "G1", full >= SOLVED, full, SOLVED, f"full attention, {told}"))
-        if "narrow" in means and "wide" in means:
-            small, roomy = means["narrow"], means["wide"]
-            passed = small <= SMALL_STATE and roomy >= ROOMY_STATE and roomy >= small
-            note = f"recurrent skill at rho 2 or more; at 1/4 it is {roomy:.3f}, must be {ROOMY_STATE}; {told}"
-            found.append(GateResult(suite, rung, "G2", passed, small, SMALL_STATE, note, roomy))
-        if "oracle" in means:
-            oracle, limit = means["oracle"], ORACLE_SHARE * full
-            note = f"cache of the critical rows, against full attention at {full:.3f}; {told}"
-            found.append(GateResult(suite, rung, "G5", oracle >= limit, oracle, limit, note))
+    full, small, roomy, oracle = (means[fit] for fit in ("full", "narrow", "wide", "oracle"))
+    if seeds["full"]:
+        note = f"full attention, {told('full')}"
+        gate = GateResult(suite, rung, "G1", full >= SOLVED, full, SOLVED, note)
+        found.append(_unless(short_of("full"), gate))
+    if seeds["narrow"] or seeds["wide"]:
+        passed = small <= SMALL_STATE and roomy >= ROOMY_STATE and roomy >= small
+        note = (
+            f"recurrent skill at rho 2 or more; at 1/4 it is {roomy:.3f}, must be {ROOMY_STATE};"
+            f" {told('narrow', 'wide')}"
+        )
+        gate = GateResult(suite, rung, "G2", passed, small, SMALL_STATE, note, roomy)
+        found.append(_unless(short_of("narrow", "wide"), gate))
+    if seeds["oracle"]:
+        limit = ORACLE_SHARE * full
+        note = f"cache of the critical rows, against full attention at {full:.3f}; {told('full', 'oracle')}"
+        gate = GateResult(suite, rung, "G5", oracle >= limit, oracle, limit, note)
+        found.append(_unless(short_of("full", "oracle"), gate))
     return found
 
 
-def _fit_of_run(content: dict[str, Any]) -> str | None:
-    """What a run is to the gates; None for all others."""
+def _unless(reason: str, gate: GateResult) -> GateResult:
+    """The gate, or in its place one that was not read and says why."""
+    if not reason:
+        return gate
+    return replace(gate, passed=None, value=math.nan, limit=math.nan, note=reason, roomy=None)
+
+
+def _seeds_of_fit(lines: Lines, fit: str, wanted: int) -> dict[int, float]:
+    """Skill of each seed; of several widths the finished one nearest to the limit, where a gate is hardest."""
+    widths = [width for name, width in lines if name == fit]
+    if not widths:
+        return {}
+    nearest = max if fit == "narrow" else min
+    finished = [width for width in widths if len(lines[fit, width]) >= wanted]
+    return lines[fit, nearest(finished or widths)]
+
+
+def _line_of_run(content: dict[str, Any]) -> tuple[str, int] | None:
+    """What a run is to the gates, and the width of its state (0 where that says nothing); None for all others."""
     identity, config = content["identity"], content["config"]
     if identity["tier"] != "T1" or identity["readout"] != "query" or content["budget"]["frac"] != 1.0:
         return None
-    usual = not identity.get("axis")
-    if identity["model"] == "full" and usual:
-        return "full"
-    if identity["model"] == "ham" and identity["router"] == "oracle" and usual:
-        return "oracle"
-    if identity["model"] != "recurrent":
+    axis = identity.get("axis") or ""
+    if identity["model"] == "full" and not axis:
+        return "full", 0
+    if identity["model"] == "ham" and identity["router"] == "oracle" and not axis:
+        return "oracle", 0
+    width = int(config.get("state_width", STATE_WIDTH))
+    if identity["model"] != "recurrent" or axis not in ("", f"width{width}"):
         return None
     items = get_probe(identity["suite"])[0].config(str(config.get("preset")), identity["rung"]).items
-    rho = items / int(config.get("state_width", STATE_WIDTH))
-    return "narrow" if rho >= 2 else "wide" if rho <= 0.25 else None
+    rho = items / width
+    return ("narrow", width) if rho >= 2 else ("wide", width) if rho <= 0.25 else None

@@ -60,12 +60,14 @@ def html_report(
 def markdown_report(
     documents: Sequence[dict[str, Any]], *, gates: Sequence[GateResult] = (), real: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """Failing gates, scores, frontiers and limits as text tables."""
+    """Failing and unread gates, scores, frontiers and limits as text tables."""
     scores = score_table(documents)
     parts = ["# Preservation probes", "", _subtitle(documents), ""]
     failing = [f"- {gate}" for gate in gates if gate.passed is False]
     if failing:
         parts += ["## Failing gates", "", *failing, ""]
+    if unread := [f"- {gate.probe}/{gate.rung} {gate.gate}: {gate.note}" for gate in gates if gate.unread]:
+        parts += ["## Gates not read", "", *unread, ""]
     for (tier, rung), part in scores.groupby(["tier", "rung"], sort=False):
         parts += [f"## {rung} ({tier})", "", _text_table(part.drop(columns=["tier", "rung"])), ""]
     frontier = frontier_table(scores)
@@ -122,13 +124,23 @@ def limits(
             f"Real series: {min(fits.values())} to {max(fits.values())} fits of a set and preset; fewer than twenty"
             f" events, so case studies: {', '.join(few) or 'none'}."
         )
-    trained_gates = {(g.probe, g.rung, g.gate) for g in gates if g.gate in TRAINED and g.passed is not None}
-    wanted = [(p.name, r, g) for p in list_probes().values() if p.trained for r in p.rungs for g in TRAINED]
-    if open_gates := len(set(wanted) - trained_gates):
-        lines.append(f"{open_gates} of {len(wanted)} gates that train models were not run (G1, G2, G5 of every rung).")
+    lines += _without_gates(gates)
     missing = sorted(set(list_probes()) - {d["identity"]["suite"] for d in documents})
     if missing:
         lines.append(f"Not run: {', '.join(missing)}.")
+    return lines
+
+
+def _without_gates(gates: Sequence[GateResult]) -> list[str]:
+    """How many gates that train models have no result."""
+    lines = []
+    of_training = [gate for gate in gates if gate.gate in TRAINED]
+    there = {(g.probe, g.rung, g.gate) for g in of_training if g.passed is not None or g.unread}
+    wanted = [(p.name, r, g) for p in list_probes().values() if p.trained for r in p.rungs for g in TRAINED]
+    if open_gates := len(set(wanted) - there):
+        lines.append(f"{open_gates} of {len(wanted)} gates that train models were not run (G1, G2, G5 of every rung).")
+    if unread := sum(gate.unread for gate in of_training):
+        lines.append(f"{unread} of {len(wanted)} gates that train models have too few seeds to be read.")
     return lines
 
 

@@ -71,19 +71,21 @@ def folded(title: str, text: str) -> str:
 
 
 def gates_first(gates: Sequence[GateResult]) -> str:
-    """Failing gates in red, then how many passed."""
+    """Failing gates in red, those that could not be read and why, then how many passed."""
     failing = [gate for gate in gates if gate.passed is False]
     text = "".join(
         f"<p class='fail'>FAIL {escape(f'{g.probe}/{g.rung} {g.gate}')}: {g.value:.3f}, limit {g.limit:.3f}."
         f" {escape(g.note)}</p>"
         for g in failing
     )
+    unread = [gate for gate in gates if gate.unread]
+    text += "".join(f"<p class='note'>{escape(f'{g.probe}/{g.rung} {g.gate}')}: {escape(g.note)}.</p>" for g in unread)
     passed = sum(gate.passed is True for gate in gates)
     if not gates:
         note = "No gates were run into this folder: hamts probes validate --all --out DIR."
     else:
-        rest = len(gates) - passed - len(failing)
-        note = f"Gates: {passed} passed, {len(failing)} failed, {rest} do not apply."
+        rest = len(gates) - passed - len(failing) - len(unread)
+        note = f"Gates: {passed} passed, {len(failing)} failed, {len(unread)} not read, {rest} do not apply."
     return f"{text}<p class='note'>{note}</p>"
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from probes.answers import Results, answers_markdown, write_between
+from probes.api import ProbeReport
+from probes.contract import CONTRACT_VERSION
+from probes.gates import GateResult, write_gate
 from probes.gates_trained import gates_of_runs
+from probes.registry import get_probe
+from probes.report import limits, markdown_report
+from probes.report_panels import gates_first
 from probes.results import of_rungs
 
 SKILLS = {"full": 1.0, "learned": 0.97, "surprise": 0.2, "oracle": 1.0, "random": 0.1, "recurrent_wide": 0.6}
@@ -73,7 +81,79 @@ def test_a_gate_is_not_read_off_trials_beside_finished_lines(tmp_path: Path) -> 
     documents = made_up(tmp_path)
     assert {gate.gate for gate in gates_of_runs(documents)} == {"G1", "G5"}
     trial = [d for d in documents if d["identity"]["router"] != "oracle" or d["data_manifest"]["train_seed"] == 0]
-    assert {gate.gate for gate in gates_of_runs(trial)} == {"G1"}
+    found = {gate.gate: gate for gate in gates_of_runs(trial)}
+    assert found["G1"].passed
+    assert found["G5"].passed is None and math.isnan(found["G5"].value)
+    assert found["G5"].note == "not read: 1 of 5 seeds of the oracle's list"
+    assert "----  pbc/pbcD  G5" in str(found["G5"])
+
+
+def test_a_seed_more_of_one_line_hides_no_gate(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    oracle = next(d for d in documents if d["identity"]["router"] == "oracle" and d["budget"]["frac"] == 1.0)
+    more = {**oracle, "data_manifest": {"train_seed": 5}}
+    found = {gate.gate: gate for gate in gates_of_runs([*documents, more])}
+    assert found["G1"].passed and found["G5"].passed
+    assert "mean of 5 and 6 training seeds" in found["G5"].note
+
+
+def test_full_attention_that_is_a_trial_of_rates_is_told_as_such(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    trial = [d for d in documents if d["identity"]["model"] != "full" or d["data_manifest"]["train_seed"] == 0]
+    assert {gate.gate: gate.note for gate in gates_of_runs(trial)} == dict.fromkeys(
+        ("G1", "G5"), "not read: 1 of 5 seeds of full attention"
+    )
+    text = answers_markdown(trial)
+    assert "| pbcD | not read: 1 of 5 seeds of full attention |  | not read: 1 of 5 seeds of full attention |" in text
+    # of two seeds a line that is not finished, yet no trial
+    some = [d for d in documents if d["identity"]["model"] != "full" or d["data_manifest"]["train_seed"] < 2]
+    assert all(gate.passed for gate in gates_of_runs(some))
+
+
+def test_widths_of_a_state_are_lines_of_their_own(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    for content in documents:
+        content["config"]["preset"] = "small"
+    plain = next(content for content in documents if content["identity"]["model"] == "full")
+
+    def state(width: int, level: float, seeds: int, axis: str | None = None) -> list[dict[str, Any]]:
+        axis = ("" if width == 8 else f"width{width}") if axis is None else axis
+        return [{
+            **plain, "identity": {**plain["identity"], "model": "recurrent", "axis": axis},
+            "config": {"learning_rate": 1e-3, "preset": "small", "state_width": width},
+            "results": {"skill": {"median": level}}, "data_manifest": {"train_seed": seed},
+        } for seed in range(seeds)]  # fmt: skip
+
+    def gate(*states: list[dict[str, Any]]) -> GateResult:
+        found = {gate.gate: gate for gate in gates_of_runs([*documents, *sum(states, [])])}
+        assert found["G1"].passed and found["G5"].passed
+        return found["G2"]
+
+    # the widths nearest to the limits decide: the widest small one, the narrowest roomy one
+    both = gate(state(4, 0.1, 5), state(8, 0.3, 5), state(64, 0.9, 5), state(128, 0.95, 5))
+    assert both.passed and (both.value, both.roomy) == pytest.approx((0.3, 0.9))
+    assert gate(state(8, 0.3, 5), state(64, 0.9, 1)).note == "not read: 1 of 5 seeds of a roomy state"
+    assert gate(state(8, 0.3, 5)).note == "not read: 0 of 5 seeds of a roomy state"
+    # states asked again another way are none of it
+    assert gate(state(8, 0.3, 5), state(64, 0.9, 5), state(64, 0.1, 5, axis="width64, int8")).passed
+
+
+def test_reports_tell_gates_that_were_not_read(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    read = GateResult("pbc", "pbcD", "G1", True, 1.0, 0.95, "one seed")
+    unread = GateResult("pbc", "pbcS", "G1", None, math.nan, math.nan, "not read: 1 of 5 seeds of full attention")
+    assert "pbc/pbcS G1: not read: 1 of 5 seeds of full attention." in gates_first([read, unread])
+    assert "1 passed, 0 failed, 1 not read, 0 do not apply" in gates_first([read, unread])
+    assert any("gates that train models have too few seeds to be read" in line for line in limits([], [read, unread]))
+    assert "## Gates not read\n\n- pbc/pbcS G1: not read" in markdown_report([], gates=[read, unread])
+    # what lies on disk is not hidden by runs that say nothing
+    trial = [d for d in documents if d["identity"]["model"] != "full" or d["data_manifest"]["train_seed"] == 0]
+    about = {"contract_version": CONTRACT_VERSION, "suite_version": get_probe("pbc")[0].version}
+    path = tmp_path / "gates" / "pbc" / "pbcD__G1__small__s0.json"
+    path.parent.mkdir(parents=True)
+    write_gate(path, read, about)
+    found = {gate.gate: gate for gate in ProbeReport(tmp_path, trial, pd.DataFrame()).gates}
+    assert found["G1"] == read and found["G5"].unread
 
 
 def test_a_table_of_some_rungs_holds_these_alone(tmp_path: Path) -> None:
