@@ -140,7 +140,7 @@ def cells(trial: Trial, line: str) -> Iterator[Cell]:
     model, _, router = line.partition(":")
     plan = RunPlan(
         probes=(trial.rung,), preset="small", models=(model,), routers=(router or "learned",), budgets=(1.0,), seeds=1,
-        steps=trial.steps, overrides=SHORT if trial.reading else {},
+        steps=trial.steps, overrides=SHORT if trial.reading or trial.short else {},
     )  # fmt: skip
     first = plan.trial_cells()[0]
     for rate in trial.rates:

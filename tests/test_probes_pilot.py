@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.probe_ceiling import ideal_skill
-from benchmarks.probe_pilot import Trial, run, table
+from benchmarks.probe_pilot import SHORT, Trial, cells, run, table
 from probes.contract import generator
 from probes.registry import get_probe
 from probes.suites.xcb import XcbConfig
@@ -18,6 +18,13 @@ def test_a_trial_trains_each_seed_at_each_rate(monkeypatch: pytest.MonkeyPatch) 
     records = run(trial, "cpu")
     assert [(record["line"], record["seed"]) for record in records] == [("full", 100), ("full", 101)]
     assert "64 rows, 1" in table(records)
+
+
+@pytest.mark.parametrize(("what", "rows"), [({}, 256), ({"short": True}, 64), ({"reading": True}, 64)])
+def test_a_short_trial_asks_about_short_sequences(what: dict[str, bool], rows: int) -> None:
+    for cell in cells(Trial("pbc/pbc0", ("full",), **what), "full"):
+        assert cell.config.context_rows == rows
+        assert (cell.config.items == SHORT["items"]) is (rows == 64)
 
 
 @pytest.mark.parametrize(("rung", "low", "high"), [("xcbC", 0.85, 0.95), ("xcbP", 0.99, 1.0)])
