@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.answers_more import gates, kinds, markdown_rows, permuted
+from probes.answers_more import gates, kinds, markdown_rows, permuted, unranked
 from probes.gates_trained import SOLVED
 from probes.packed import sequence_errors
 from probes.stats import Difference, Estimate, holm, mean_interval, paired_difference
@@ -38,35 +38,42 @@ RUNGS = (
 
 @dataclass(frozen=True)
 class Results:
-    """Skill of single sequences by rung, line and budget; lines are routers of HAM and names of rivals."""
+    """Skill of single sequences by rung, line and budget; lines are routers of HAM and names of rivals.
+
+    Attributes:
+        left_out: why a line that ran is not among them.
+    """
 
     groups: dict[tuple[str, str, float], list[dict[str, Any]]]
     tables: dict[tuple[str, str, float], np.ndarray]  # [S, n] 1 - error / floor
+    left_out: dict[tuple[str, str, float], str]
 
     @classmethod
     def of(cls, documents: Sequence[dict[str, Any]]) -> Results:
-        groups, tables = {}, {}
+        groups, tables, left_out = {}, {}, {}
         trained = {key: group for key, group in seeds_of(documents).items() if key[0] == "T1"}
         most = max((len(group) for group in trained.values()), default=0)
         for (_, rung, _, budget), group in trained.items():
-            if len(group) < most:
-                # a trial of learning rates, or a line that is not finished
-                continue
             ordered = sorted(group, key=lambda content: content["data_manifest"]["train_seed"])
             identity = ordered[0]["identity"]
             if identity.get("axis"):
                 # another width, say: a line of its own, which no question here is about
                 continue
             key = (rung, identity["router"] if identity["model"] == "ham" else identity["model"], budget)
+            if len(group) < most:
+                # a trial of learning rates, or a line that is not finished
+                left_out[key] = f"{len(group)} of {most} seeds"
+                continue
             errors = [sequence_errors(content) for content in ordered]
             if any(part is None for part in errors):
+                left_out[key] = "errors of its sequences are lost"
                 continue
             groups[key] = ordered
             tables[key] = np.stack([
                 1.0 - part / content["floor"]["mse"] for part, content in zip(errors, ordered, strict=True)
                 if part is not None
             ])  # fmt: skip
-        return cls(groups, tables)
+        return cls(groups, tables, left_out)
 
     @property
     def rungs(self) -> list[str]:
@@ -197,7 +204,7 @@ def _routers(found: Results) -> str:
     """Mean and worst over the rungs that full attention solves and every line has run on."""
     rungs = found.ranked
     if not rungs or not found.budgets:
-        return ""
+        return unranked(found)
     rows = []
     for line in [*found.routers, "recurrent_wide", "window"]:
         row = [line]
@@ -217,7 +224,8 @@ def _routers(found: Results) -> str:
             ]
         rows.append(row)
     head = ["line", *(text for budget in found.budgets for text in (f"mean at {budget:g}x", f"worst at {budget:g}x"))]
-    return f"**Over the rungs that full attention solves ({_list(rungs)}).**\n\n" + markdown_rows(head, rows)
+    table = f"**Over the rungs that full attention solves ({_list(rungs)}).**\n\n" + markdown_rows(head, rows)
+    return "\n\n".join(part for part in (table, unranked(found)) if part)
 
 
 def _pairs(found: Results) -> str:

@@ -13,7 +13,7 @@ from probes.gates_trained import ORACLE_SHARE, ROOMY_STATE, SMALL_STATE, SOLVED,
 if TYPE_CHECKING:
     from probes.answers import Results
 
-__all__ = ["gates", "kinds", "markdown_rows", "permuted"]
+__all__ = ["gates", "kinds", "markdown_rows", "permuted", "unranked"]
 
 # labels of slices that are told apart, by rung
 KINDS = {
@@ -81,3 +81,34 @@ def kinds(found: Results) -> str:
         return ""
     head = ["rung", "queries", "full", "oracle", *found.candidates, "recurrent_wide"]
     return f"**Kinds of queries, skill at {budget:g} x the critical rows.**\n\n" + markdown_rows(head, rows)
+
+
+def unranked(found: Results) -> str:
+    """Which rungs are in no ranking, and why: full attention fails there, or a line of other rungs has not run."""
+    lines: dict[str, set[float]] = {}
+    for _, line, budget in found.groups:
+        lines.setdefault(line, set()).add(budget)
+    reasons: dict[str, list[str]] = {}
+    ranked = found.ranked
+    for rung in found.rungs:
+        if rung not in ranked:
+            missing = _missing(found, rung, lines)
+            fails = found.at(rung, "full", 1.0) is not None and not found.solved(rung)
+            why = "full attention does not solve it" if fails else "; ".join(missing) or "no full attention"
+            reasons.setdefault(why, []).append(rung)
+    if not reasons:
+        return ""
+    told = ", ".join(f"{', '.join(rungs)} ({why})" for why, rungs in reasons.items())
+    return f"Not ranked, here and below: {told}." if ranked else f"No rung is ranked: {told}."
+
+
+def _missing(found: Results, rung: str, lines: dict[str, set[float]]) -> list[str]:
+    """Lines of other rungs that this one has not, by why it has not."""
+    reasons: dict[str, list[str]] = {}
+    for line, budgets in lines.items():
+        gaps = sorted(budget for budget in budgets if (rung, line, budget) not in found.groups)
+        if gaps:
+            told = [found.left_out[rung, line, budget] for budget in gaps if (rung, line, budget) in found.left_out]
+            some = "" if len(gaps) == len(budgets) else f" at {', '.join(f'{budget:g}' for budget in gaps)}x"
+            reasons.setdefault(told[0] if told else "not run", []).append(f"`{line}`{some}")
+    return [f"{', '.join(names)}: {why}" for why, names in reasons.items()]

@@ -187,3 +187,25 @@ def test_gates_are_read_off_the_runs_of_a_table(tmp_path: Path) -> None:
     assert "0.900" in gate.note
     lines = Results.of(documents).groups["pbcD", "recurrent", 1.0]
     assert [content["identity"]["axis"] for content in lines] == [""] * 5
+
+
+def test_rungs_that_are_not_ranked_are_told_with_the_reason(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    assert "ranked" not in answers_markdown(documents)
+    # a line of one rung alone
+    other = [{**d, "identity": {**d["identity"], "rung": "pbcS"}} for d in documents]
+    alone = [d for d in other if d["identity"]["router"] != "surprise"]
+    text = answers_markdown([*documents, *alone])
+    assert "Over the rungs that full attention solves (pbcD)" in text
+    assert "Not ranked, here and below: pbcS (`surprise`: not run)." in text
+    # one that is not finished, at one size, leaves out the other too where the lines do not meet
+    some = [d for d in other if d["budget"]["frac"] != 2.0 or d["identity"]["router"] != "surprise"]
+    trial = [d for d in other if d not in some][:1]
+    text = answers_markdown([*documents, *some, *trial])
+    assert "Not ranked, here and below: pbcS (`surprise` at 2x: 1 of 5 seeds)." in text
+    gone = [d for d in documents if d["identity"]["router"] != "random"]
+    text = answers_markdown([*gone, *alone])
+    assert "No rung is ranked: pbcD (`random`: not run), pbcS (`surprise`: not run)." in text
+    assert "No rung is ranked: pbcD (full attention does not solve it)." in answers_markdown(
+        made_up(tmp_path, full=0.5)
+    )
