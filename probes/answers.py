@@ -6,6 +6,7 @@ Everything is computed from the documents of a folder. Intervals are 95 %, over 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ class Results:
     def of(cls, documents: Sequence[dict[str, Any]]) -> Results:
         groups, tables, left_out = {}, {}, {}
         trained = {key: group for key, group in seeds_of(documents).items() if key[0] == "T1"}
-        most = max((len(group) for group in trained.values()), default=0)
+        counts = Counter(len(group) for group in trained.values() if len(group) > 1)
+        # the usual number: one line with a seed more must not leave out all others
+        usual = max(counts, key=lambda count: (counts[count], count), default=1)
         for (_, rung, _, budget), group in trained.items():
             ordered = sorted(group, key=lambda content: content["data_manifest"]["train_seed"])
             identity = ordered[0]["identity"]
@@ -60,9 +63,9 @@ class Results:
                 # another width, say: a line of its own, which no question here is about
                 continue
             key = (rung, identity["router"] if identity["model"] == "ham" else identity["model"], budget)
-            if len(group) < most:
+            if len(group) < usual:
                 # a trial of learning rates, or a line that is not finished
-                left_out[key] = f"{len(group)} of {most} seeds"
+                left_out[key] = f"{len(group)} of {usual} seeds"
                 continue
             errors = [sequence_errors(content) for content in ordered]
             if any(part is None for part in errors):
@@ -101,14 +104,23 @@ class Results:
     def at(self, rung: str, line: str, budget: float) -> np.ndarray | None:
         return self.tables.get((rung, line, 1.0 if line in self.sizeless else budget))
 
+    def seeds(self, rung: str, line: str, budget: float) -> list[int]:
+        group = self.groups[rung, line, 1.0 if line in self.sizeless else budget]
+        return [content["data_manifest"]["train_seed"] for content in group]
+
     def estimate(self, rung: str, line: str, budget: float) -> Estimate | None:
         table = self.at(rung, line, budget)
         return None if table is None else mean_interval(table, resamples=RESAMPLES)
 
     def difference(self, rung: str, first: str, second: str, budget: float) -> Difference | None:
         a, b = self.at(rung, first, budget), self.at(rung, second, budget)
-        if a is None or b is None or a.shape != b.shape:
+        if a is None or b is None or a.shape[1] != b.shape[1]:
             return None
+        own, other = self.seeds(rung, first, budget), self.seeds(rung, second, budget)
+        shared = [seed for seed in own if seed in other]
+        if not shared:
+            return None
+        a, b = a[[own.index(seed) for seed in shared]], b[[other.index(seed) for seed in shared]]
         return paired_difference(a, b, higher_is_better=True, resamples=RESAMPLES)
 
     def mean(self, rung: str, line: str, budget: float, metric: str) -> float:
@@ -163,7 +175,7 @@ def _runs(found: Results, documents: Sequence[dict[str, Any]]) -> str:
         " seeds and sequences; k/n seeds reach 0.8."
     )
     if short:
-        text += f" Of {_list(short)} there are trials of learning rates alone, which no table below shows."
+        text += f" Of {_list(short)} no line has all seeds: no table below shows them."
     if unsolved:
         text += (
             f" **Full attention does not solve {_list(unsolved)} (gate G1, skill below {SOLVED:g})**: what other lines"
@@ -291,15 +303,8 @@ def _predictable(found: Results) -> str:
                 ])  # fmt: skip
     if not rows:
         return ""
-    head = [
-        "rung",
-        "router",
-        "budget",
-        "recall above chance",
-        "decoys of what is kept",
-        "skill - random",
-        "skill - oracle",
-    ]
+    head = ["rung", "router", "budget", "recall above chance", "decoys of what is kept", "skill - random",
+            "skill - oracle"]  # fmt: skip
     return "**Does error routing keep predictable but critical events?**\n\n" + markdown_rows(head, rows)
 
 

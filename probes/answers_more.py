@@ -94,12 +94,12 @@ def unranked(found: Results) -> str:
         if rung not in ranked:
             missing = _missing(found, rung, lines)
             fails = found.at(rung, "full", 1.0) is not None and not found.solved(rung)
-            why = "full attention does not solve it" if fails else "; ".join(missing) or "no full attention"
+            why = "not solved by full attention" if fails else "; ".join(missing) or "no full attention"
             reasons.setdefault(why, []).append(rung)
     if not reasons:
         return ""
-    told = ", ".join(f"{', '.join(rungs)} ({why})" for why, rungs in reasons.items())
-    return f"Not ranked, here and below: {told}." if ranked else f"No rung is ranked: {told}."
+    told = "; ".join(f"{', '.join(rungs)} ({why})" for why, rungs in reasons.items())
+    return f"Not ranked: {told}." if ranked else f"No rung is ranked: {told}."
 
 
 def _missing(found: Results, rung: str, lines: dict[str, set[float]]) -> list[str]:

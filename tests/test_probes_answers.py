@@ -95,6 +95,11 @@ def test_a_seed_more_of_one_line_hides_no_gate(tmp_path: Path) -> None:
     found = {gate.gate: gate for gate in gates_of_runs([*documents, more])}
     assert found["G1"].passed and found["G5"].passed
     assert "mean of 5 and 6 training seeds" in found["G5"].note
+    results = Results.of([*documents, more])
+    assert [results.seeds("pbcD", line, 1.0) for line in ("full", "oracle")] == [[*range(5)], [*range(6)]]
+    # differences are of the seeds that both have
+    difference = results.difference("pbcD", "oracle", "random", 1.0)
+    assert difference is not None and difference.value == pytest.approx(0.9)
 
 
 def test_full_attention_that_is_a_trial_of_rates_is_told_as_such(tmp_path: Path) -> None:
@@ -197,15 +202,13 @@ def test_rungs_that_are_not_ranked_are_told_with_the_reason(tmp_path: Path) -> N
     alone = [d for d in other if d["identity"]["router"] != "surprise"]
     text = answers_markdown([*documents, *alone])
     assert "Over the rungs that full attention solves (pbcD)" in text
-    assert "Not ranked, here and below: pbcS (`surprise`: not run)." in text
+    assert "Not ranked: pbcS (`surprise`: not run)." in text
     # one that is not finished, at one size, leaves out the other too where the lines do not meet
     some = [d for d in other if d["budget"]["frac"] != 2.0 or d["identity"]["router"] != "surprise"]
     trial = [d for d in other if d not in some][:1]
     text = answers_markdown([*documents, *some, *trial])
-    assert "Not ranked, here and below: pbcS (`surprise` at 2x: 1 of 5 seeds)." in text
+    assert "Not ranked: pbcS (`surprise` at 2x: 1 of 5 seeds)." in text
     gone = [d for d in documents if d["identity"]["router"] != "random"]
     text = answers_markdown([*gone, *alone])
-    assert "No rung is ranked: pbcD (`random`: not run), pbcS (`surprise`: not run)." in text
-    assert "No rung is ranked: pbcD (full attention does not solve it)." in answers_markdown(
-        made_up(tmp_path, full=0.5)
-    )
+    assert "No rung is ranked: pbcD (`random`: not run); pbcS (`surprise`: not run)." in text
+    assert "No rung is ranked: pbcD (not solved by full attention)." in answers_markdown(made_up(tmp_path, full=0.5))
