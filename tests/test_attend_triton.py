@@ -281,6 +281,40 @@ def test_one_step_of_streams_whose_lists_differ(device: str) -> None:
         assert distance(getattr(got, name), getattr(truth, name)) <= RELATIVE[torch.float32], name
 
 
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(("patches", "channels"), [(1, 3), (1, 1), (3, 2)])
+def test_entries_in_rows_of_a_pool_are_read_as_if_side_by_side(patches: int, channels: int, device: str) -> None:
+    scene = wide(Scene(n_items=3, n_patches=patches, n_channels=channels, n_entries=150, window=3, n_marks=3, seed=25))
+    mine, _ = scene.pair(torch.float32, device)
+    rows = (7 + torch.randperm(450, generator=torch.Generator().manual_seed(5))).view(3, 150).to(device)
+    masks = {name: x.to(device) for name, x in scene.masks().items()}
+    pooled = dict(mine)
+    for name in ("keys", "values", "marks"):
+        # what lies between is nobody's
+        pooled[name] = torch.full((470, *mine[name].shape[2:]), torch.nan, device=device)
+        pooled[name][rows] = mine[name].detach()
+    with torch.no_grad():
+        truth = scene.run(triton_attend, mine, masks)
+        for op in (triton_attend, torch_attend):
+            got = scene.run(op, pooled, masks | {"rows": rows})
+            for name in ("output", "marks", "scratch_mass", "local_mass"):
+                value, expected = getattr(got, name), getattr(truth, name)
+                if op is triton_attend:
+                    assert torch.equal(value, expected), name
+                assert distance(value, expected.double()) <= 2 * RELATIVE[torch.float32], name
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_rows_of_a_pool_have_no_gradient(device: str) -> None:
+    scene = wide(Scene(n_items=2, n_patches=1, n_channels=1, n_entries=4, window=1, seed=26))
+    mine, _ = scene.pair(torch.float32, device)
+    rows = torch.arange(8, device=device).view(2, 4)
+    pooled = mine | {name: mine[name].flatten(0, 1) for name in ("keys", "values", "marks")}
+    masks = {name: x.to(device) for name, x in scene.masks().items()} | {"rows": rows}
+    with pytest.raises(ValueError, match="without gradients"):
+        scene.run(triton_attend, pooled, masks)
+
+
 @pytest.mark.gpu
 def test_a_step_in_a_graph_follows_what_was_written_since() -> None:
     scene = wide(Scene(n_items=5, n_patches=1, n_channels=2, n_entries=300, window=4, seed=24), key_width=64)

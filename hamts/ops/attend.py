@@ -75,6 +75,7 @@ def attend(
         raise ValueError(
             f"local_keys must hold window + queries patches, {window + n_patches}. Got {local_keys.shape[1]}."
         )
+    scratch = None if scratch is None else scratch.side_by_side()
     floats = (None,) * 3 if scratch is None else (scratch.keys, scratch.values, scratch.bias)
     dtype = compute_dtype(queries, local_keys, local_values, channel_bias, local_marks, *floats)
     own = torch.eye(n_channels, dtype=torch.bool, device=queries.device)  # [C, C]

@@ -124,8 +124,8 @@ def attend(
         raise ValueError(f"cross_span must lie in 0 .. window. Got cross_span={cross_span}, window={window}.")
     if local_keys.shape[1] != window + N:
         raise ValueError(f"local_keys must hold window + queries patches, {window + N}. Got {local_keys.shape[1]}.")
-    pad = scratch if scratch is not None and scratch.keys.shape[1] else None
-    dtype = _dtype(queries, local_keys, local_values, *(() if pad is None else (pad.keys, pad.values)))
+    pad = _pad(scratch, step=N == 1 and C <= MOST_CHANNELS)
+    dtype = _dtype(pad, queries, local_keys, local_values)
     n_marks = local_marks.shape[-1] if local_marks is not None else 0
     check(
         key_width=queries.shape[-1],
@@ -156,7 +156,7 @@ def attend(
     )
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     see = partial(sight_of, N, C, window, cross_span, local_present, readable, pad, share=share)
-    if N == 1 and C <= MOST_CHANNELS and not learning:
+    if N == 1 and C <= MOST_CHANNELS and not (learning and _without_pool(pad)):
         output, marks, masses = _step(inputs, see, local_present, readable, pad, window=window, cross_span=cross_span)
     else:
         output, marks, masses = _Read.apply(*inputs, see())
@@ -197,19 +197,36 @@ def _step(
     )
 
     def mass(name: str) -> Any:
-        sight = see()
-        size = Sizes.of(q, local_k, local_v, k, local_marks, sight)
-        return masses_of(q, local_k, k, bias, channel_bias, lse * prepare.LOG2E.value, sight, size)[name]()
+        sight, keys = see(), k if scratch is None else scratch.side_by_side().keys
+        size = Sizes.of(q, local_k, local_v, keys, local_marks, sight)
+        return masses_of(q, local_k, keys, bias, channel_bias, lse * prepare.LOG2E.value, sight, size)[name]()
 
     return output, marked, {name: partial(mass, name) for name in ("local_mass", "scratch_mass")}
 
 
-def _dtype(*tensors: torch.Tensor) -> torch.dtype:
-    kind = tensors[0].device.type
+def _pad(scratch: ScratchKeys | None, *, step: bool) -> ScratchKeys | None:
+    """The scratchpad where there is any of it; only the kernel of a step finds rows of a pool."""
+    if scratch is None or not scratch.channel.shape[1]:
+        return None
+    return scratch if step else scratch.side_by_side()
+
+
+def _without_pool(pad: ScratchKeys | None) -> bool:
+    """True; refuses gradients of rows of a pool."""
+    if pad is not None and pad.rows is not None:
+        raise ValueError("Rows of a pool are read without gradients. Use torch.no_grad(), or ScratchKeys.side_by_side.")
+    return True
+
+
+def _dtype(pad: ScratchKeys | None, *local: torch.Tensor) -> torch.dtype:
+    if pad is not None and pad.rows is not None:
+        # a pool is too large to be cast in every step
+        return pad.keys.dtype
+    kind = local[0].device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
+    dtype = local[0].dtype
+    for tensor in (*local[1:], *(() if pad is None else (pad.keys, pad.values))):
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 

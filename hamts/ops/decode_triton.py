@@ -4,8 +4,8 @@ One patch asks, so nothing but the bytes of keys and values counts. Each stream'
 its last, are cut into parts of one length: a long list is read by more programs than a short one, and none waits for
 the longest. Programs are started for the capacity; those beyond a stream's last entry end at once. Sizes do not depend
 on what was routed, nothing waits for the device, and a CUDA graph can hold the whole step. Entries of a stream lie side
-by side, padded to the longest list, or in pages that all streams share (``ops/pages.py``): the loop is the same, and
-finds each tile through the stream's page numbers.
+by side, padded to the longest list, or in what all streams share: pages (``ops/pages.py``), or rows (``ops/pool.py``).
+The loop is the same, and finds each tile through the stream's page numbers, or keys and values through their row's.
 
 B streams · C channels · H heads · K key · V value · M capacity (entries) · W window patches · R marks · P parts
 E entries of a page · T pages that a stream may hold
@@ -90,13 +90,22 @@ def _ends(ends_ptr, stream, n_entries, E: tl.constexpr):
     return first, origin, past
 
 
+@triton.jit
+def _row(rows_ptr, place, inside, POOLED: tl.constexpr):
+    """Where keys, values and marks of entries lie."""
+    if POOLED:
+        place = tl.load(rows_ptr + place, mask=inside, other=0)
+    return place
+
+
 @triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     q_ptr, local_keys_ptr, local_values_ptr, local_marks_ptr, present_ptr, keys_ptr, values_ptr, marks_ptr, bias_ptr,
-    alive_ptr, source_ptr, ends_ptr, readable_ptr, channel_bias_ptr, tops_ptr, totals_ptr, outputs_ptr, markeds_ptr,
-    table_ptr, head_bias_ptr, n_entries, n_parts, length, window, span, bias_stride, table_width, H: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    alive_ptr, source_ptr, rows_ptr, ends_ptr, readable_ptr, channel_bias_ptr, tops_ptr, totals_ptr, outputs_ptr,
+    markeds_ptr, table_ptr, head_bias_ptr, n_entries, n_parts, length, window, span, bias_stride, table_width,
+    H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, CP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of one stream's entries for one head; the first part reads the window too."""
     head, part = tl.program_id(0) % H, tl.program_id(1)
@@ -130,12 +139,13 @@ def step_kernel(
         else:
             place = stream * n_entries + entry
             alive = tl.load(alive_ptr + place, mask=inside, other=0) != 0
+        row = _row(rows_ptr, place, inside, POOLED)
         k = tl.load(
-            keys_ptr + (place[:, None] * H + head) * K + at_k[None, :], mask=inside[:, None] & (at_k < K)[None, :],
+            keys_ptr + (row[:, None] * H + head) * K + at_k[None, :], mask=inside[:, None] & (at_k < K)[None, :],
             other=0.0,
         )  # fmt: skip
         v = tl.load(
-            values_ptr + (place[:, None] * H + head) * V + at_v[None, :], mask=inside[:, None] & (at_v < V)[None, :],
+            values_ptr + (row[:, None] * H + head) * V + at_v[None, :], mask=inside[:, None] & (at_v < V)[None, :],
             other=0.0,
         )  # fmt: skip
         bias = tl.load(bias_ptr + place * bias_stride + tl.where(bias_stride > 1, head, 0), mask=inside, other=0.0)
@@ -152,7 +162,7 @@ def step_kernel(
             # keys of one channel alone all carry the bias, which then changes nothing
             s = tl.where(own, s + own_bias, s)
         top, total, output, marked = _fold(
-            top, total, output, marked, s, own, keep, inside, v, marks_ptr + place * R, 0, R, RP, PRECISION
+            top, total, output, marked, s, own, keep, inside, v, marks_ptr + row * R, 0, R, RP, PRECISION
         )
     if part == 0:
         n_local = (window + 1) * C
@@ -271,8 +281,10 @@ def attend_step(
     """
     B, C, H, K = queries.shape
     V, R = local_values.shape[-1], 0 if local_marks is None else local_marks.shape[-1]
-    n_entries = reach = 0 if scratch is None else scratch.keys.shape[1]
-    E, table, head_bias = 0, None, channel_bias
+    n_entries, E, table, head_bias = 0, 0, None, channel_bias
+    if isinstance(scratch, ScratchKeys):
+        n_entries = scratch.channel.shape[1]
+    reach = n_entries
     if isinstance(scratch, Paged):
         # the first part begins with the page of the first entry; ends are told as those of a list of nothing
         n_entries, E, table, head_bias = 0, scratch.page, scratch.table, scratch.head_bias
@@ -294,7 +306,8 @@ def attend_step(
         local_present.to(torch.int8).contiguous(), *entries, ends, readable.to(torch.int8).contiguous(),
         channel_bias.float(), tops, totals, outputs, markeds, ends if table is None else table, head_bias, n_entries,
         parts, length, window, cross_span, stride, 2 if table is None else table.shape[1], H=H, C=C, K=K, V=V,
-        R=R, BK=_padded(K), BN=TILE, E=E, PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C),
+        R=R, BK=_padded(K), BN=TILE, E=E, POOLED=isinstance(scratch, ScratchKeys) and scratch.rows is not None,
+        PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C),
         **padded,
     )  # fmt: skip
     output = queries.new_empty(B, C, H, V)  # [B, C, H, V]
@@ -322,7 +335,7 @@ def _length(numbers: int, device: torch.device) -> int:
 def _entries(
     q: torch.Tensor, scratch: ScratchKeys | Paged | None, channel_bias: torch.Tensor
 ) -> tuple[tuple[Any, ...], torch.Tensor, int]:
-    """Keys, values, marks, biases, who is alive and sources; each stream's ends; entries' stride of biases."""
+    """Keys, values, marks, biases, who is alive, sources and rows; each stream's ends; entries' stride of biases."""
     if isinstance(scratch, Paged):
         # under a cap entries are counted without end; a stream's row of pages comes round, so whole rounds are left out
         round_of = scratch.page * max(scratch.table.shape[1] - 1, 1)
@@ -330,11 +343,11 @@ def _entries(
         ends = torch.stack([base - scratch.first, scratch.past - base], 1).int()  # [B, 2]
         marks = channel_bias if scratch.marks is None else scratch.marks
         source = ends if scratch.channel is None else scratch.channel
-        return (scratch.keys, scratch.values, marks, scratch.bias, ends, source), ends, 1
-    B, M = q.shape[0], 0 if scratch is None else scratch.keys.shape[1]
+        return (scratch.keys, scratch.values, marks, scratch.bias, ends, source, ends), ends, 1
+    B, M = q.shape[0], 0 if scratch is None else scratch.channel.shape[1]
     ends = torch.zeros(B, 2, dtype=torch.int32, device=q.device)  # [B, 2]
     if scratch is None or not M:
-        return (q, q, channel_bias, channel_bias, ends, ends), ends, 1
+        return (q, q, channel_bias, channel_bias, ends, ends, ends), ends, 1
     alive = torch.empty(B, M, dtype=torch.int8, device=q.device)  # [B, M]
     living_kernel[(B, triton.cdiv(M, LIVES))](
         scratch.visible_from.contiguous(), scratch.visible_until.contiguous(), alive, ends, M, BN=LIVES
@@ -343,4 +356,5 @@ def _entries(
     marks = channel_bias if scratch.marks is None else scratch.marks.float().contiguous()
     stride = bias.shape[2] if bias.ndim == 3 else 1
     source = scratch.channel.int() if q.shape[1] > 1 else ends
-    return (scratch.keys, scratch.values, marks, bias, alive, source), ends, stride
+    rows = ends if scratch.rows is None else scratch.rows.contiguous()
+    return (scratch.keys, scratch.values, marks, bias, alive, source, rows), ends, stride

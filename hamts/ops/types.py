@@ -5,7 +5,7 @@ B items · C channels · N patches · H heads · K key · V value · M entries (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class ScratchKeys:
         visible_from: first query (index in this chunk) that sees the entry, int64; 0 or less: from the start.
         visible_until: first query that no longer sees it, int64.
         marks: what ``Attended.marks`` averages.
+        rows: where entries lie in a pool that all items share: keys, values and marks are then its rows, [P, ...].
     """
 
     keys: torch.Tensor  # [B, M, H, K]
@@ -81,6 +82,14 @@ class ScratchKeys:
     visible_from: torch.Tensor  # [B, M]
     visible_until: torch.Tensor  # [B, M]
     marks: torch.Tensor | None = None  # [B, M, R]
+    rows: torch.Tensor | None = None  # [B, M] int64
+
+    def side_by_side(self) -> ScratchKeys:
+        """The same entries out of the pool, [B, M, ...]; as they are where there is none."""
+        if self.rows is None:
+            return self
+        marks = None if self.marks is None else self.marks[self.rows]  # [B, M, R]
+        return replace(self, keys=self.keys[self.rows], values=self.values[self.rows], marks=marks, rows=None)
 
 
 @dataclass(frozen=True)

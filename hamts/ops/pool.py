@@ -1,0 +1,102 @@
+"""Rows of entries that many lists name by number, so that a list may lose any of its entries without a copy.
+
+A row is written once, as its token leaves the window, and never changed after: a list that takes, loses or is put back
+to what it was holds other numbers, and no more. Rows that no list names any longer are found by looking through all
+lists, once few are free; nothing is counted in between, and nothing waits for the device.
+
+P rows · B items · J rows that come
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+__all__ = ["RowPool"]
+
+# lists are looked through once less than such a part of the rows is free, and rows are added if more is not found
+FEW, ENOUGH, MORE = 16, 8, 4
+
+
+class RowPool:
+    """Rows [P, ...] of every part of an entry; row 0 is blank for ever.
+
+    Args:
+        parts: a row of each, whatever it holds, [1, ...].
+    """
+
+    def __init__(self, parts: Mapping[str, torch.Tensor]) -> None:
+        self.parts = {name: torch.zeros_like(part[:1]) for name, part in parts.items()}
+        self.free = torch.zeros(0, dtype=torch.int64, device=self.device)  # [F] numbers, and how many of them are taken
+        self.taken = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    @property
+    def left(self) -> int:
+        """Rows that can be taken before there are more."""
+        return len(self.free) - self.taken
+
+    def hold(self, rows: Mapping[str, torch.Tensor], alive: torch.Tensor) -> torch.Tensor:
+        """Write rows that are alive, [B, J, ...] by name; their numbers, [B, J] int64, and 0 for the others.
+
+        On a GPU the others take rows as well: to ask how many there are would wait for it.
+        """
+        if alive.is_cuda:
+            number = self.take(alive.numel())  # [B J]
+            for name, part in self.parts.items():
+                part[number] = rows[name].flatten(0, 1).to(part.dtype)
+            return torch.where(alive, number.view(alive.shape), 0)  # [B, J]
+        number = self.take(int(alive.sum()))  # [n]
+        for name, part in self.parts.items():
+            part[number] = rows[name][alive].to(part.dtype)
+        return torch.zeros(alive.shape, dtype=torch.int64).masked_scatter(alive, number)  # [B, J]
+
+    def take(self, count: int) -> torch.Tensor:
+        """Numbers of so many rows that nobody names, [count]."""
+        if count > self.left:
+            self.grow(count - self.left)
+        number = self.free[self.taken : self.taken + count]  # [count]
+        self.taken += count
+        if not self.left:
+            self.free, self.taken = self.free.new_zeros(0), 0
+        return number
+
+    def grow(self, fewest: int) -> None:
+        """More rows, a quarter as many again as there are, so that what is copied is shared by what comes."""
+        have = self.rows
+        more = max(fewest, have // MORE)
+        self.parts = {
+            name: torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for name, part in self.parts.items()
+        }
+        fresh = torch.arange(have, have + more, device=self.device)  # [more]
+        self.free, self.taken = torch.cat([self.free[self.taken :], fresh]), 0
+
+    def short(self) -> bool:
+        """Whether it is time to ``sweep``."""
+        return self.left < self.rows // FEW
+
+    def sweep(self, named: torch.Tensor) -> None:
+        """Every row but these, [n] numbers, is free again. Asks the device how many those are."""
+        used = torch.zeros(self.rows, dtype=torch.bool, device=self.device)  # [P]
+        used[named] = True
+        used[0] = True
+        self.free, self.taken = (~used).nonzero()[:, 0], 0
+        if self.left < self.rows // ENOUGH:
+            self.grow(self.rows // MORE)
+
+    def keep(self, named: torch.Tensor) -> None:
+        """Nothing but these rows, [n] numbers, which are 1, 2, ... from now on."""
+        order = torch.cat([named.new_zeros(1), named]).long()  # [1 + n]
+        self.parts = {name: part[order] for name, part in self.parts.items()}
+        self.free, self.taken = self.free[:0], 0
+
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values()) + self.free.nbytes
