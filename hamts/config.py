@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -294,8 +295,9 @@ class StreamConfig:
         calibration_rate: step of that learning, in scales of the stream.
         drift_scales: deviation from the stream's level, in its scales, from which a row counts as drifted.
         items_side_by_side: items read in one pass of the network.
-        store: where scratchpads lie: ``padded``, each with room for the longest of all, or ``paged``, in small pages
-            that all items share, which takes less where they differ in length. Results and saved states are the same.
+        store: where scratchpads lie: ``padded``, each with room for the longest of all, or ``paged``, in rows that all
+            items share, which takes less where they differ in length. Results and saved states are the same.
+        device: where it runs, ``cpu``, ``cuda`` or ``cuda:0`` and so on. A saved state knows nothing of it.
     """
 
     late: str = "reopen"
@@ -310,8 +312,11 @@ class StreamConfig:
     drift_scales: float = 50.0
     items_side_by_side: int = 128
     store: str = "padded"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:' and a number. Got {self.device!r}.")
         choices = {
             "late": ("reopen", "drop", "error"),
             "correction": ("error", "ignore", "apply"),

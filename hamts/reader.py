@@ -44,7 +44,8 @@ class StreamMemory:
 
     def select(self, rows: torch.Tensor) -> StreamMemory:
         """Memories of some items, copied; rows may repeat."""
-        return map_tensors(self, lambda tensor: tensor.index_select(0, rows))
+        there = rows.to(self.scale.sums.device)  # [B]
+        return map_tensors(self, lambda tensor: tensor.index_select(0, there))
 
     def detach(self) -> StreamMemory:
         return map_tensors(self, lambda tensor: tensor.detach())

@@ -157,7 +157,7 @@ def forecast_remembered(
         quantiles, _ = forecast_from(
             network, store, items, store.lengths[items], remembered.memory.select(items), F, policy, reveal_events=True
         )
-        parts.append(quantiles.numpy())
+        parts.append(quantiles.cpu().numpy())
     answer = np.concatenate(parts)  # [I, G, F, Q]
     answer[~remembered.seen] = np.nan
     return answer

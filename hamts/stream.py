@@ -20,6 +20,7 @@ from hamts.config import StreamConfig
 from hamts.data.frame import future_frame
 from hamts.errors import DataError
 from hamts.forecast import Forecast
+from hamts.stream_device import network_on
 from hamts.stream_forecast import Scenario, forecast_stream, remembered_items, run_scenario
 from hamts.stream_frames import read_rows
 from hamts.stream_hash import hash_model, hash_state
@@ -42,6 +43,8 @@ __all__ = ["Stream", "UpdateReport", "forecaster_stream"]
 
 # a change of what is stored, or of what it means, raises the first number
 STATE_VERSION = (1, 0)
+
+Arrays = Mapping[str, torch.Tensor | np.ndarray]
 
 
 def forecaster_stream(
@@ -89,7 +92,7 @@ class Stream:
     def __init__(self, model: HAMForecaster, config: StreamConfig, share: float) -> None:
         check_streamable(model)
         self.model, self.config, self.share = model, config, share
-        self._network = model._fitted.network.eval()
+        self._network = network_on(model, config.device)
         self._stepper = Stepper(self._network, self.schema, share)
         columns = item_columns(
             self._network,
@@ -154,7 +157,8 @@ class Stream:
 
     def add(self, df: Any, *, static_df: Any = None, events: Any = None) -> None:
         """Begin new items from their history, read in one pass. Raises DataError E-ITEM for known ones."""
-        self._begin(*history_rows(self.model, df, self.share, static_df, events, self._items.table.columns))
+        columns = self._items.table.columns
+        self._begin(*history_rows(self.model, self._network, df, self.share, static_df, events, columns))
 
     def drop(self, items: Sequence[Any]) -> None:
         """Forget items altogether. Raises DataError E-ITEM for unknown ones."""
@@ -198,8 +202,8 @@ class Stream:
         """
         learned = self.config.calibrate if calibrated is None else calibrated
         return forecast_stream(
-            self.model, self._items, self._slots(items), h=h, futr_df=futr_df, quantiles=quantiles, level=level,
-            share=self.share, calibrated=learned,
+            self.model, self._network, self._items, self._slots(items), h=h, futr_df=futr_df, quantiles=quantiles,
+            level=level, share=self.share, calibrated=learned,
         )  # fmt: skip
 
     def scenario(
@@ -219,7 +223,7 @@ class Stream:
             futr_df: the plan to compare with; without one, every action goes on as it was last seen.
         """
         return run_scenario(
-            self.model, self._items, self._slots(items), actions, h=h, futr_df=futr_df, share=self.share
+            self.model, self._network, self._items, self._slots(items), actions, h=h, futr_df=futr_df, share=self.share
         )
 
     def future_frame(self, h: int | None = None) -> Any:
@@ -277,6 +281,11 @@ class Stream:
     # --- the whole of it
 
     @property
+    def kernel(self) -> str:
+        """What runs it, as ``hamts doctor`` names it; chosen for the device when the stream was made."""
+        return self._network.kernels.name
+
+    @property
     def model_hash(self) -> str:
         """SHA-256 over weights, schema and plan of the model."""
         if self._model_hash is None:
@@ -293,7 +302,7 @@ class Stream:
             "model": self.model_hash,
             "item_ids": list(self._items.ids),
             "share": self.share,
-            "config": asdict(self.config),
+            "config": {name: value for name, value in asdict(self.config).items() if name != "device"},
             "pins": self.pins,
         }
         # a commit does not bring idle items back to memory for good
@@ -303,23 +312,17 @@ class Stream:
 
     @classmethod
     def from_state(
-        cls, model: HAMForecaster, arrays: Mapping[str, torch.Tensor | np.ndarray], meta: Mapping[str, Any]
+        cls, model: HAMForecaster, arrays: Arrays, meta: Mapping[str, Any], *, device: str = "cpu"
     ) -> Stream:
         """The stream that ``state`` was taken of. Raises DataError E-STATE: another model's, a newer one, damaged."""
         if meta["version"][0] > STATE_VERSION[0]:
-            raise DataError(
-                "E-STATE",
-                f"This state has version {meta['version']}, newer than {list(STATE_VERSION)}.",
-                fix="Upgrade.",
-            )
+            found = f"This state has version {meta['version']}, newer than {list(STATE_VERSION)}."
+            raise DataError("E-STATE", found, fix="Upgrade.")
         known = {name: value for name, value in meta["config"].items() if name in StreamConfig.__dataclass_fields__}
-        stream = cls(model, StreamConfig(**known), float(meta["share"]))
+        stream = cls(model, StreamConfig(**{**known, "device": device}), float(meta["share"]))
         if meta["model"] != stream.model_hash:
-            raise DataError(
-                "E-STATE",
-                f"This state belongs to model {meta['model'][:16]}, not to {stream.model_hash[:16]}.",
-                fix="Load the model that the stream was started with.",
-            )
+            found = f"This state belongs to model {meta['model'][:16]}, not to {stream.model_hash[:16]}."
+            raise DataError("E-STATE", found, fix="Load the model that the stream was started with.")
         try:
             stream._items.load(meta["item_ids"], dict(arrays))
         except (KeyError, ValueError) as error:

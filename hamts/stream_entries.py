@@ -1,9 +1,10 @@
-"""Where a stream keeps the scratchpads of its items: padded to the longest, or in pages that all items share.
+"""Where a stream keeps the scratchpads of its items: padded to the longest, or in rows of a pool that all items share.
 
-Padded, every item has room for as many entries as the longest scratchpad of all, doubled as it grows, up to the cap.
-Paged, an item holds as many pages of a few rows as its own entries fill. What comes out is the same.
+Padded, every item has room for as many entries as the longest scratchpad of all, doubled as it grows, up to the cap; a
+step reads a copy of them and writes it back. Paged, an item holds as many rows as it has entries, and a page is a row:
+what leaves does so one by one, and a step changes numbers of rows. What comes out is the same.
 
-R items · B items of a call · M entries · E rows of a page · P pages
+R items · B items of a call · M entries · P rows of a pool
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["STORES", "PaddedEntries", "PagedEntries", "pad_of", "place_of"]
+from hamts.ops.pool import RowPool
+
+__all__ = ["STORES", "PaddedEntries", "PooledEntries", "pad_of", "place_of"]
 
 Leaves = dict[str, torch.Tensor]
 LEAST_ENTRIES = 16
-# rows of a page: half a page is empty on average, and the cost of finding one is shared by so many rows
-PAGE = 16
+# room to grow of a list of row numbers: an eighth of its length
+SPARE = 8
 
 
 class PaddedEntries:
@@ -68,6 +71,9 @@ class PaddedEntries:
         self.leaves = {name: leaf[index] for name, leaf in self.leaves.items()}
         self.used = {pad: used[rows] for pad, used in self.used.items()}
 
+    def tidy(self) -> None:
+        """Find room that nobody uses any more; called where no update is under way."""
+
     def nbytes(self) -> int:
         """Bytes of all the room there is."""
         return sum(leaf.nbytes for leaf in self.leaves.values())
@@ -93,17 +99,26 @@ class PaddedEntries:
         return doubled if self.most is None else max(needed, min(doubled, self.most))
 
 
-class PagedEntries(PaddedEntries):
-    """Pools of pages, [P E, ...] per leaf; page 0 is blank for ever, and is read where an item has no entry."""
+class PooledEntries(PaddedEntries):
+    """Rows of a pool for each scratchpad, and lists of numbers that say which are whose.
+
+    A step reads entries where they lie (``lend``), and what it appends is in the pool before the lists know of it: an
+    update that fails has changed nothing. Row 0 is blank, and stands for an entry that is not alive.
+    """
 
     def __init__(self, empty: Leaves, most: int | None) -> None:
-        super().__init__(empty, most)
-        self.leaves = {name: leaf.new_zeros((PAGE, *leaf.shape[2:])) for name, leaf in self.leaves.items()}
-        # pages of each item, [R, T], 0: none; and those that nobody holds, the next one last
-        self.pages = {pad: np.zeros((0, 0), dtype=np.int64) for pad in self.used}
-        self.free: dict[str, list[int]] = {pad: [] for pad in self.used}
+        self.most = most
+        self.used = {pad_of(name): np.zeros(0, dtype=np.int64) for name in empty}
+        first = {name: leaf.new_zeros(1, *leaf.shape[2:]) for name, leaf in empty.items()}
+        self.pools = {pad: RowPool(_inside(first, pad)) for pad in self.used}
+        self.lists = {pad: RowLists(pool.device, most) for pad, pool in self.pools.items()}
 
-    def like(self) -> PagedEntries:
+    @property
+    def leaves(self) -> Leaves:  # type: ignore[override]
+        """Every part of every pool, [P, ...]."""
+        return {f"{pad}.{name}": part for pad, pool in self.pools.items() for name, part in pool.parts.items()}
+
+    def like(self) -> PooledEntries:
         return type(self)({name: leaf[None, :0] for name, leaf in self.leaves.items()}, self.most)
 
     def row_shape(self, name: str) -> tuple[int, ...]:
@@ -111,79 +126,109 @@ class PagedEntries(PaddedEntries):
 
     def reserve(self, items: int) -> None:
         self._more_items(items)
-        for pad, pages in self.pages.items():
-            if items > len(pages):
-                self.pages[pad] = np.pad(pages, ((0, items - len(pages)), (0, 0)))
+        for lists in self.lists.values():
+            lists.reserve(items)
 
     def read(self, rows: np.ndarray) -> Leaves:
         found: Leaves = {}
-        for pad, used in self.used.items():
-            width = int(used[rows].max()) if len(rows) else 0
-            entry = np.arange(width)
-            page = self.pages[pad][rows][:, entry // PAGE]  # [B, M]
-            index = torch.from_numpy(np.where(entry < used[rows][:, None], page * PAGE + entry % PAGE, 0))  # [B, M]
-            for name in self._of(pad):
-                found[name] = self.leaves[name][index.to(self.leaves[name].device)]
+        for pad, pool in self.pools.items():
+            number = self.lists[pad].read(rows, self.used[pad][rows])  # [B, M]
+            found |= {f"{pad}.{name}": part[number] for name, part in pool.parts.items()}
+        return found
+
+    def lend(self, rows: np.ndarray) -> Leaves:
+        """``read``, with the numbers of rows in place of all that is wide: nothing that a step reads is copied."""
+        found: Leaves = {}
+        for pad, pool in self.pools.items():
+            number = self.lists[pad].read(rows, self.used[pad][rows])  # [B, M]
+            for name, part in pool.parts.items():
+                # of the wide parts, of which there are none, only the shape
+                whole = part[number] if part.dim() == 1 else part.new_zeros(*number.shape, *part.shape[1:-1], 0)
+                found[f"{pad}.{name}"] = whole
+            found[f"{pad}.rows"] = number
         return found
 
     def write(self, rows: np.ndarray, found: Leaves) -> None:
-        for pad in self.used:
-            used = in_use(found[f"{pad}.alive"])  # [B]
-            self._hold(pad, rows, -(-used // PAGE))
+        for pad, pool in self.pools.items():
+            alive = found[f"{pad}.alive"]  # [B, M]
+            number = found.get(f"{pad}.rows")
+            if number is None:
+                number = pool.hold(_inside(found, pad), alive)  # [B, M]
+            used = in_use(alive)  # [B]
+            self.lists[pad].write(rows, torch.where(alive, number, 0), self.used[pad], used)
             self.used[pad][rows] = used
-            item, entry = np.nonzero(np.arange(used.max(initial=0)) < used[:, None])  # 2 x [rows in use]
-            slot = torch.from_numpy(self.pages[pad][rows[item], entry // PAGE] * PAGE + entry % PAGE)
-            source = (torch.from_numpy(item), torch.from_numpy(entry))
-            for name in self._of(pad):
-                leaf = self.leaves[name]
-                leaf[slot.to(leaf.device)] = found[name][tuple(part.to(leaf.device) for part in source)]
 
     def keep(self, rows: np.ndarray) -> None:
-        self.used = {pad: used[rows] for pad, used in self.used.items()}
-        for pad, pages in self.pages.items():
-            left = pages[rows]
-            # what the others held is given up: pages are numbered anew, in the order of items
-            order = left[left > 0]
-            self.pages[pad] = np.zeros_like(left)
-            self.pages[pad][left > 0] = np.arange(1, len(order) + 1)
-            self.free[pad] = []
-            index = np.concatenate([[0], order])[:, None] * PAGE + np.arange(PAGE)  # [P, E]
-            for name in self._of(pad):
-                leaf = self.leaves[name]
-                self.leaves[name] = leaf[torch.from_numpy(index.ravel()).to(leaf.device)]
+        for pad, pool in self.pools.items():
+            left = self.lists[pad].read(rows, self.used[pad][rows])  # [B, M]
+            # what the others held is given up: rows are numbered anew, in the order of items
+            pool.keep(left[left > 0])
+            left[left > 0] = torch.arange(1, pool.rows, device=left.device)
+            self.used[pad] = self.used[pad][rows]
+            self.lists[pad] = RowLists(pool.device, self.most)
+            self.lists[pad].reserve(len(rows))
+            self.lists[pad].write(np.arange(len(rows)), left, self.used[pad] * 0, self.used[pad])
 
-    def _of(self, pad: str) -> list[str]:
-        return [name for name in self.leaves if pad_of(name) == pad]
+    def tidy(self) -> None:
+        for pad, pool in self.pools.items():
+            if pool.short():
+                every = np.arange(len(self.used[pad]))
+                pool.sweep(self.lists[pad].read(every, self.used[pad]))
 
-    def _hold(self, pad: str, rows: np.ndarray, wanted: np.ndarray) -> None:
-        """Give each item the number of pages it needs, [B]."""
-        table, free = self.pages[pad], self.free[pad]
-        if wanted.max(initial=0) > table.shape[1]:
-            wide = max(int(wanted.max()), 2 * table.shape[1])
-            table = self.pages[pad] = np.pad(table, ((0, 0), (0, wide - table.shape[1])))
-        held = (table[rows] > 0).sum(1)  # [B]
-        for row, have, need in zip(rows, held, wanted, strict=True):
-            free.extend(table[row, need:have][::-1].tolist())
-            table[row, need:have] = 0
-        short = int((wanted - held).clip(0).sum()) - len(free)
-        if short > 0:
-            self._add_pages(pad, short)
-        for row, have, need in zip(rows, held, wanted, strict=True):
-            for number in range(have, need):
-                table[row, number] = free.pop()
-
-    def _add_pages(self, pad: str, fewest: int) -> None:
-        """More pages, a quarter as many again as there are, so that what is copied is shared by what comes."""
-        names = self._of(pad)
-        have = len(self.leaves[names[0]]) // PAGE
-        more = max(fewest, have // 4)
-        for name in names:
-            leaf = self.leaves[name]
-            self.leaves[name] = torch.cat([leaf, leaf.new_zeros((more * PAGE, *leaf.shape[1:]))])
-        self.free[pad][:0] = range(have + more - 1, have - 1, -1)
+    def nbytes(self) -> int:
+        return sum(pool.nbytes() for pool in self.pools.values()) + sum(x.numbers.nbytes for x in self.lists.values())
 
 
-STORES: dict[str, Any] = {"padded": PaddedEntries, "paged": PagedEntries}
+class RowLists:
+    """Numbers of each item's rows, one list behind the other, each with some room to grow."""
+
+    def __init__(self, device: torch.device, most: int | None) -> None:
+        self.most = most
+        # the last takes what has no place
+        self.numbers = torch.zeros(1, dtype=torch.int32, device=device)
+        self.begin, self.room = np.zeros((2, 0), dtype=np.int64)  # 2 x [R]
+
+    def reserve(self, items: int) -> None:
+        missing = max(0, items - len(self.room))
+        self.begin, self.room = (np.concatenate([x, np.zeros(missing, np.int64)]) for x in (self.begin, self.room))
+
+    def read(self, rows: np.ndarray, used: np.ndarray) -> torch.Tensor:
+        """Numbers of some items' rows, [B, M] int64, 0 beyond the ``used`` [B] of each."""
+        place, there = self._places(rows, used, int(used.max(initial=0)))
+        return torch.where(there, self.numbers[place], 0).long()
+
+    def write(self, rows: np.ndarray, number: torch.Tensor, before: np.ndarray, used: np.ndarray) -> None:
+        """Numbers [B, M] in place of some items' lists; ``before``: length of every list [R], ``used`` [B] of these."""
+        if (used > self.room[rows]).any():
+            self._lay_out(rows, before, used)
+        place, there = self._places(rows, used, number.shape[1])
+        self.numbers[torch.where(there, place, len(self.numbers) - 1)] = number.int()
+
+    def _places(self, rows: np.ndarray, used: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the first ``width`` numbers of some items lie, and which of them are theirs: 2 x [B, width]."""
+        device = self.numbers.device
+        begin, end = torch.from_numpy(np.stack([self.begin[rows], used])).to(device)[..., None]  # 2 x [B, 1]
+        entry = torch.arange(width, device=device)  # [width]
+        return (begin + entry).clamp_max(len(self.numbers) - 1), entry < end
+
+    def _lay_out(self, rows: np.ndarray, before: np.ndarray, used: np.ndarray) -> None:
+        """More room for all: an eighth as much again as each has used, so that lists move seldom."""
+        wanted = before.copy()  # [R]
+        wanted[rows] = np.maximum(wanted[rows], used)
+        spare = np.maximum(LEAST_ENTRIES, wanted // SPARE) * (wanted > 0)
+        capped = wanted + spare if self.most is None else np.maximum(wanted, np.minimum(wanted + spare, self.most))
+        room = np.maximum(self.room, capped)  # [R]
+        begin = np.cumsum(room) - room  # [R]
+        item = np.repeat(np.arange(len(before)), before)  # [n] whose each number is
+        entry = np.arange(len(item)) - np.repeat(np.cumsum(before) - before, before)  # [n]
+        larger = self.numbers.new_zeros(int(room.sum()) + 1)
+        device = larger.device
+        old = torch.from_numpy(self.begin[item] + entry).to(device)
+        larger[torch.from_numpy(begin[item] + entry).to(device)] = self.numbers[old]
+        self.numbers, self.begin, self.room = larger, begin, room
+
+
+STORES: dict[str, Any] = {"padded": PaddedEntries, "paged": PooledEntries}
 
 
 def pad_of(name: str) -> str:
@@ -191,12 +236,17 @@ def pad_of(name: str) -> str:
     return name.rsplit(".", 1)[0]
 
 
+def _inside(leaves: Leaves, pad: str) -> Leaves:
+    """Leaves of one scratchpad under the names that they have there."""
+    return {name.removeprefix(f"{pad}."): leaf for name, leaf in leaves.items() if pad_of(name) == pad}
+
+
 def in_use(alive: torch.Tensor) -> np.ndarray:
     """Rows up to the last living entry, [B, M] -> [B]."""
     if not alive.shape[1]:
         return np.zeros(len(alive), dtype=np.int64)
-    last = torch.arange(1, alive.shape[1] + 1)
-    return (alive.cpu() * last).amax(1).numpy()
+    last = torch.arange(1, alive.shape[1] + 1, device=alive.device)
+    return (alive * last).amax(1).cpu().numpy()
 
 
 def place_of(rows: np.ndarray) -> Any:

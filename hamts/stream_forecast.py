@@ -30,6 +30,7 @@ from hamts.stream_update import last_actions_of, open_tail
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
+    from hamts.reader import HAMNetwork
 
 __all__ = ["Scenario", "forecast_stream", "remembered_items", "run_scenario"]
 
@@ -90,6 +91,7 @@ def remembered_items(model: HAMForecaster, items: StreamItems, slots: np.ndarray
 
 def forecast_stream(
     model: HAMForecaster,
+    network: HAMNetwork,
     items: StreamItems,
     slots: np.ndarray,
     *,
@@ -106,7 +108,7 @@ def forecast_stream(
     remembered = remembered_items(model, items, slots, share)
     clock = remembered.clock(model.schema)
     future = encode_future(clock, futr_df, h=steps)
-    answer = _quantiles(model, remembered, future, share)
+    answer = _quantiles(model, network, remembered, future, share)
     notes = model._note_horizon(steps)
     if calibrated:
         table, scale = items.table, remembered.memory.scale
@@ -125,17 +127,18 @@ def forecast_stream(
     )
 
 
-def _quantiles(model: HAMForecaster, remembered: Remembered, future: np.ndarray, share: float) -> np.ndarray:
+def _quantiles(
+    model: HAMForecaster, network: HAMNetwork, remembered: Remembered, future: np.ndarray, share: float
+) -> np.ndarray:
     refuse_extremes(future, model.schema)
-    answer = forecast_remembered(
-        model._fitted.network, remembered, model.schema, future=future, share=share, time_unit=1.0
-    )
+    answer = forecast_remembered(network, remembered, model.schema, future=future, share=share, time_unit=1.0)
     refuse_non_finite(answer, remembered, model.schema)
     return answer
 
 
 def run_scenario(
     model: HAMForecaster,
+    network: HAMNetwork,
     items: StreamItems,
     slots: np.ndarray,
     actions: Mapping[str, Any],
@@ -156,7 +159,7 @@ def run_scenario(
     else:
         planned = encode_future(clock, futr_df, h=steps)
     changed = _with_actions(planned, actions, schema, steps)
-    both = [_quantiles(model, remembered, future, share) for future in (planned, changed)]
+    both = [_quantiles(model, network, remembered, future, share) for future in (planned, changed)]
     asked = resolve_levels(None, None, default=model.quantiles, trained=model.config.quantiles)
     first = Forecast(
         quantiles=both[0],

@@ -21,6 +21,7 @@ from hamts.stream_state import Column
 
 if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
+    from hamts.reader import HAMNetwork
 
 __all__ = ["check_streamable", "history_rows", "saved_rows"]
 
@@ -46,12 +47,17 @@ def saved_rows(model: HAMForecaster) -> Begun:
 
 
 def history_rows(
-    model: HAMForecaster, df: Any, share: float, static_df: Any, events: Any, columns: dict[str, Column]
+    model: HAMForecaster,
+    network: HAMNetwork,
+    df: Any,
+    share: float,
+    static_df: Any,
+    events: Any,
+    columns: dict[str, Column],
 ) -> Begun:
     """Items of a frame, read to their ends. Raises what reading a frame raises."""
     panel = model._panel_of(df, static_df, events)
     refuse_unseen(panel)
-    network = model._fitted.network
     policy = network.policy(torch.tensor([share]))
     remembered, _ = read_panel(network, panel, policy, share=share, time_unit=model._fitted.plan.time_unit)
     rows = _rows(remembered, panel.schema)

@@ -80,7 +80,7 @@ def open_stream(
             commit writes the whole state and waits for the disk: choose it by the state's size.
         sink: where forecasts and alerts come out with each commit.
         read_only: look at the last commit, even while another process writes; nothing can be committed.
-        options: of ``HAMForecaster.stream`` for a new stream.
+        options: of ``HAMForecaster.stream`` for a new stream; ``device`` also for one that goes on.
 
     Raises StateFolderError: E-STATE-LOCKED, E-STATE-READONLY, E-STATE-FOREIGN, E-STATE-MODEL, E-STATE-VERSION,
         E-STATE-DAMAGED, E-STATE-EMPTY (read_only, or no model, and nothing was ever committed).
@@ -94,7 +94,7 @@ def open_stream(
         fitted = _fitted(store, model)
         loaded = store.load(Stream(fitted, StreamConfig(), fitted.plan.memory.budget_share).model_hash)
         if loaded is not None:
-            stream = Stream.from_state(fitted, loaded.arrays, loaded.meta)
+            stream = Stream.from_state(fitted, loaded.arrays, loaded.meta, device=options.get("device", "cpu"))
             return DurableStream(stream, store, commit_every=commit_every, sink=sink)
         if read_only:
             raise _empty(store.folder)

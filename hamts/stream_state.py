@@ -9,6 +9,7 @@ I items · R rows of room · C channels · G targets · P steps in a patch · Q 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors, unflatten_tensors
-from hamts.stream_entries import STORES, PaddedEntries, pad_of, place_of
+from hamts.stream_entries import STORES, PaddedEntries, PooledEntries, pad_of, place_of
 
 __all__ = ["COUNTERS", "ItemTable", "MemoryStore", "StreamItems", "item_columns"]
 
@@ -162,9 +163,25 @@ class MemoryStore:
         found = {name: leaf[place] for name, leaf in self.leaves.items()}
         return unflatten_tensors(self.template, found | self.entries.read(rows))
 
+    def lend(self, rows: np.ndarray) -> StreamMemory:
+        """``select`` for a pass of one patch, which reads entries of a pool where they lie, and writes into it."""
+        entries = self.entries
+        if not isinstance(entries, PooledEntries):
+            return self.select(rows)
+        place, lent = place_of(rows), entries.lend(rows)
+        found = {name: leaf[place] for name, leaf in self.leaves.items()} | lent
+        memory = unflatten_tensors(self.template, found)
+        pads = [f"layers.{number}.scratchpad" for number in range(len(memory.layers))]
+        held = [
+            replace(layer, pool=entries.pools[pad], scratchpad=replace(layer.scratchpad, rows=lent[f"{pad}.rows"]))
+            for pad, layer in zip(pads, memory.layers, strict=True)
+        ]
+        return replace(memory, layers=held)
+
     def put(self, rows: np.ndarray, memory: StreamMemory) -> None:
         """Store the memories of some items; entries beyond theirs are no longer alive."""
-        found = flatten_tensors(memory)
+        device = memory_device(self.template)
+        found = {name: leaf.to(device) for name, leaf in flatten_tensors(memory).items()}
         place = place_of(rows)
         for name, leaf in self.leaves.items():
             leaf[place] = found[name]
@@ -189,7 +206,7 @@ class MemoryStore:
             alive = found[f"{pad_of(name)}.alive"]
             shown = alive.reshape(*alive.shape, *(1,) * (found[name].dim() - 2))
             found[name] = torch.where(shown, found[name], torch.zeros_like(found[name]))
-        return {name: leaf.clone() for name, leaf in found.items()}
+        return {name: leaf.cpu() if leaf.is_cuda else leaf.clone() for name, leaf in found.items()}
 
 
 class StreamItems:
@@ -244,6 +261,10 @@ class StreamItems:
                     f" Got {leaf.dtype} {tuple(leaf.shape)}."
                 )
         self.append(list(ids), rows, unflatten_tensors(self.memory.template, leaves))
+
+
+def memory_device(memory: StreamMemory) -> torch.device:
+    return memory.scale.sums.device
 
 
 def as_tensor(array: torch.Tensor | np.ndarray) -> torch.Tensor:

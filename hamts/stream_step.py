@@ -97,7 +97,7 @@ class Stepper:
     def policies(self, items: int) -> tuple[Policy, Policy]:
         """What scratchpads may do for so many items: in reading; in a forecast, whose tokens live outside the cap."""
         if items not in self._policies:
-            policy = self.network.policy(torch.full((items,), self.share))
+            policy = replace(self.network.policy(torch.full((items,), self.share)), masses=False)
             self._policies[items] = (policy, replace(policy, cap_kept=None, cap_must=None))
         return self._policies[items]
 
@@ -151,9 +151,12 @@ class Stepper:
         return np.stack([self._calendar[stamp] for stamp in stamps])
 
     def _refuse_non_finite(self, memory: StreamMemory, rows: PatchRows, ids: list[object]) -> None:
-        for name, leaf in flatten_tensors(memory.layers, "layers").items():
-            if not leaf.is_floating_point() or not leaf.numel() or torch.isfinite(leaf.sum()):
-                continue
+        found = flatten_tensors(memory.layers, "layers").items()
+        leaves = {name: leaf for name, leaf in found if leaf.is_floating_point() and leaf.numel()}
+        # one question for all: each would wait for the device
+        if bool(torch.stack([torch.isfinite(leaf.sum()) for leaf in leaves.values()]).all()):
+            return
+        for name, leaf in leaves.items():
             bad = ~torch.isfinite(leaf.flatten(1)).all(1)  # [B]
             if not bool(bad.any()):
                 continue

@@ -78,6 +78,7 @@ class Advance:
     def compute(self, arrived: Arrived) -> Scored:
         """Run all complete patches; nothing is stored. Raises DataError E-NUMERIC."""
         table, P = self.items.table, self.stepper.network.config.patch_steps
+        self.items.memory.entries.tidy()
         n = len(arrived.slots)
         scored = Scored(np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1), np.zeros(n, dtype=bool))
         touched = arrived.touched
@@ -194,7 +195,7 @@ class _Block:
         if "tail_offset" in table.columns and "tail_values" in names:
             self.columns["tail_offset"] = table["tail_offset"][slots]
         self.fixed = {name: table[name][slots] for name in ("starts", "lead", "static")}
-        self.memory = advance.items.memory.select(slots)
+        self.memory = advance.items.memory.lend(slots)
         self.ids = [advance.items.ids[slot] for slot in slots]
 
     def take(self, arrived: Arrived, scored: Scored, rows: np.ndarray, local: np.ndarray, place: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Scratchpads of a stream in shared pages are the padded ones, to the bit, and take less room where lengths differ."""
+"""Scratchpads of a stream in shared rows are the padded ones, to the bit, and take less room where lengths differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streams import assert_like, begin, by_item, events_of, feed, plain_model, r
 
 from hamts.errors import DataError
 from hamts.stream import Stream
-from hamts.stream_entries import PAGE, PaddedEntries, PagedEntries
+from hamts.stream_entries import PaddedEntries, PooledEntries
 
 NAMES = ("a.alive", "a.keys", "b.alive", "b.keys")
 
@@ -38,18 +38,22 @@ def living(store: PaddedEntries, rows: np.ndarray) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_alike(padded: PaddedEntries, paged: PagedEntries, items: int) -> None:
+def assert_alike(padded: PaddedEntries, paged: PooledEntries, items: int) -> None:
     for rows in (np.arange(items), np.arange(items)[::-2], np.arange(items)[:0]):
         one, two = living(padded, rows.copy()), living(paged, rows.copy())
         assert set(one) == set(two) == set(NAMES)
         for name, leaf in one.items():
             assert torch.equal(leaf, two[name]), name
     for pad in ("a", "b"):
-        held = paged.pages[pad][paged.pages[pad] > 0]
-        pages = sorted([*held.tolist(), *paged.free[pad]])
-        # every page is somebody's or free, once; page 0 is nobody's and blank
-        assert pages == list(range(1, len(paged.leaves[f"{pad}.keys"]) // PAGE))
-        assert not paged.leaves[f"{pad}.alive"][:PAGE].any()
+        pool, every = paged.pools[pad], np.arange(items)
+        number = paged.lists[pad].read(every, paged.used[pad][every])
+        named, free = number[number > 0].tolist(), pool.free[pool.taken :].tolist()
+        # no row is two entries', or an entry's and free; row 0 is nobody's and blank
+        assert len({*named, *free, 0}) == len(named) + len(free) + 1
+        assert not pool.parts["alive"][0] and not pool.parts["keys"][0].any()
+        lent = paged.lend(every)
+        assert lent[f"{pad}.keys"].shape == (*number.shape, 0) and torch.equal(lent[f"{pad}.rows"], number)
+        assert torch.equal(lent[f"{pad}.alive"], paged.read(every)[f"{pad}.alive"])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -57,7 +61,7 @@ def assert_alike(padded: PaddedEntries, paged: PagedEntries, items: int) -> None
 def test_pages_give_back_what_was_stored(most: int | None, device: str, generator: torch.Generator) -> None:
     empty = {name: torch.zeros(1, 0, *((2,) if "keys" in name else ()), device=device) for name in NAMES}
     empty |= {name: leaf.bool() for name, leaf in empty.items() if "alive" in name}
-    padded, paged = PaddedEntries(empty, most), PagedEntries(empty, most)
+    padded, paged = PaddedEntries(empty, most), PooledEntries(empty, most)
     items = 7
     for turn in range(12):
         for store in (padded, paged):
@@ -67,6 +71,7 @@ def test_pages_give_back_what_was_stored(most: int | None, device: str, generato
         found = {name: leaf.to(device) for name, leaf in drawn_leaves(lengths, generator).items()}
         for store in (padded, paged):
             store.write(rows, found)
+            store.tidy()
         assert_alike(padded, paged, items)
         if turn % 4 == 3:
             left = torch.randperm(items, generator=generator)[: items - 2].numpy()
@@ -74,7 +79,9 @@ def test_pages_give_back_what_was_stored(most: int | None, device: str, generato
                 store.keep(left)
             items -= 2
             assert_alike(padded, paged, items)
-            assert not paged.free["a"]
+            assert not paged.pools["a"].left and paged.pools["a"].rows == 1 + int(
+                (paged.read(np.arange(items))["a.alive"]).sum()
+            )
             items += 3
     alone = paged.like()
     alone.reserve(1)
@@ -86,21 +93,21 @@ def test_a_long_list_takes_no_room_of_short_ones(generator: torch.Generator) -> 
     empty = {"a.alive": torch.zeros(1, 0, dtype=torch.bool), "a.keys": torch.zeros(1, 0, 64)}
     counts = [1, 3, 10, 0, 5, 2000]
     found = {"a.alive": torch.arange(2000) < torch.tensor(counts)[:, None], "a.keys": torch.zeros(6, 2000, 64)}
-    padded, paged = PaddedEntries(empty, None), PagedEntries(empty, None)
+    padded, paged = PaddedEntries(empty, None), PooledEntries(empty, None)
     for store in (padded, paged):
         store.reserve(6)
         store.write(np.arange(6), found)
     row = 64 * 4 + 1
     assert padded.nbytes() == 6 * 2000 * row
-    # a page begun for each of the others, and the blank one
-    assert paged.nbytes() <= (2000 + 6 * PAGE) * row
+    # what was here before, pages of 16 rows, took one begun for each of the others, and a blank one
+    assert paged.nbytes() <= (2000 + 6 * 16) * row
 
 
 def test_a_stream_in_pages_is_the_stream(tmp_path: Path) -> None:
     model, frames = rich_model(), rich_frames()
     padded, rest = begin(model, frames["df"], 150)
     paged, _ = begin(model, frames["df"], 150, store="paged")
-    assert isinstance(paged._items.memory.entries, PagedEntries)
+    assert isinstance(paged._items.memory.entries, PooledEntries)
     for at in range(0, len(rest), 53):
         part = rest.iloc[at : at + 53]
         for stream in (padded, paged):
@@ -108,7 +115,7 @@ def test_a_stream_in_pages_is_the_stream(tmp_path: Path) -> None:
         assert padded.state_hash() == paged.state_hash()
     arrays, meta = paged.state()
     again = Stream.from_state(model, arrays, json.loads(json.dumps(meta)))
-    assert isinstance(again._items.memory.entries, PagedEntries) and again.state_hash() == padded.state_hash()
+    assert isinstance(again._items.memory.entries, PooledEntries) and again.state_hash() == padded.state_hash()
     one, two = (by_item(stream.forecast(24, frames["futr_df"])) for stream in (padded, paged))
     assert_like(one, two, tolerance=0.0)
     assert padded.routes().equals(paged.routes()) and padded.memory_bytes().equals(paged.memory_bytes())
@@ -119,7 +126,48 @@ def test_a_stream_in_pages_is_the_stream(tmp_path: Path) -> None:
     assert_like(one, two, tolerance=0.0)
 
 
-def test_items_that_are_dropped_leave_their_pages() -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_a_stream_on_a_gpu_is_the_stream_on_a_cpu(kind: str, tmp_path: Path) -> None:
+    model, df = (
+        (plain_model(), sine_frame(items=2, steps=240)) if kind == "plain" else (rich_model(), rich_frames()["df"])
+    )
+    futr = None if kind == "plain" else rich_frames()["futr_df"]
+    options = [{}, {"device": "cuda"}, {"device": "cuda", "store": "paged"}]
+    (cpu, rest), (padded, _), (paged, _) = (begin(model, df, 150, **each) for each in options)
+    assert cpu.kernel == "torch" and padded.kernel == paged.kernel == "fla+triton"
+    for at in range(0, len(rest), 53):
+        part = rest.iloc[at : at + 53]
+        for stream in (cpu, padded, paged):
+            stream.update(part, events=events_of(part) if kind == "rich" else None)
+        # one kernel reads both, in the same order
+        assert padded.state_hash() == paged.state_hash()
+    one, two, three = (
+        by_item(stream.forecast(24 if futr is not None else 12, futr)) for stream in (cpu, padded, paged)
+    )
+    assert_like(two, three, tolerance=0.0)
+    # products of float32 in three parts, through some thirty patches
+    assert_like(one, three, tolerance=1e-3)
+    assert cpu.usage()["entries"].tolist() == paged.usage()["entries"].tolist()
+    arrays, meta = paged.state()
+    assert "device" not in meta["config"] and all(not leaf.is_cuda for leaf in arrays.values() if torch.is_tensor(leaf))
+    again = Stream.from_state(model, arrays, json.loads(json.dumps(meta)), device="cuda")
+    assert again.state_hash() == paged.state_hash()
+    paged.spill(tmp_path / "idle", items=paged.item_ids[:1])
+    paged.drop(paged.item_ids[:1])
+    assert len(paged) == len(cpu) - 1
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(DataError, match=r"device must be 'cpu', 'cuda' or 'cuda:' and a number. Got 'tpu'."):
+        plain_model().stream(device="tpu")
+    with pytest.raises(DataError, match=r"E-OPTION.*Got device='cuda:99'; there are \['cpu'"):
+        plain_model().stream(device="cuda:99")
+    stream = plain_model().stream()
+    assert stream.kernel == "torch" and "device" not in stream.state()[1]["config"]
+
+
+def test_items_that_are_dropped_leave_their_rows() -> None:
     model, df = plain_model(), sine_frame(items=4, steps=160)
     streams = [begin(model, df, 120, store=store)[0] for store in ("padded", "paged")]
     for stream in streams:

@@ -41,7 +41,7 @@ from hamts.nn.steps import StepEntries, step_features
 from hamts.nn.tokens import Policy, Tokens, map_tensors
 from hamts.nn.trace import LayerOutput, LayerTrace, layer_trace
 from hamts.ops.kernels import TORCH, Kernels
-from hamts.ops.types import Attended, GatedDelta, ScratchKeys
+from hamts.ops.types import Attended, GatedDelta
 
 __all__ = ["HAMLayer", "HeadNorm", "LayerOutput", "LayerTrace", "rotate"]
 
@@ -158,13 +158,14 @@ class HAMLayer(nn.Module):
             thresholds=self.thresholds, frozen=not advance,
         )  # fmt: skip
         queries = self._queries(of.queries, turn)  # [B, N, C, H, K]
-        read, entries, until, origin = self._read(queries, decision, memory.scratchpad, policy)
+        read, entries, until, origin = self._read(queries, decision, memory, policy)
         both = self._both(recurrent.output, read, tokens.marks, gates, of.opened)  # [B, C, N, D]
         output = self.to_output(both)  # [B, C, N, D]
         if advance:
             after = self._after(
                 recurrent.state, inputs.tail, scores.error_mean, decision, entries, until, origin, N, policy
             )
+            after = after if memory.pool is None else replace(after, pool=memory.pool)
         trace = layer_trace(scores, decision, read, entries, until, origin, policy)
         return LayerOutput(output, after, trace)
 
@@ -273,10 +274,10 @@ class HAMLayer(nn.Module):
         return chunk.after(pending, tokens.markable)
 
     def _read(
-        self, queries: torch.Tensor, decision: Decision, kept: Entries, policy: Policy
+        self, queries: torch.Tensor, decision: Decision, memory: LayerMemory, policy: Policy
     ) -> tuple[Attended, Entries, torch.Tensor, torch.Tensor]:
         """One softmax over window, other channels and scratchpad; also the merged entries, their end and origin."""
-        (N, C), local = queries.shape[1:3], decision.local
+        (N, C), local, kept, pool = queries.shape[1:3], decision.local, memory.scratchpad, memory.pool
         # what the chunk leaves in the window no query of the chunk finds in the scratchpad; for a gradient it is only
         # left out, as one of a slice would fill and add the whole once more
         L = local.position.shape[1] if local.keys.requires_grad else N
@@ -286,6 +287,7 @@ class HAMLayer(nn.Module):
         each = 1
         if self.steps is not None and gone.steps is not None:
             fresh, each = self.steps(fresh, gone.steps), self.steps.steps  # [B, L C P]
+        fresh = fresh.held(pool)
         kept = replace(kept, keys=kept.keys.to(fresh.keys.dtype), values=kept.values.to(fresh.values.dtype))
         if self.kernels.fused and fresh.keys.requires_grad and self.steps is None:
             entries, origin, keys, values = append_shared(kept, fresh)  # [B, M'], [B, M'], 2 x [B, L C, H, K]
@@ -295,15 +297,7 @@ class HAMLayer(nn.Module):
         # the token at local index l leaves the window when query l is asked
         visible_from = torch.where(origin >= 0, origin // (C * each), 0)  # [B, M']
         until = end_times(entries, visible_from, policy, fused=self.kernels.fused)  # [B, M']
-        scratch = ScratchKeys(
-            keys=entries.keys,
-            values=entries.values,
-            channel=entries.channel,
-            bias=entries.bias[..., None] + self.scratch_bias,
-            visible_from=torch.where(entries.alive, visible_from, 2**40),
-            visible_until=until,
-            marks=entries.marks,
-        )
+        scratch = entries.as_keys(pool, head_bias=self.scratch_bias, since=visible_from, until=until)
         spans = {"window": self.window, "cross_span": self.cross_span}
         read = self.kernels.attend(
             sharpened(queries, scratch, policy.readable, **spans, reference=self.config.read_reference),

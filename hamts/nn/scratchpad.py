@@ -6,13 +6,15 @@ J candidates = M + (W + N) C
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from hamts.nn.rows import RowMove, rows_for
 from hamts.nn.tokens import map_tensors
+from hamts.ops.pool import RowPool
+from hamts.ops.types import ScratchKeys
 
 __all__ = [
     "Carried",
@@ -48,6 +50,33 @@ class Entries:
     # of typed tags, where there are any: which type (-1: none), and the logarithm of its priority as it never fades
     tag_type: torch.Tensor | None = None  # [B, M] int64
     tag_level: torch.Tensor | None = None  # [B, M]
+    # where the entries lie in a pool that all items share; keys, values and marks are then of no width
+    rows: torch.Tensor | None = None  # [B, M] int64
+
+    def held(self, pool: RowPool | None) -> Entries:
+        """These candidates, those that are alive written into a pool; as they are where there is none."""
+        if pool is None:
+            return self
+        rows = pool.hold({name: getattr(self, name) for name in pool.parts}, self.alive)  # [B, M]
+        return replace(self, keys=self.keys[..., :0], values=self.values[..., :0], marks=self.marks[..., :0], rows=rows)
+
+    def as_keys(
+        self, pool: RowPool | None, *, head_bias: torch.Tensor, since: torch.Tensor, until: torch.Tensor
+    ) -> ScratchKeys:
+        """As the read takes them: seen from query ``since`` to before ``until``, [B, M] each; head_bias [H]."""
+        wide = (self.keys, self.values, self.marks)
+        if pool is not None:
+            wide = (pool.parts["keys"], pool.parts["values"], pool.parts["marks"])
+        return ScratchKeys(
+            keys=wide[0],
+            values=wide[1],
+            channel=self.channel,
+            bias=self.bias[..., None] + head_bias,
+            visible_from=torch.where(self.alive, since, NEVER),
+            visible_until=until,
+            marks=wide[2],
+            rows=self.rows,
+        )
 
     def bytes_per_entry(self) -> int:
         """Bytes of one entry, summed over its tensors."""
@@ -131,6 +160,8 @@ class LayerMemory:
     pending: Pending
     scratchpad: Entries
     carried: Carried = Carried()
+    # where the scratchpad's entries lie, for items that share a pool
+    pool: RowPool | None = None
 
 
 def empty_memory(

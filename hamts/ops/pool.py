@@ -69,6 +69,9 @@ class RowPool:
             self.free, self.taken = self.free.new_zeros(0), 0
         return number
 
+    # a step may ask for more in inference mode, whose tensors nobody could write into later
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def grow(self, fewest: int) -> None:
         """More rows, a quarter as many again as there are, so that what is copied is shared by what comes."""
         have = self.rows
