@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 import hamts
 
@@ -73,8 +74,9 @@ ROLES: dict[str, Any] = {
 
 
 def quick(df: Any, h: int | None = None, **options: Any) -> hamts.HAMForecaster:
-    """A model that has hardly learned, for what must hold of any model."""
-    return hamts.fit(df, h, **{"preset": "tiny", "max_steps": 2, "val_size": 0, "verbose": False, **options})
+    """A model that has hardly learned, for what must hold of any model; fitted on the processor, wherever it is."""
+    where = {"accelerator": "cpu"} if torch.cuda.is_available() else {}
+    return hamts.fit(df, h, **{"preset": "tiny", "max_steps": 2, "val_size": 0, "verbose": False, **where, **options})
 
 
 def irregular_frame() -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,20 @@ def test_a_stream_in_pages_is_the_stream(tmp_path: Path) -> None:
     assert_like(one, two, tolerance=0.0)
 
 
+@pytest.fixture
+def first_choices() -> Iterator[None]:
+    """One configuration of every kernel: to try them all takes minutes."""
+    from hamts.ops import attend_triton_tiles as tiles
+    from hamts.ops.gated_delta_trial import untuned
+
+    tiles.use({kernel: candidates[-1] for kernel, candidates in tiles.CANDIDATES.items()})
+    with untuned():
+        yield
+    tiles.use({})
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("first_choices")
 @pytest.mark.parametrize("kind", ["plain", "rich"])
 def test_a_stream_on_a_gpu_is_the_stream_on_a_cpu(kind: str, tmp_path: Path) -> None:
     model, df = (
