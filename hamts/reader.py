@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hamts.config import MemoryConfig, ModelConfig
-from hamts.data.constants import chosen, constant
+from hamts.data.constants import chosen, constant, sent
 from hamts.data.panel import KNOWN_AHEAD
 from hamts.data.patches import Chunk
 from hamts.data.scale import CausalScale, ScaleState, ScaleStats
@@ -44,7 +44,7 @@ class StreamMemory:
 
     def select(self, rows: torch.Tensor) -> StreamMemory:
         """Memories of some items, copied; rows may repeat."""
-        there = rows.to(self.scale.sums.device)  # [B]
+        there = sent(rows, self.scale.sums.device)  # [B]
         return map_tensors(self, lambda tensor: tensor.index_select(0, there))
 
     def detach(self) -> StreamMemory:
@@ -183,7 +183,7 @@ class HAMNetwork(nn.Module):
             advance: whether the memory after the chunk is wanted; a forecast leaves it as it was.
         """
         device = self.head.project.weight.device
-        chunk = map_tensors(chunk, lambda tensor: tensor.to(device))
+        chunk = map_tensors(chunk, lambda tensor: sent(tensor, device))
         stats, scale_after = self.scaler.advance(chunk.values, chunk.observed, memory.scale)
         tokens = self.tokens(chunk, stats)
         policies = [policy] * self.config.layers if isinstance(policy, Policy) else list(policy)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hamts.data.patches import Chunk, PatchStore
+from hamts.late_room import LateRoom
 from hamts.nn.ham import LayerTrace
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
@@ -213,12 +214,13 @@ class _Reader:
         shift = ends - longest  # [B] patch of each item's grid at aligned index 0
         stops = self._stops(group, shift)
         policies = [_policy_rows(p, group) for p in self.policies]
-        held = _Held()
+        held, room = _Held(), LateRoom()
+        tokens = len(self.network.spec.roles) * self.network.config.entries_per_token
         at = 0
         for boundary in sorted({*stops, longest}):
             while at < boundary:
                 size = min(self.chunk_patches, boundary - at)
-                memory = self._advance(group, shift + at, begin, size, memory, policies)
+                memory = room(self._advance(group, shift + at, begin, size, memory, policies), size * tokens)
                 at += size
             waiting = stops.get(boundary, [])
             for low in range(0, len(waiting), HORIZONS_SIDE_BY_SIDE):

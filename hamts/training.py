@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from hamts.checks import FitReport, FitState, FitTask, Run, calibrate_thresholds, resume_fit, save_fit
 from hamts.config import MachineConfig, ModelConfig, TrainConfig
-from hamts.data.constants import chosen, constant
+from hamts.data.constants import chosen, constant, sent
 from hamts.data.patches import Chunk, PatchStore
 from hamts.nn.compiled import compile_parts
 from hamts.nn.head import pinball
@@ -56,7 +56,7 @@ from hamts.training_parallel import (
     touch_all,
 )
 from hamts.training_process import keep_freed_memory, quiet_lightning
-from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, on_device, scale_history, sent
+from hamts.windows import CROSS_CHANCE, StreamWindows, Windows, on_device, scale_history
 
 __all__ = ["FitReport", "fit_device", "fit_network", "planned_kernels"]
 

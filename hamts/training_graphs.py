@@ -21,13 +21,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hamts.config import MachineConfig
+from hamts.data.constants import sent
 from hamts.data.patches import Chunk
 from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.ops.kernels import KernelError, Kernels
 from hamts.reader import StreamMemory
 from hamts.rollout import stack_memories, stack_trees
-from hamts.windows import Windows, sent
+from hamts.windows import Windows
 
 __all__ = [
     "Passes",

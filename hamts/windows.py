@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hamts.config import TrainConfig
-from hamts.data.constants import constant
+from hamts.data.constants import constant, sent
 from hamts.data.patches import Chunk, PatchStore, horizon_patches
 from hamts.data.scale import ScaleState
 from hamts.nn.tokens import map_tensors
 from hamts.reader import HAMNetwork
 
-__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "patches_since", "scale_history", "sent"]
+__all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "patches_since", "scale_history"]
 
 # budget shares of training streams; 0 and 1 are drawn on purpose, they are the ends of the frontier
 EMPTY_CHANCE, FULL_CHANCE, SMALLEST_SHARE, LARGEST_SHARE = 0.15, 0.10, 0.02, 0.75
@@ -43,13 +43,6 @@ class Windows:
     scale: ScaleState  # warm statistics of each stream, as of ``prefix`` patches before the context
     share: torch.Tensor  # [B] budget share asked of each stream
     cross: torch.Tensor  # [B] bool: targets may read one another
-
-
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor on a device, without a wait: a GPU copies from pinned memory while the host goes on."""
-    if device.type != "cuda" or tensor.device.type == "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def on_device(batch: Windows, device: torch.device) -> Windows:

@@ -1,6 +1,7 @@
-"""Numbers that a network knows from the start, on the device that asks for them.
+"""Numbers that a network knows from the start, on the device that asks for them, and what is sent there.
 
-Copying even one number to a GPU waits until the GPU has done all it was given, so there each is copied once.
+Copying even one number to a GPU waits until the GPU has done all it was given, unless it comes from pinned memory. So
+what is known from the start is copied once, and the rest is sent from there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["chosen", "constant"]
+__all__ = ["chosen", "constant", "sent"]
 
 Number = bool | int | float
 
@@ -32,6 +33,13 @@ def constant(
 def chosen(x: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
     """Some channels of a tensor, [B, C, ...] -> [B, G, ...]; a list between brackets would be copied to the device."""
     return x.index_select(1, constant(places, torch.int64, x.device))
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on a device, without a wait: a GPU copies from pinned memory while the host goes on."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=512)

@@ -13,21 +13,20 @@ from torch.autograd.function import once_differentiable
 
 from hamts.ops.compact import bucket, compact
 
-__all__ = ["RowMove", "pays_to_ask", "rows_for"]
+__all__ = ["ROOM_WITHOUT_ASKING", "RowMove", "pays_to_ask", "rows_for"]
 
 WORD = 8
-# so many rows are given room at once, whoever reads them
+# lists of so many rows are given all their room, whoever reads them
 ROOM_WITHOUT_ASKING = 8192
 
 
 def rows_for(alive: torch.Tensor, most: int | None = None, *, skips_padding: bool = False) -> int:
     """Rows that hold all that are alive in any item: their largest number, or a bound where that must be waited for.
 
-    On a GPU asking stops it for as long as the host takes to go on. In a training pass whose read skips padding every
-    list gets the room that it may ever need instead: one row for each candidate, or the budget's cap where that is
-    less. The keys and values of all tokens are a small part of what such a pass holds of them anyway. A pass without
-    gradients holds little else, chunk after chunk, so it asks once for a list of more than 8,192 rows, and gives it
-    one of few sizes: what is carried costs what is kept, not all that was read.
+    On a GPU asking stops it for as long as the host takes to go on. Where the read skips padding every list gets the
+    room that it may ever need instead: one row for each candidate, or the budget's cap where that is less. What chunks
+    carry from one to the next is cut later, see ``hamts.late_room``. A read that computes with padding asks once for a
+    list of more than 8,192 rows, and gives it one of few sizes.
 
     Args:
         alive: bool [B, J].
@@ -40,20 +39,15 @@ def rows_for(alive: torch.Tensor, most: int | None = None, *, skips_padding: boo
         return 0
     if not alive.is_cuda:
         return min(int(alive.sum(dim=1).max()), most)
-    if not pays_to_ask(
-        most, recorded=torch.cuda.is_current_stream_capturing(), gradients=torch.is_grad_enabled(),
-        skips_padding=skips_padding,
-    ):  # fmt: skip
+    if not pays_to_ask(most, recorded=torch.cuda.is_current_stream_capturing(), skips_padding=skips_padding):
         return most
     return min(bucket(int(alive.sum(dim=1).max())), most)
 
 
-def pays_to_ask(most: int, *, recorded: bool, gradients: bool, skips_padding: bool) -> bool:
+def pays_to_ask(most: int, *, recorded: bool, skips_padding: bool) -> bool:
     """Whether a GPU is asked how many of at most ``most`` rows are alive, instead of giving room for all of them."""
     # a graph cannot wait
-    if recorded or most <= ROOM_WITHOUT_ASKING:
-        return False
-    return not (gradients and skips_padding)
+    return not recorded and not skips_padding and most > ROOM_WITHOUT_ASKING
 
 
 @dataclass(frozen=True)
