@@ -87,7 +87,9 @@ class Stepper:
         """Forecast the patch that begins now from what came before it, nothing of it known."""
         chunk = self.chunk(rows, complete=False)
         _, policy = self.policies(len(rows.patch))
-        reading = self.network(chunk, memory, policy, advance=False)
+        # the library's op for chunks would be compiled, and tuned, for the one patch
+        stepwise = self.network.kernels.recurrence != "torch"
+        reading = self.network(chunk, memory, policy, stepwise=stepwise, advance=False)
         return Ahead(
             quantiles=reading.unscaled()[:, :, 0].cpu().numpy(),
             mean=reading.mean[:, :, 0].cpu().numpy(),

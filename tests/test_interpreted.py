@@ -23,6 +23,7 @@ TESTS = Path(__file__).parent
         ("test_gated_delta_fla.py", 20),
         ("test_layer_triton.py", 28),
         ("test_stores.py", 60),
+        ("test_pool.py", 5),
     ],
 )
 def test_kernels_equal_their_twins_in_the_interpreter(name: str, fewest: int) -> None:

@@ -92,6 +92,17 @@ def test_rows_that_came_in_a_step_are_written_into_later() -> None:
     assert rows.tolist() == [[4, 5, 6, 7, 8]] and pool.parts["keys"].sum() == 5
 
 
+def test_where_nothing_is_asked_every_row_is_taken_and_the_living_are_named() -> None:
+    alive = torch.tensor([[True, False], [True, True]])
+    given = {"keys": torch.arange(12.0).view(2, 2, 3), "alive": alive}
+    pool = RowPool({"keys": torch.zeros(1, 3), "alive": torch.zeros(1, dtype=torch.bool)})
+    rows = pool.hold(given, alive, asks=False)
+    assert rows.tolist() == [[1, 0], [3, 4]] and pool.rows == 5
+    assert torch.equal(pool.parts["keys"][rows][alive], given["keys"][alive]) and not pool.parts["keys"][0].any()
+    pool.sweep(rows)
+    assert pool.free.tolist() == [2]
+
+
 def test_rows_that_no_list_names_are_found_again() -> None:
     pool = RowPool({"keys": torch.zeros(1, 3), "alive": torch.zeros(1, dtype=torch.bool)})
     alive = torch.tensor([[True, False], [True, True]])

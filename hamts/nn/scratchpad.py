@@ -57,7 +57,8 @@ class Entries:
         """These candidates, those that are alive written into a pool; as they are where there is none."""
         if pool is None:
             return self
-        rows = pool.hold({name: getattr(self, name) for name in pool.parts}, self.alive)  # [B, M]
+        parts = {name: getattr(self, name) for name in pool.parts}
+        rows = pool.hold(parts, self.alive, asks=not self.alive.is_cuda)  # [B, M]
         return replace(self, keys=self.keys[..., :0], values=self.values[..., :0], marks=self.marks[..., :0], rows=rows)
 
     def as_keys(

@@ -44,12 +44,13 @@ class RowPool:
         """Rows that can be taken before there are more."""
         return len(self.free) - self.taken
 
-    def hold(self, rows: Mapping[str, torch.Tensor], alive: torch.Tensor) -> torch.Tensor:
+    def hold(self, rows: Mapping[str, torch.Tensor], alive: torch.Tensor, *, asks: bool = True) -> torch.Tensor:
         """Write rows that are alive, [B, J, ...] by name; their numbers, [B, J] int64, and 0 for the others.
 
-        On a GPU the others take rows as well: to ask how many there are would wait for it.
+        Args:
+            asks: whether it is asked how many there are, which waits for a GPU; else the others take rows as well.
         """
-        if alive.is_cuda:
+        if not asks:
             number = self.take(alive.numel())  # [B J]
             for name, part in self.parts.items():
                 part[number] = rows[name].flatten(0, 1).to(part.dtype)
@@ -57,7 +58,7 @@ class RowPool:
         number = self.take(int(alive.sum()))  # [n]
         for name, part in self.parts.items():
             part[number] = rows[name][alive].to(part.dtype)
-        return torch.zeros(alive.shape, dtype=torch.int64).masked_scatter(alive, number)  # [B, J]
+        return torch.zeros_like(alive, dtype=torch.int64).masked_scatter(alive, number)  # [B, J]
 
     def take(self, count: int) -> torch.Tensor:
         """Numbers of so many rows that nobody names, [count]."""
