@@ -238,7 +238,10 @@ def _add_layer_bytes(layer: Any, parts: dict[str, np.ndarray]) -> None:
     for name in (f.name for f in fields(layer)):
         value = getattr(layer, name)
         if hasattr(value, "alive"):
-            row = sum(t.shape[2:].numel() * t.element_size() for t in flatten_tensors(value).values())
+            if getattr(layer, "pool", None) is None:
+                row = sum(t.shape[2:].numel() * t.element_size() for t in flatten_tensors(value).values())
+            else:
+                row = sum(part[0].nbytes for part in layer.pool.parts.values())
             parts["scratchpad"] += value.alive.sum(1).cpu().numpy() * row
         elif isinstance(layer, NeighbourMemory):
             if name == "layer":

@@ -75,7 +75,7 @@ def remembered_items(model: HAMForecaster, items: StreamItems, slots: np.ndarray
         starts=row_times(schema, table["starts"][slots]),
         lengths=lengths,
         lead=lead,
-        memory=items.memory.select(slots),
+        memory=items.memory.lend(slots),
         tail_values=tail,
         tail_tags=future_tags(before, tail, schema),
         tail_offset=table["tail_offset"][slots] if "tail_offset" in table.columns else None,

@@ -164,7 +164,9 @@ class MemoryStore:
         return unflatten_tensors(self.template, found | self.entries.read(rows))
 
     def lend(self, rows: np.ndarray) -> StreamMemory:
-        """``select`` for a pass of one patch, which reads entries of a pool where they lie, and writes into it."""
+        """``select``, but for entries of a pool: a pass of one patch reads them where they lie, and writes into it; one
+        of several patches takes them out for the items that it has.
+        """
         entries = self.entries
         if not isinstance(entries, PooledEntries):
             return self.select(rows)

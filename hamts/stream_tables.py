@@ -72,7 +72,7 @@ def routes_table(model: HAMForecaster, stepper: Stepper, items: StreamItems, pin
     =============== ===============================================================================================
     """
     found: Kept = {}
-    memory = items.memory.select(np.arange(len(items)))
+    memory = items.memory.lend(np.arange(len(items)))
     for number, layer in enumerate(memory.layers):
         pad = layer.scratchpad
         for item, entry in pad.alive.nonzero().tolist():
@@ -129,7 +129,7 @@ def usage_table(model: HAMForecaster, items: StreamItems) -> Any:
     was read before it count as alive, but not as observed, so it can exceed ``usage_share``.
     """
     table, layers = items.table, model.config.layers
-    memory = items.memory.select(np.arange(len(items)))
+    memory = items.memory.lend(np.arange(len(items)))
     alive = sum(layer.scratchpad.alive.sum(1).cpu().numpy() for layer in memory.layers)
     heard = table["heard"] * layers
     return plain_frame(
@@ -147,7 +147,7 @@ def usage_table(model: HAMForecaster, items: StreamItems) -> Any:
 
 def memory_table(model: HAMForecaster, items: StreamItems) -> Any:
     """Bytes that are kept of each item, by part; ``total`` is their sum."""
-    parts = memory_parts(items.memory.select(np.arange(len(items))))
+    parts = memory_parts(items.memory.lend(np.arange(len(items))))
     rows = ("tail_values", "tail_offset", "recent_steps", "recent_hashes", "action_before")
     learned = ("ahead_quantiles", "ahead_mean", "ahead_scale", "shift", "scores")
     for part, names in (("rows", rows), ("calibration", learned)):

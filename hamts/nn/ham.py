@@ -142,6 +142,7 @@ class HAMLayer(nn.Module):
         policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
         types = len(policy.tags.channels) if policy.use_tags and policy.tags is not None else 0
         after = memory
+        memory = memory if N == 1 else memory.side_by_side()
         memory = prepared(memory, tracked=policy.threshold != "fixed", types=types, scores=len(self.router.names))
         turn = self.turn_of(tokens.position)
         of = self._products(x)

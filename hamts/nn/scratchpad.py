@@ -164,6 +164,14 @@ class LayerMemory:
     # where the scratchpad's entries lie, for items that share a pool
     pool: RowPool | None = None
 
+    def side_by_side(self) -> LayerMemory:
+        """The same memory, its entries out of the pool: what a pass of several patches reads."""
+        pad = self.scratchpad
+        if self.pool is None or pad.rows is None:
+            return self
+        wide = {name: self.pool.parts[name][pad.rows] for name in ("keys", "values", "marks")}  # [B, M, ...]
+        return replace(self, scratchpad=replace(pad, **wide, rows=None), pool=None)
+
 
 def empty_memory(
     *,
