@@ -32,7 +32,7 @@ FILES = (
     "tests/test_stores.py",
     "tests/test_stream_entries.py",
     "tests/test_pool.py",
-    "tests/test_late_room.py",
+    "tests/test_rollout_room.py",
     "tests/test_no_waits.py",
     "tests/test_compact.py",
     "tests/test_kernels_choice.py",

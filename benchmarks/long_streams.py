@@ -32,10 +32,10 @@ from benchmarks.streaming import series
 from benchmarks.training_timing import versions
 from hamts import rollout
 from hamts.data.patches import build_store
-from hamts.late_room import LateRoom
 from hamts.nn import rows, scratchpad
 from hamts.nn.scratchpad import Entries
 from hamts.reader import StreamMemory
+from hamts.rollout_room import LateRoom
 from hamts.stream import Stream
 from hamts.stream_device import network_on
 from hamts.stream_state import MemoryStore

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from hamts.data.patches import Chunk, PatchStore
-from hamts.late_room import LateRoom
 from hamts.nn.ham import LayerTrace
 from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork, StreamMemory
+from hamts.rollout_room import LateRoom
 
 __all__ = ["ChunkTrace", "Rollout", "forecast_from", "join_memories", "roll", "stack_memories", "stack_trees"]
 

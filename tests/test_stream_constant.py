@@ -150,8 +150,9 @@ def test_a_state_of_another_model_or_a_newer_version_is_refused() -> None:
         Stream.from_state(stream.model, wrong, meta)
 
 
-def test_a_memory_that_is_no_number_is_refused_before_anything_is_stored(monkeypatch: Any) -> None:
-    stream, rest = begin(plain_model(), sine_frame(items=2, steps=120), 50)
+@pytest.mark.parametrize("store", ["padded", "paged"])
+def test_a_memory_that_is_no_number_is_refused_before_anything_is_stored(store: str, monkeypatch: Any) -> None:
+    stream, rest = begin(plain_model(), sine_frame(items=2, steps=120), 50, store=store)
     before = stream.state_hash()
     step = type(stream._network).forward
 

@@ -25,8 +25,8 @@ def rows_for(alive: torch.Tensor, most: int | None = None, *, skips_padding: boo
 
     On a GPU asking stops it for as long as the host takes to go on. Where the read skips padding every list gets the
     room that it may ever need instead: one row for each candidate, or the budget's cap where that is less. What chunks
-    carry from one to the next is cut later, see ``hamts.late_room``. A read that computes with padding asks once for a
-    list of more than 8,192 rows, and gives it one of few sizes.
+    carry from one to the next is cut later, see ``hamts.rollout_room``. A read that computes with padding asks once for
+    a list of more than 8,192 rows, and gives it one of few sizes.
 
     Args:
         alive: bool [B, J].

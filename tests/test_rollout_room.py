@@ -9,13 +9,13 @@ import pytest
 import torch
 from networks import make_config, make_network, make_panel, make_store, policy_for
 
-from hamts import late_room
-from hamts.late_room import LateRoom
+from hamts import rollout_room
 from hamts.nn import scratchpad
 from hamts.ops.compact import bucket
 from hamts.ops.kernels import resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import Rollout, roll
+from hamts.rollout_room import LateRoom
 
 CHUNK = 16
 
@@ -59,7 +59,7 @@ def test_a_roll_whose_room_is_cut_late_is_the_roll_that_counts(
     rolled(network, share)
     uncut = list(rooms)
     rooms.clear()
-    monkeypatch.setattr(late_room, "ROOM_WITHOUT_ASKING", 100)
+    monkeypatch.setattr(rollout_room, "ROOM_WITHOUT_ASKING", 100)
     got = rolled(network, share)
     candidates = CHUNK * len(network.spec.roles)
     assert len(rooms) == len(counted) >= 6 and uncut == sorted(uncut) and uncut[-1] >= 100 + 3 * candidates
@@ -82,7 +82,7 @@ def test_chunks_of_a_long_roll_never_wait_for_the_present_one(monkeypatch: pytes
 
     network = make_network(make_config(width=32, patch_steps=2), dtype=torch.float32).to("cuda")
     network.use_kernels(resolve_kernels("fla+triton", device="cuda", head_width=16))
-    monkeypatch.setattr(late_room, "ROOM_WITHOUT_ASKING", 100)
+    monkeypatch.setattr(rollout_room, "ROOM_WITHOUT_ASKING", 100)
     cut, turns = LateRoom.__call__, [0]
 
     def watched(self: LateRoom, *given: Any) -> StreamMemory:
