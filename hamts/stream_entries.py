@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hamts.data.constants import sent
 from hamts.ops.pool import RowPool
 
 __all__ = ["STORES", "PaddedEntries", "PooledEntries", "pad_of", "place_of"]
@@ -207,7 +208,7 @@ class RowLists:
     def _places(self, rows: np.ndarray, used: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the first ``width`` numbers of some items lie, and which of them are theirs: 2 x [B, width]."""
         device = self.numbers.device
-        begin, end = torch.from_numpy(np.stack([self.begin[rows], used])).to(device)[..., None]  # 2 x [B, 1]
+        begin, end = sent(torch.from_numpy(np.stack([self.begin[rows], used])), device)[..., None]  # 2 x [B, 1]
         entry = torch.arange(width, device=device)  # [width]
         return (begin + entry).clamp_max(len(self.numbers) - 1), entry < end
 
