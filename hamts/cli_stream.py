@@ -58,6 +58,7 @@ def stream(  # noqa: PLR0913 - one option for each argument
         ),
     ] = False,
     tz: Annotated[str | None, typer.Option(help="Zone of the times of a CSV; default that of the fit.")] = None,
+    device: Annotated[str, typer.Option("--device", help="Where it runs: cpu, or cuda, cuda:0, ...")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but problems.")] = False,
 ) -> None:
     """Feed a model from a source for as long as it runs. What was committed survives anything; ends well on SIGTERM."""
@@ -73,7 +74,8 @@ def stream(  # noqa: PLR0913 - one option for each argument
         assert state is not None
         sink = FolderSink(out or state / "outputs", cast(Any, fmt))
         rows = None if history is None else read_frame(history, zone=tz)
-        options: dict[str, Any] = {"correction": correction, **({"items_side_by_side": 1} if exact else {})}
+        options: dict[str, Any] = {"correction": correction, "device": device}
+        options |= {"items_side_by_side": 1} if exact else {}
         with open_stream(state, model, history=rows, commit_every=every, sink=sink, **options) as durable:
             dialect = durable.schema.dialect
             read = {"id_column": dialect.id_column, "time_column": dialect.time_column, "zone": tz or dialect.time_zone}

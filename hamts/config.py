@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -315,8 +314,6 @@ class StreamConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:' and a number. Got {self.device!r}.")
         choices = {
             "late": ("reopen", "drop", "error"),
             "correction": ("error", "ignore", "apply"),

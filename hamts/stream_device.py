@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,12 @@ __all__ = ["network_on"]
 def network_on(model: HAMForecaster, device: str) -> HAMNetwork:
     """The model's network there; its kernels are chosen here, once.
 
-    Raises DataError E-OPTION where there is no such device.
+    Raises DataError E-OPTION where there is no such device, or none of that name.
     """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise DataError(
+            "E-OPTION", f"device must be 'cpu', 'cuda' or 'cuda:' and a number. Got {device!r}.", fix="device='cuda'"
+        )
     network = model._fitted.network.eval()
     if device == "cpu":
         return network
