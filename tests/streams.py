@@ -57,8 +57,7 @@ def rows_of(model: hamts.HAMForecaster) -> pd.DataFrame:
 
 
 def asides_of(model: hamts.HAMForecaster) -> tuple[Any, Any]:
-    frames = rich_frames()
-    return (frames["static_df"], frames["events"]) if with_log(model) else (None, None)
+    return (rich_frames()["static_df"], rich_frames()["events"]) if with_log(model) else (None, None)
 
 
 def events_of(rows: pd.DataFrame) -> pd.DataFrame:

@@ -99,7 +99,12 @@ def test_rows_read_as_words_are_the_rows(dtype: torch.dtype, generator: torch.Ge
     assert _of_words(rows) == (dtype != torch.float64)
     if _of_words(rows):
         assert torch.equal(_gathered(rows.view(torch.int64), index).view(dtype), wanted)
-    assert not _of_words(rows[..., :1]) and not _of_words(rows.transpose(2, 3)) and not _of_words(rows[:, :, 0, 0])
+    assert (
+        not _of_words(rows[..., :0])
+        and not _of_words(rows[..., :1])
+        and not _of_words(rows.transpose(2, 3))
+        and not _of_words(rows[:, :, 0, 0])
+    )
 
 
 @pytest.mark.parametrize("eviction", ["fifo", "lowest", "reservoir"])

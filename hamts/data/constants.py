@@ -39,7 +39,8 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small tensor on a device, without a wait: a GPU copies from pinned memory while the host goes on."""
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # what was expanded lies once in memory, and cannot be pinned so
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=512)

@@ -106,7 +106,8 @@ def _take(
 
 def _of_words(rows: torch.Tensor) -> bool:
     """Whether narrow numbers can be read as whole words."""
-    whole = rows.shape[-1] * rows.element_size() % WORD == 0
+    # a tensor of nothing may have any strides
+    whole = rows.numel() > 0 and rows.shape[-1] * rows.element_size() % WORD == 0
     return rows.dim() > 2 and rows.element_size() < WORD and whole and rows.is_contiguous()
 
 
