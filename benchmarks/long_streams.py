@@ -29,7 +29,7 @@ import torch
 
 import hamts
 from benchmarks.streaming import series
-from benchmarks.training_timing import versions
+from benchmarks.training_timing import busy, versions
 from hamts import rollout
 from hamts.data.patches import build_store
 from hamts.nn import rows, scratchpad
@@ -46,6 +46,8 @@ PARTS = ("reads", "steps", "rolls")
 PATCH, GIB = 4, 2**30
 # entries of a scratchpad: on average, and at most
 MEAN, MOST = 1_365, 4_096
+# rows that an item has read before, updates that are not timed, and that are
+HOURS, WARM, TURNS = 400, 2, 5
 
 
 def model_of(channels: int, preset: str) -> hamts.HAMForecaster:
@@ -205,41 +207,57 @@ def watched(spent: dict[str, float], device: str) -> Iterator[None]:
         yield
 
 
+def frame_of(turn: int, names: np.ndarray) -> pd.DataFrame:
+    """The rows of one patch, alike for all items."""
+    patch = series("x", HOURS + turn * PATCH, PATCH)
+    frame = pd.DataFrame({name: np.tile(patch[name].to_numpy(), len(names)) for name in patch})
+    return frame.assign(unique_id=np.repeat(names, PATCH))
+
+
+def fed(stream: Stream, names: np.ndarray, device: str) -> dict[str, Any]:
+    """Milliseconds of an update by one patch of all items, and of its parts; of its kernels alone; bytes."""
+    spent: dict[str, float] = {}
+    took = []
+    reset_peak(device)
+    for turn in range(WARM + TURNS):
+        frame = frame_of(turn, names)
+        with watched(spent, device):
+            if turn == WARM:
+                spent.clear()
+            began = time.perf_counter()
+            stream.update(frame)
+            took.append(1e3 * (time.perf_counter() - began))
+    cell: dict[str, Any] = {"update_ms": float(np.median(took[WARM:])), "kernel": stream.kernel}
+    cell |= {f"{name}_ms": 1e3 * spent[name] / TURNS for name in ("take", "ahead", "step", "store")}
+    entries = stream._items.memory.entries
+    cell |= {"store_gib": entries.nbytes() / GIB, "peak_gib": peak_gib(device)}
+    cell["entries_after"] = sum(int(used.sum()) for used in entries.used.values())
+    if device != "cpu":
+        frame = frame_of(WARM + TURNS, names)
+        traced = busy(lambda: stream.update(frame), 1)
+        cell |= {"kernels_ms": traced["kernel_ms"], "launches": int(traced["launches"])}
+        cell["slowest_kernels_ms"] = dict(list(traced["slowest_kernels_ms"].items())[:8])
+    return cell
+
+
 def steps(device: str, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     model = model_of(1, "tiny" if small else "base")
-    arrays, meta = model.stream(series("seed", 0, 400)).state()
-    hours, mean, turns = 400, 40 if small else MEAN, 5
-    for items, side in ((6, 4),) if small else ((256, 128), (1_024, 128), (1_024, 512)):
+    arrays, meta = model.stream(series("seed", 0, HOURS)).state()
+    mean = 40 if small else MEAN
+    for items, side in ((6, 4),) if small else ((256, 256), (1_024, 1_024), (1_024, 128)):
         draws = np.exp(0.6 * np.random.default_rng(0).normal(size=items))
         counts = np.clip(draws / draws.mean() * mean, 1, min(3 * mean, MOST)).astype(np.int64)
         many = {name: torch.as_tensor(x).repeat(items, *[1] * (x.ndim - 1)) for name, x in arrays.items()}
         names = np.array([f"item {k}" for k in range(items)], dtype=object)
         for store in ("paged", "padded"):
             config = {**meta["config"], "store": store, "items_side_by_side": side}
-            cell: dict[str, Any] = {"items": items, "store": store, "side_by_side": side, "entries_mean": counts.mean()}
-            cell |= {"entries_most": int(counts.max()), "layers": model.config.layers}
+            facts = {**meta, "config": config, "item_ids": names.tolist()}
+            cell: dict[str, Any] = {"items": items, "store": store, "side_by_side": side, "layers": model.config.layers}
+            cell |= {"entries_mean": float(counts.mean()), "entries_most": int(counts.max())}
             try:
-                stream = Stream.from_state(
-                    model, many, {**meta, "config": config, "item_ids": names.tolist()}, device=device
-                )
+                stream = Stream.from_state(model, many, facts, device=device)
                 filled(stream, counts)
-                reset_peak(device)
-                spent: dict[str, float] = {}
-                took = []
-                for turn in range(turns + 2):
-                    patch = series("x", hours + turn * PATCH, PATCH)
-                    frame = pd.DataFrame({name: np.tile(patch[name].to_numpy(), items) for name in patch})
-                    frame = frame.assign(unique_id=np.repeat(names, PATCH))
-                    with watched(spent, device):
-                        if turn == 2:
-                            spent.clear()
-                        began = time.perf_counter()
-                        stream.update(frame)
-                        took.append(1e3 * (time.perf_counter() - began))
-                cell |= {"update_ms": float(np.median(took[2:])), "kernel": stream.kernel}
-                cell |= {f"{name}_ms": 1e3 * value / turns for name, value in spent.items()}
-                cell |= {"store_gib": stream._items.memory.entries.nbytes() / GIB, "peak_gib": peak_gib(device)}
-                cell["entries_after"] = sum(int(used.sum()) for used in stream._items.memory.entries.used.values())
+                cell |= fed(stream, names, device)
             except torch.OutOfMemoryError as problem:
                 cell["does_not_fit"] = str(problem)[:120]
             stream = None  # type: ignore[assignment]
@@ -312,8 +330,8 @@ def table(results: Path) -> str:
     lines: list[str] = []
     for part in PARTS:
         cells = [json.loads(path.read_text()) for path in sorted(results.glob(f"{part}--*.json"))]
-        names = [name for name in (cells[0] if cells else {}) if name not in ("device", "date", "versions")]
-        names += [name for cell in cells for name in ("does_not_fit",) if name in cell and name not in names]
+        names = list(dict.fromkeys(name for cell in cells for name in cell))
+        names = [name for name in names if name not in ("device", "date", "versions", "slowest_kernels_ms")]
         if cells:
             lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
             lines += ["| " + " | ".join(_shown(cell.get(name, "-")) for name in names) + " |" for cell in cells]

@@ -36,14 +36,17 @@ BATCHES = (1, 64, 1_024)
 WIDE = 16
 
 
-def trained(name: str, seed: int, ladder: str, device: str) -> TokenModel:
+def made(name: str, seed: int, device: str) -> TokenModel:
     config = ModelConfig(
         **{"width": 64, "layers": 2, "heads": 2, "patch_steps": 1, "dropout": 0.0, "router": "learned"} | MODELS[name]
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = TokenModel(config)
-    model.to(device)
+        return TokenModel(config).to(device)
+
+
+def trained(name: str, seed: int, ladder: str, device: str) -> TokenModel:
+    model = made(name, seed, device)
     rungs = SMOKE if ladder == "smoke" else LADDERS[ladder]
     train(model, rungs, rate=3e-3, seed=seed, device=device, late=ladder in LATE, after=lambda length, curve: None)
     return model.eval()
@@ -156,8 +159,16 @@ def timed(model: TokenModel, memories: list[LayerMemory], usage: float, device: 
     return found
 
 
-def run(name: str, seed: int, ladder: str, results: Path, device: str) -> None:
-    model = trained(name, seed, ladder, device)
+def run(name: str, seed: int, ladder: str, results: Path, device: str, weights: Path | None) -> None:
+    if weights is not None and weights.is_file():
+        model = made(name, seed, device)
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        model.eval()
+    else:
+        model = trained(name, seed, ladder, device)
+        if weights is not None:
+            torch.save(model.state_dict(), weights)
+            return
     length, sequences = (64, 4) if ladder == "smoke" else (4_096, 128)
     side = 2 if ladder == "smoke" else WIDE
     generator = torch.Generator(device=device).manual_seed(10_000)
@@ -210,11 +221,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ladder", default="long", choices=[*LADDERS, "smoke"])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--weights", type=Path, help="train into this file and end; where it is there, measure what it holds"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if not args.table:
-        run(args.model, args.seed, args.ladder, args.results, args.device)
+        run(args.model, args.seed, args.ladder, args.results, args.device, args.weights)
     print(table(args.results))
 
 
