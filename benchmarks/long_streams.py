@@ -43,6 +43,7 @@ from hamts.stream_step import Stepper
 
 RESULTS = Path(__file__).parent / "results" / "long_streams"
 PARTS = ("reads", "steps", "rolls")
+CHANNELS = {"steps": 1, "rolls": 4}
 PATCH, GIB = 4, 2**30
 # entries of a scratchpad: on average, and at most
 MEAN, MOST = 1_365, 4_096
@@ -50,12 +51,19 @@ MEAN, MOST = 1_365, 4_096
 HOURS, WARM, TURNS = 400, 2, 5
 
 
-def model_of(channels: int, preset: str) -> hamts.HAMForecaster:
+def model_of(channels: int, preset: str, folder: Path | None) -> hamts.HAMForecaster:
+    """A model whose weights do not matter; one that lies in the folder is not fitted again."""
+    place = None if folder is None else folder / f"{preset}-{channels}"
+    if place is not None and place.is_dir():
+        return hamts.load(place)
     df = pd.concat([series(item, 0, 1_200, channels) for item in "ab"])
-    return hamts.fit(
+    model = hamts.fit(
         df, 24, preset=preset, patch_steps=PATCH, budget_share=0.10, budget_bytes=40_000_000, max_steps=2, val_size=0,
         verbose=False, progress=False, seed=0, accelerator="cpu",
     )  # fmt: skip
+    if place is not None:
+        model.save(place)
+    return model
 
 
 @contextmanager
@@ -116,15 +124,15 @@ def room(way: str) -> Iterator[None]:
         yield
 
 
-def rolls(device: str, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    model = model_of(4, "tiny" if small else "base")
+def rolls(device: str, model: hamts.HAMForecaster, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     network = network_on(model, device)
-    items, patches = (2, 200) if small else (4, 16_384)
-    panel = model._panel_of(pd.concat([series(f"i{k}", k, patches * PATCH, 4) for k in range(items)]), None, None)
+    items, most = (2, 200) if small else (4, 16_384)
+    panel = model._panel_of(pd.concat([series(f"i{k}", k, most * PATCH, 4) for k in range(items)]), None, None)
     store = build_store(panel, patch_steps=PATCH, extra_steps=1, time_unit=1.0)
     nothing = [np.zeros(0, dtype=np.int64)] * items
     ways = ("late", "asked, chunks copied", "never", "asked")
-    for chunk, share in ((512, 0.25), (64, 0.25), (512, 0.1)):
+    # so that either ends with some 16,000 entries
+    for chunk, share, patches, times_each in ((512, 0.25, most, 2), (64, 0.5, most // 2, 1)):
         policy = network.policy(torch.full((items,), share), capped=False)
 
         def read(patches_read: int, policy: Any = policy, chunk: int = chunk) -> Any:
@@ -138,8 +146,7 @@ def rolls(device: str, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
             times = []
             reset_peak(device)
             with room(way):
-                # long ones once: a chunk of 64 patches is one of 256
-                for _ in range(1 if chunk == 64 else 3):
+                for _ in range(times_each):
                     wait(device)
                     began = time.perf_counter()
                     result = read(patches)
@@ -148,7 +155,7 @@ def rolls(device: str, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
             alive = [int(layer.scratchpad.alive.sum(1).max()) for layer in result.memory.layers]
             cell = {"seconds": [round(t, 3) for t in times], "peak_gib": round(peak_gib(device), 3)}
             cell |= {"room": max(layer.scratchpad.alive.shape[1] for layer in result.memory.layers)}
-            cell |= {"chunk": chunk, "share": share, "way": way, "entries": max(alive), "items": items}
+            cell |= {"chunk": chunk, "patches": patches, "share": share, "way": way, "entries": max(alive)}
             yield f"rolls--{chunk}--{round(100 * share)}--{way.replace(', ', '-').replace(' ', '-')}", cell
 
 
@@ -240,11 +247,10 @@ def fed(stream: Stream, names: np.ndarray, device: str) -> dict[str, Any]:
     return cell
 
 
-def steps(device: str, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    model = model_of(1, "tiny" if small else "base")
+def steps(device: str, model: hamts.HAMForecaster, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     arrays, meta = model.stream(series("seed", 0, HOURS)).state()
     mean = 40 if small else MEAN
-    for items, side in ((6, 4),) if small else ((256, 256), (1_024, 1_024), (1_024, 128)):
+    for items, side in ((6, 4),) if small else ((1_024, 1_024), (256, 256)):
         draws = np.exp(0.6 * np.random.default_rng(0).normal(size=items))
         counts = np.clip(draws / draws.mean() * mean, 1, min(3 * mean, MOST)).astype(np.int64)
         many = {name: torch.as_tensor(x).repeat(items, *[1] * (x.ndim - 1)) for name, x in arrays.items()}
@@ -304,7 +310,7 @@ def pool_step(counts: torch.Tensor, device: str, *, ordered: bool) -> Callable[[
     return step
 
 
-def reads(device: str, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def reads(device: str, model: None, *, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     if small:
         pool_step(torch.tensor([3, 0, 5]), device, ordered=False)()
         return
@@ -351,6 +357,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes for a trial of the script")
+    parser.add_argument("--models", type=Path, help="where models of an earlier run lie, and are put")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -360,7 +367,9 @@ def main() -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         with first_choices(args.device):
             for part in args.parts:
-                for cell_name, cell in globals()[part](args.device, small=args.small):
+                channels = CHANNELS.get(part)
+                model = None if channels is None else model_of(channels, "tiny" if args.small else "base", args.models)
+                for cell_name, cell in globals()[part](args.device, model, small=args.small):
                     (args.results / f"{cell_name}.json").write_text(json.dumps(cell | about, indent=1) + "\n")
                     print(cell_name, {k: _shown(v) for k, v in cell.items()}, flush=True)
     print(table(args.results))
