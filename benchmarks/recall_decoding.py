@@ -99,9 +99,14 @@ def quality(model: TokenModel, usage: float, drawn: dict[str, list[Any]]) -> tup
 
 
 def repeated(memories: list[LayerMemory], count: int) -> list[LayerMemory]:
-    """Memories of so many sequences, over and over those that there are."""
+    """Memories of so many sequences, over and over those that there are; lists have room for the longest."""
     index = torch.arange(count, device=memories[0].state.device) % len(memories[0].state)
-    return [map_tensors(memory, lambda leaf: leaf.index_select(0, index)) for memory in memories]
+    many = [map_tensors(memory, lambda leaf: leaf.index_select(0, index)) for memory in memories]
+    rooms = [int(memory.scratchpad.alive.sum(1).max()) for memory in many]
+    return [
+        replace(memory, scratchpad=map_tensors(memory.scratchpad, lambda leaf, room=room: leaf[:, :room]))
+        for memory, room in zip(many, rooms, strict=True)
+    ]
 
 
 def in_pool(memory: LayerMemory) -> LayerMemory:

@@ -16,10 +16,12 @@ import torch
 from hamts.nn.rows import ROOM_WITHOUT_ASKING
 from hamts.nn.scratchpad import LayerMemory
 from hamts.nn.tokens import map_tensors
-from hamts.ops.compact import bucket
 from hamts.reader import StreamMemory
 
-__all__ = ["LateRoom"]
+__all__ = ["LateRoom", "rounded"]
+
+# fewest rows that sizes differ by
+STEP = 128
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,16 @@ class LateRoom:
         if before is None:
             return memory
         layers = [
-            _cut(layer, min(room, bucket(count + candidates)))
+            _cut(layer, min(room, rounded(count + candidates)))
             for layer, room, count in zip(memory.layers, rooms, before.read(), strict=True)
         ]
         return replace(memory, layers=layers)
+
+
+def rounded(rows: int) -> int:
+    """So many rows or up to an eighth more: eight sizes from each power of 2 to the next."""
+    step = max(STEP, 2 ** (rows.bit_length() - 4)) if rows > 0 else STEP
+    return -(-rows // step) * step
 
 
 def _cut(layer: LayerMemory, room: int) -> LayerMemory:

@@ -11,11 +11,10 @@ from networks import make_config, make_network, make_panel, make_store, policy_f
 
 from hamts import rollout_room
 from hamts.nn import scratchpad
-from hamts.ops.compact import bucket
 from hamts.ops.kernels import resolve_kernels
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout import Rollout, roll
-from hamts.rollout_room import LateRoom
+from hamts.rollout_room import LateRoom, rounded
 
 CHUNK = 16
 
@@ -67,7 +66,7 @@ def test_a_roll_whose_room_is_cut_late_is_the_roll_that_counts(
         # never less than is alive, and no more than was a chunk ago with what one chunk adds, on one of few sizes
         before = counted[number - 1] if number else 0
         assert room >= counted[number]
-        assert room <= max(bucket(before + candidates), min(all_of_it, 100 + 2 * candidates))
+        assert room <= max(rounded(before + candidates), min(all_of_it, 100 + 2 * candidates))
     assert rooms[-1] < uncut[-1]
     for one, two in zip(got.memory.layers, wanted.memory.layers, strict=True):  # type: ignore[union-attr]
         torch.testing.assert_close(one.state, two.state, rtol=1e-9, atol=1e-11)
@@ -76,10 +75,18 @@ def test_a_roll_whose_room_is_cut_late_is_the_roll_that_counts(
         torch.testing.assert_close(one.scratchpad.keys[alive], two.scratchpad.keys[other], rtol=1e-9, atol=1e-11)
 
 
+def test_rooms_are_an_eighth_too_large_at_most() -> None:
+    assert [rounded(n) for n in (0, 1, 128, 129, 1_025, 18_421, 65_536)] == [0, 128, 128, 256, 1_152, 18_432, 65_536]
+    for count in range(1, 40_000, 37):
+        assert count <= rounded(count) <= max(count * 1.125, count + 127)
+
+
 @pytest.mark.gpu
 def test_chunks_of_a_long_roll_never_wait_for_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hamts.ops import attend_triton_tiles as tiles
     from hamts.ops.gated_delta_trial import untuned
 
+    tiles.use({kernel: candidates[-1] for kernel, candidates in tiles.CANDIDATES.items()})
     network = make_network(make_config(width=32, patch_steps=2), dtype=torch.float32).to("cuda")
     network.use_kernels(resolve_kernels("fla+triton", device="cuda", head_width=16))
     monkeypatch.setattr(rollout_room, "ROOM_WITHOUT_ASKING", 100)
@@ -97,4 +104,5 @@ def test_chunks_of_a_long_roll_never_wait_for_the_present_one(monkeypatch: pytes
             rolled(network, 0.3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+            tiles.use({})
     assert turns[0] > 8
