@@ -48,7 +48,7 @@ PATCH, GIB = 4, 2**30
 # entries of a scratchpad: on average, and at most
 MEAN, MOST = 1_365, 4_096
 # rows that an item has read before, updates that are not timed, and that are
-HOURS, WARM, TURNS = 400, 4, 7
+HOURS, WARM, TURNS = 400, 2, 5
 
 
 def model_of(channels: int, preset: str, folder: Path | None) -> hamts.HAMForecaster:
