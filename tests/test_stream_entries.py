@@ -13,6 +13,7 @@ from model_frames import rich_frames, sine_frame
 from streams import assert_like, begin, by_item, events_of, feed, plain_model, rich_model
 
 from hamts.errors import DataError
+from hamts.ops.pool import RowPool
 from hamts.stream import Stream
 from hamts.stream_entries import PaddedEntries, PooledEntries
 
@@ -125,6 +126,29 @@ def test_a_stream_in_pages_is_the_stream(tmp_path: Path) -> None:
         stream.spill(tmp_path / stream.config.store, items=stream.item_ids[:1])
     one, two = (by_item(stream.forecast(24, frames["futr_df"])) for stream in (padded, again))
     assert_like(one, two, tolerance=0.0)
+
+
+def test_a_stream_that_asks_for_no_number_of_rows_is_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: every candidate takes a row, and those that nobody names come back."""
+    hold = RowPool.hold
+    monkeypatch.setattr(RowPool, "hold", lambda pool, rows, alive, asks=True: hold(pool, rows, alive, asks=False))
+    model, df = plain_model(), sine_frame(items=2, steps=720)
+    padded, rest = begin(model, df, 120)
+    paged, _ = begin(model, df, 120, store="paged")
+    taken, take = [0], RowPool.take
+
+    def counted(pool: RowPool, count: int) -> torch.Tensor:
+        taken[0] += count
+        return take(pool, count)
+
+    monkeypatch.setattr(RowPool, "take", counted)
+    for stream in (padded, paged):
+        feed(stream, rest, [36])
+    assert padded.state_hash() == paged.state_hash()
+    pools, used = paged._items.memory.entries.pools, paged._items.memory.entries.used
+    rows, named = sum(pool.rows for pool in pools.values()), sum(int(each.sum()) for each in used.values())
+    # far more was taken than is there, and what is there is not much more than is named
+    assert taken[0] > 2 * rows and rows < 2 * named + 64
 
 
 @pytest.fixture

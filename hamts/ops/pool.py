@@ -55,10 +55,13 @@ class RowPool:
             for name, part in self.parts.items():
                 part[number] = rows[name].flatten(0, 1).to(part.dtype)
             return torch.where(alive, number.view(alive.shape), 0)  # [B, J]
-        number = self.take(int(alive.sum()))  # [n]
-        for name, part in self.parts.items():
-            part[number] = rows[name][alive].to(part.dtype)
-        return torch.zeros_like(alive, dtype=torch.int64).masked_scatter(alive, number)  # [B, J]
+        found = torch.zeros(alive.numel(), dtype=torch.int64, device=alive.device)  # [B J]
+        place = alive.flatten().nonzero()[:, 0]  # [n]
+        if len(place):
+            number = found[place] = self.take(len(place))  # [n]
+            for name, part in self.parts.items():
+                part[number] = rows[name].flatten(0, 1)[place].to(part.dtype)
+        return found.view(alive.shape)
 
     def take(self, count: int) -> torch.Tensor:
         """Numbers of so many rows that nobody names, [count]."""
