@@ -6,7 +6,8 @@
 Seeds 100 and above are never those of the table; sequences are those of validation. ``hidden``: share of the sequences
 of a batch whose questions do not see the state while everything is kept (HAM alone). ``early``: edges of topo are asked
 about after a fifth of the steps, of few nodes still; ``shallow``: its paths of two hops are one hop long at first.
-``weight``: of the auxiliary target. ``bias``: what is added at first to the logits of HAM's entries. ``reading``: of 64
+``weight``: of the auxiliary target; ``named``: layers (the first is 0) after which its parts are told, one each, none:
+all after the last. ``bias``: what is added at first to the logits of HAM's entries. ``reading``: of 64
 rows, and everything is kept from first to last, at the checks too: is reading learned at all?
 """
 
@@ -36,6 +37,13 @@ CURRICULA: dict[str, Any] = {
     "shallow": (*GRAPH, (0.4, {"shallow_share": 0.7}), (0.4, {})),
     # channel pairs: nothing but moments fires at first
     "quiet first": ((0.3, {"carrier": "none", "noise": 0.05}), (0.7, {})),
+    # a flag names the moment, and a channel fires at two levels alone, so that a linear map can match it
+    "flag first": (
+        (0.2, {"carrier": "none", "noise": 0.05, "flag": True, "levels": 2}),
+        (0.2, {"flag": True, "levels": 2}),
+        (0.2, {"flag": True, "levels": 4}),
+        (0.4, {}),
+    ),
     "shallow first": (*GRAPH, (0.3, {"shallow_share": 1.0}), (0.2, {"shallow_share": 0.5}), (0.3, {})),
 }
 RATES = (0.002, 0.004)
@@ -57,6 +65,7 @@ class Trial:
     reading: bool = False
     rates: tuple[float, ...] = RATES
     short: bool = False  # 64 rows and 4 items, as ``reading`` asks of
+    named: tuple[int, ...] = ()
 
 
 def trials() -> Iterator[Trial]:
@@ -68,10 +77,7 @@ def trials() -> Iterator[Trial]:
     for curriculum, weight, steps in (("early", 1.0, 2_500), ("shallow", 1.0, 2_500), ("shallow first", 1.0, 2_500),
                                       ("shallow first", 3.0, 3_500)):  # fmt: skip
         yield Trial("topo/topo2", full, curriculum=curriculum, weight=weight, steps=steps)
-    # after contract 5: what the two rungs need that full attention does not solve
-    yield Trial("xcb/xcbP", full)
-    yield Trial("xcb/xcbP", full, curriculum="quiet first")
-    yield Trial("topo/topo2", full, curriculum="shallow first", weight=3.0, steps=5_000)
+    yield from _unsolved()
     yield Trial("topo/topoG", full, (100, 101), curriculum="early", weight=1.0)
     for rung in ("xcb/xcbG", "xcb/xcbC", "xcb/xcb", "pbc/pbcS"):
         yield Trial(rung, full)
@@ -95,12 +101,24 @@ def trials() -> Iterator[Trial]:
     yield Trial("pbc/pbc0", full, (102,), 400, reading=True, rates=(0.002,))
 
 
+def _unsolved() -> Iterator[Trial]:
+    """After contract 5: what the two rungs need that full attention does not solve."""
+    full = ("full",)
+    yield Trial("xcb/xcbP", full)
+    yield Trial("xcb/xcbP", full, curriculum="quiet first")
+    yield Trial("topo/topo2", full, curriculum="shallow first", weight=3.0, steps=5_000)
+    # each hop told where it happens
+    for curriculum, named in (("shallow first", (0, 1)), ("shallow first", (1, 2)), ("early", (0, 1))):
+        yield Trial("topo/topo2", full, curriculum=curriculum, weight=3.0, named=named)
+    yield Trial("xcb/xcbP", full, curriculum="flag first")
+
+
 def run(trial: Trial, device: str) -> list[dict[str, Any]]:
     """Train the networks of a trial; a record each."""
     probe = get_probe(trial.rung)[0]
     kind: Any = type(probe)
-    before = kind.curriculum, kind.target_weight
-    kind.target_weight = trial.weight
+    before = kind.curriculum, kind.target_weight, kind.named_after
+    kind.target_weight, kind.named_after = trial.weight, trial.named
     if trial.curriculum:
         kind.curriculum = CURRICULA[trial.curriculum]
     plain = stacked_run.cell_plan
@@ -126,7 +144,7 @@ def run(trial: Trial, device: str) -> list[dict[str, Any]]:
         finally:
             pools.close()
     finally:
-        stacked_run.cell_plan, kind.curriculum, kind.target_weight = plain, *before
+        stacked_run.cell_plan, kind.curriculum, kind.target_weight, kind.named_after = plain, *before
         stacked_train.stacked_read, stacked_train.WARM_SHARE = read_plainly, warm
     return [
         {"trial": asdict(trial), "line": line, "rate": cell.learning_rate, "seed": cell.seed, "validation": history,
@@ -154,11 +172,12 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         trial = record["trial"]
         what = "reading, " if trial["reading"] else "64 rows, " if trial.get("short") else ""
+        named = ", ".join(str(layer) for layer in trial.get("named", ()))
         key = (trial["rung"], record["line"], f"{what}{trial['steps']}", f"{trial['hidden']:g}", trial["curriculum"],
-               f"{trial['weight']:g}", f"{trial['entry_bias']:g}" if record["line"] != "full" else "",
+               f"{trial['weight']:g}", named, f"{trial['entry_bias']:g}" if record["line"] != "full" else "",
                f"{record['rate']:g}")  # fmt: skip
         groups.setdefault(key, []).append(1.0 - record["validation"][-1][1])
-    names = ("rung", "line", "steps", "hidden", "curriculum", "weight", "bias", "rate", "skill of each seed")
+    names = ("rung", "line", "steps", "hidden", "curriculum", "weight", "named", "bias", "rate", "skill of each seed")
     lines = [names, ("---",) * len(names)]
     lines += [(*key, ", ".join(f"{skill:.2f}" for skill in skills)) for key, skills in sorted(groups.items())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -175,7 +194,7 @@ def main() -> None:
     for trial in trials() if asked.run else ():
         there = json.loads(json.dumps(asdict(trial)))
         # records from before a field was there mean its default
-        known = any({**there, "short": False, **record["trial"]} == there for record in records)
+        known = any({**there, "short": False, "named": [], **record["trial"]} == there for record in records)
         if asked.only in trial.rung and not known:
             found = run(trial, asked.device)
             records += found

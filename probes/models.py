@@ -106,6 +106,7 @@ class Reading:
     hidden: torch.Tensor  # [B, N, D]
     memory: list[Any]
     traces: list[Any]
+    between: list[torch.Tensor]  # L of [B, N, D] after each layer
 
 
 class Block(nn.Module):
@@ -194,13 +195,23 @@ class ProbeNet(nn.Module):
         tokens = row_tokens(batch, rows, origin=self.origin_rows)
         told = recent_rows(batch.inputs(), batch.unseen, self.config.embed_rows)  # [B, L, embed rows x I]
         x = self.embed(told[:, rows])[:, None]  # [B, 1, N, D]
-        after, traces = [], []
+        after, traces, between = [], [], []
         for block, before, policy in zip(self.blocks, memory, policies, strict=True):
             with hidden_state(block.memory, hidden):
                 x, now, trace = block(x, tokens, before, policy, stepwise=stepwise, advance=advance)
             after.append(now)
             traces.append(trace)
-        return Reading(self.final_norm(x[:, 0]), after, traces)
+            between.append(x[:, 0])
+        return Reading(self.final_norm(x[:, 0]), after, traces, between)
+
+    def named(self, reading: Reading, index: torch.Tensor, named_after: Sequence[int] = ()) -> torch.Tensor:
+        """The auxiliary target at rows, index [B, Q] -> [B, Q, X]; each part after its own layer, or all at the end."""
+        assert self.auxiliary is not None
+        place = index[..., None].expand(-1, -1, reading.hidden.shape[-1])
+        if not named_after:
+            return self.auxiliary(reading.hidden.gather(1, place))
+        told = [self.auxiliary(self.final_norm(reading.between[layer].gather(1, place))) for layer in named_after]
+        return torch.cat([part.chunk(len(told), -1)[number] for number, part in enumerate(told)], -1)
 
     def policies(
         self,

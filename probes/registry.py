@@ -53,6 +53,7 @@ class Probe:
         grows: long sequences are grown into (``stages``); False where shorter ones are another question.
         headline: the rung that stands for the suite in a smoke run; the first one if empty.
         target_weight: of the auxiliary target in the loss.
+        named_after: layers whose output names one part of the auxiliary target each; none: the last names all.
         quick: rungs that take ``QUICK_STEPS``, being learned in half of the others' time.
     """
 
@@ -73,6 +74,7 @@ class Probe:
     headline: ClassVar[str] = ""
     grows: ClassVar[bool] = True
     target_weight: ClassVar[float] = TARGET_WEIGHT
+    named_after: ClassVar[tuple[int, ...]] = ()
     quick: ClassVar[tuple[str, ...]] = ()
 
     def main_rung(self) -> str:

@@ -53,6 +53,7 @@ class LayerRead:
 class StackedReading:
     hidden: torch.Tensor  # [S, B, N, D]
     layers: list[LayerRead] = field(default_factory=list)
+    between: list[torch.Tensor] = field(default_factory=list)  # L of [S, B, N, D] after each layer; in training
 
 
 class StackedNet:
@@ -110,21 +111,34 @@ class StackedNet:
         told = recent_rows(rows.inputs, rows.unseen, self.config.embed_rows)  # [S, B, N, embed rows x I]
         x = F.silu(self.linear(told.expand(self.S, -1, -1, -1), "embed.0"))
         x = self.linear(x, "embed.2")  # [S, B, N, D]
-        found, leaf = [], self.leaves
+        found, between, leaf = [], [], self.leaves
         for number, kind in enumerate(self.kind):
             at = f"blocks.{number}."
             x, layer = self._layer(x, number, kind, rows, decisions, ops, with_scores, training)
             names = ("before_mlp.weight", "grow.weight", "grow.bias", "shrink.weight", "shrink.bias")
             x = ops.mlp(x, *(leaf[at + name] for name in names))
             found.append(layer)
-        return StackedReading(ops.norm(x, leaf["final_norm.weight"]), found)
+            if training:
+                between.append(x)
+        return StackedReading(ops.norm(x, leaf["final_norm.weight"]), found, between)
 
-    def answers(self, reading: StackedReading, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Answers, [S, B, Q, Y], and of the auxiliary target."""
+    def answers(
+        self, reading: StackedReading, rows: Rows, *, named_after: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Answers, [S, B, Q, Y], and of the auxiliary target, its parts after some layers (``Probe.named_after``)."""
         index = rows.q_index.expand(self.S, -1, -1)[..., None].expand(-1, -1, -1, reading.hidden.shape[-1])
         asked = reading.hidden.gather(2, index)  # [S, B, Q, D]
-        auxiliary = self.linear(asked, "auxiliary") if "auxiliary.weight" in self.leaves else None
-        return self.linear(asked, "answer"), auxiliary
+        if "auxiliary.weight" not in self.leaves:
+            return self.linear(asked, "answer"), None
+        if not named_after:
+            return self.linear(asked, "answer"), self.linear(asked, "auxiliary")
+        gain, parts = self.leaves["final_norm.weight"], []
+        for number, layer in enumerate(named_after):
+            told = self.linear(
+                self.ops.norm(reading.between[layer].gather(2, index), gain), "auxiliary"
+            )  # [S, B, Q, X]
+            parts.append(told.chunk(len(named_after), -1)[number])
+        return self.linear(asked, "answer"), torch.cat(parts, -1)
 
     def next_rows(self, reading: StackedReading) -> torch.Tensor:
         """The row after each context row, [S, B, T - 1, C]."""

@@ -58,11 +58,16 @@ def stacked_read(
 
 
 def stacked_loss(
-    stack: StackedNet, rows: Rows, decisions: Decisions, *, target_weight: float = TARGET_WEIGHT
+    stack: StackedNet,
+    rows: Rows,
+    decisions: Decisions,
+    *,
+    target_weight: float = TARGET_WEIGHT,
+    named_after: Sequence[int] = (),
 ) -> tuple[torch.Tensor, StackedReading]:
     """``train.training_loss`` of every network, [S]."""
     reading = stacked_read(stack, rows, decisions, training=True)
-    answer, auxiliary = stack.answers(reading, rows)
+    answer, auxiliary = stack.answers(reading, rows, named_after=named_after)
     mask, y = rows.y_mask, rows.y
     count = mask.sum((1, 2, 3)).clamp_min(1)  # [S]
     scale = (y.square() * mask).sum((1, 2, 3)) / count  # [S]
@@ -124,7 +129,7 @@ class StackedStep:
         self.warm_steps = math.ceil(WARM_SHARE * self.steps) if ham else 0
         self.explores = ham and stack.config.control is None and stack.config.router != "tags"
         self.follows = ham and stack.config.control in (None, "shuffled")
-        self.hidden_share, self.target_weight = plans[0].hidden_share, plans[0].probe.target_weight
+        self.hidden_share, self.probe = plans[0].hidden_share, plans[0].probe
         self.explore: list[torch.Tensor] = []
         self.chances: list[torch.Generator] | None = None
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -162,7 +167,8 @@ class StackedStep:
         """One step on a batch; no wait for the device."""
         hidden = hidden_sequences(rows.tags.shape[1], self.hidden_share) if warm else 0
         decisions = replace(self.decisions(warm=warm), hidden=hidden)
-        loss, reading = stacked_loss(self.stack, rows, decisions, target_weight=self.target_weight)
+        weight, named = self.probe.target_weight, self.probe.named_after
+        loss, reading = stacked_loss(self.stack, rows, decisions, target_weight=weight, named_after=named)
         names = list(self.stack.leaves)
         found = torch.autograd.grad(loss.sum(), [self.stack.leaves[name] for name in names], allow_unused=True)
         with torch.no_grad():

@@ -134,7 +134,7 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
         hidden = hidden_sequences(len(batch), plan.hidden_share) if given else 0
         loss = training_loss(
             net, batch, batch.context_rows if given else rows, explore, given=given, hidden=hidden,
-            target_weight=plan.probe.target_weight,
+            target_weight=plan.probe.target_weight, named_after=plan.probe.named_after,
         )  # fmt: skip
         if not math.isfinite(float(loss.detach())):
             fitted.status = "diverged"
@@ -263,6 +263,7 @@ def training_loss(
     follow: bool = True,
     hidden: int = 0,
     target_weight: float = TARGET_WEIGHT,
+    named_after: Sequence[int] = (),
 ) -> torch.Tensor:
     """Squared error of the answers, with the next row, the auxiliary target and the router's own losses beside it."""
     answer, context, asked = forward(net, batch, rows, explore=explore, given=given, hidden=hidden)
@@ -275,8 +276,8 @@ def training_loss(
     next_row = torch.where(there, guess - torch.nan_to_num(ahead), 0.0).square().sum() / there.sum().clamp_min(1)
     loss = loss + NEXT_ROW_WEIGHT * next_row
     if batch.aux is not None and net.auxiliary is not None:
-        index = (batch.q_index - batch.context_rows)[..., None].expand(-1, -1, asked.hidden.shape[-1])
-        loss = loss + target_weight * F.mse_loss(net.auxiliary(asked.hidden.gather(1, index)), batch.aux)
+        told = net.named(asked, batch.q_index - batch.context_rows, named_after)
+        loss = loss + target_weight * F.mse_loss(told, batch.aux)
     for layer, before, after in zip(net.layers, context.traces, asked.traces, strict=True):
         if follow and has_thresholds(net):
             layer.thresholds.follow(before.scores[:, 0].flatten(0, 1))

@@ -65,7 +65,8 @@ def varied(net: torch.nn.Module) -> None:
 @pytest.mark.parametrize(
     ("model", "router", "suite"),
     [(*network, "derD") for network in NETWORKS]
-    + [("ham", "learned", "rrr"), ("ham", "mix", "rrr"), ("full", "none", "rrr"), ("ham", "mix", "topo")],
+    + [("ham", "learned", "rrr"), ("ham", "mix", "rrr"), ("full", "none", "rrr"), ("ham", "mix", "topo")]
+    + [("ham", "mix", "topo2"), ("full", "none", "topo2")],
 )
 @pytest.mark.parametrize("warm", [False, True])
 def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router: str, suite: str, warm: bool) -> None:
@@ -83,15 +84,15 @@ def test_one_loss_and_its_gradients_equal_those_of_the_layers(model: str, router
     decisions = Decisions.plain(budgets, networks=2, context_rows=T, device="cpu")
     if warm:
         decisions = replace(decisions, warm=model == "ham", hidden=hidden)
-    loss, _ = stacked_loss(stack, Rows.of(batches), decisions, target_weight=0.7)
+    # each hop is named after a layer of its own
+    extra = {"target_weight": 0.7, "named_after": (0, 2) if suite == "topo2" else ()}
+    loss, _ = stacked_loss(stack, Rows.of(batches), decisions, **extra)
     names = list(stack.leaves)
     grads = torch.autograd.grad(loss.sum(), list(stack.leaves.values()), allow_unused=True)
     for number, (net, batch) in enumerate(zip(nets, batches, strict=True)):
         given = everything(net, batch) if warm else None
         rows = batch.context_rows if given else budgets[number]
-        expected = training_loss(
-            net, batch, rows, None, given=given, follow=False, hidden=hidden, target_weight=0.7
-        )  # fmt: skip
+        expected = training_loss(net, batch, rows, None, given=given, follow=False, hidden=hidden, **extra)
         assert float(loss[number].detach()) == pytest.approx(float(expected.detach()), rel=2e-5)
         expected.backward()
         own = dict(net.named_parameters())

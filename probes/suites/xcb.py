@@ -39,6 +39,7 @@ class XcbConfig(ProbeConfig):
         channels: C of the variant ``channels``.
         loud: of the variant ``channels``: answers lie beyond the carrier too, as what stands for them does. Else no
             reader can always tell which channel fired (``benchmarks/probe_ceiling.py``).
+        levels: of the variant ``channels``: at how many a channel fires; fewer in training's first stages alone.
     """
 
     variant: str = "sphere"
@@ -48,6 +49,7 @@ class XcbConfig(ProbeConfig):
     flag: bool = False
     channels: int = 10
     loud: bool = False
+    levels: int = LEVELS
     grid_side: int = 4
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class XcbConfig(ProbeConfig):
             raise ValueError(f"The grid has {self.grid_side**2} cells. Got {self.items} items. Raise grid_side.")
         if self.variant == "channels" and self.channels < 2:
             raise ValueError(f"channels must be at least 2. Got {self.channels}.")
+        if not 2 <= self.levels <= LEVELS:
+            raise ValueError(f"levels must be 2..{LEVELS}. Got {self.levels}.")
         if self.loud and self.variant != "channels":
             raise ValueError(f"Answers of the variant 'channels' alone are loud. Got {self.variant!r}.")
         self.need_rows((self.items + self.distractors) * (self.lag + 1) + MARGIN, "Moments and distractors")
@@ -167,12 +171,13 @@ class CrossChannelBinding(Probe):
         M, C = config.items + config.distractors, config.channels
         gen = draws("keys")
         # (channel, level) pairs that differ, so that every question has one answer
-        cells = permutations(gen, n, C * LEVELS)
-        if M > C * LEVELS:
-            raise ValueError(f"{C} channels at {LEVELS} levels give {C * LEVELS} keys. Got {M} moments.")
-        source, level = cells[:, :M] // LEVELS, cells[:, :M] % LEVELS  # 2 x [B, M]
+        K = config.levels
+        cells = permutations(gen, n, C * K)
+        if M > C * K:
+            raise ValueError(f"{C} channels at {K} levels give {C * K} keys. Got {M} moments.")
+        source, level = cells[:, :M] // K, cells[:, :M] % K  # 2 x [B, M]
         other = (source + torch.randint(1, C, source.shape, generator=gen)) % C  # [B, M]
-        amount = (LOUD + level / (LEVELS - 1)) * torch.where(level % 2 == 0, 1.0, -1.0)  # [B, M]
+        amount = (LOUD + level / (K - 1)) * torch.where(level % 2 == 0, 1.0, -1.0)  # [B, M]
         answer = payloads(draws("payloads"), (n, M, 1))  # [B, M, 1]
         if config.loud:
             answer = answer + LOUD * answer.sign()
