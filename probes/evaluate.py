@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from probes.contract import EVALUATION_SEED, ProbeBatch, generator
+from probes.effects import effect_scores, placebo_batch, placebo_score
 from probes.models import ProbeNet, kept_rows, without_rows
 from probes.reading import answer_batch, kept_bytes, read_context
 from probes.scores import (
@@ -80,7 +81,8 @@ def evaluate(
     out.floor_errors = np.stack([part["floor"] for part in parts])
     out.floor_name = parts[0]["floor_name"]
     for name in parts[0]["metrics"]:
-        out.metrics[name] = float(np.nanmean([part["metrics"][name] for part in parts]))
+        known = [part["metrics"][name] for part in parts if not math.isnan(part["metrics"][name])]
+        out.metrics[name] = float(np.mean(known)) if known else math.nan
     mse, floor = float(np.nanmean(out.errors)), float(np.nanmean(out.floor_errors))
     out.oracle_error = float(np.nanmean([part["oracle"] for part in parts]))
     out.metrics["mse"] = mse
@@ -111,8 +113,12 @@ def _score_stream(fitted: Fitted, stream: int, sequences: int, out: Evaluation, 
     fixed, exact = kept_bytes(context.memory, out.precision)
     fixed += fitted.net.tail_bytes
     metrics |= {"bytes_state": fixed, "bytes_kv": exact, "bytes_total": fixed + exact}
+    metrics["factual_nmse"] = _factual(net, context.hidden, batch)
     if "baseline" in batch.extra:
-        metrics |= _counterfactual(answer, batch)
+        metrics |= effect_scores(answer, batch)
+        if diagnosed and (placebo := placebo_batch(plan, sequences)) is not None:
+            placebo = placebo.to(plan.device)
+            out.metrics |= placebo_score(answer_batch(net, placebo, rows, precision=out.precision)[0], placebo)
     chosen, layers = _selected(net, batch, context, metrics)
     metrics["skill_flags_permuted"] = _permuted_skill(net, batch, out, float(floor.nanmean()))
     kept_any = chosen.any_row if chosen is not None else torch.zeros_like(batch.asked)
@@ -162,16 +168,17 @@ def _selected(
     return chosen, layers
 
 
-def _counterfactual(answer: torch.Tensor, batch: ProbeBatch) -> dict[str, float]:
-    """Effect error by rows ahead, and value lost by choosing plans on the answers."""
-    from probes.suites.cfr import CHANNELS, effect_by_tau, plan_regret
+def _factual(net: ProbeNet, hidden: torch.Tensor, batch: ProbeBatch) -> float:
+    return factual_error(net.next_row(hidden[:, :-1]), batch.x[:, 1 : batch.context_rows])
 
-    horizon = batch.extra["baseline"].shape[1]
-    found = {f"effect_tau_{t + 1}": float(v) for t, v in enumerate(effect_by_tau(answer, batch, horizon))}
-    found["regret_cost"] = float(plan_regret(answer, batch, horizon).mean())
-    if batch.y.shape[-1] > horizon * CHANNELS:
-        found["regret_reward"] = float(plan_regret(answer, batch, horizon, by="reward").mean())
-    return found
+
+def factual_error(guess: torch.Tensor, ahead: torch.Tensor) -> float:
+    """Squared error of the row after each over that of its mean, [B, T - 1, C]: is what comes next known as well?"""
+    there = ~ahead.isnan()
+    values = torch.nan_to_num(ahead)
+    mean = values.sum((0, 1)) / there.sum((0, 1)).clamp_min(1)  # [C]
+    spread = ((values - mean).square() * there).sum()
+    return float(((guess - values).square() * there).sum() / spread.clamp_min(1e-9))
 
 
 def _slices(

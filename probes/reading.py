@@ -56,6 +56,7 @@ class Context:
     memory: list[Any]
     traces: list[LayerScores]
     policies: list[Policy]
+    hidden: torch.Tensor  # [B, T, D]
 
 
 @torch.no_grad()
@@ -90,16 +91,18 @@ def read_context(
     given = _others_rows(net, batch, rows, size) if net.config.control == "shuffled" else None
     policies = net.policies(batch, rows, given=given)
     memory: list[Any] = net.empty_memory(len(batch))
+    hidden: list[torch.Tensor] = []
     parts: list[list[LayerScores]] = [[] for _ in memory]
     for low in range(0, batch.context_rows, size):
         step = net.read(batch, slice(low, min(low + size, batch.context_rows)), memory, policies)
         memory = [rounded(part, precision) for part in step.memory]
+        hidden.append(step.hidden)
         for place, trace in enumerate(step.traces):
             parts[place].append(LayerScores(trace.scores, trace.routed))
     joined = [
         LayerScores(torch.cat([p.scores for p in part], 2), torch.cat([p.routed for p in part], 2)) for part in parts
     ]
-    return Context(memory, joined, policies)
+    return Context(memory, joined, policies, torch.cat(hidden, 1))
 
 
 def _others_rows(net: ProbeNet, batch: ProbeBatch, rows: int, size: int) -> list[torch.Tensor]:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from probes.contract import EVALUATION_SEED, ProbeBatch, generator
+from probes.effects import effect_scores, placebo_batch, placebo_score
 from probes.evaluate import (
     DIAGNOSED_SEQUENCES,
     FLAG_SEED,
     Evaluation,
-    _counterfactual,
     _slices,
     _windows,
+    factual_error,
     permute_flags,
 )
 from probes.models import ProbeNet, _tensors
@@ -59,6 +60,7 @@ class EvaluationSet:
     permuted: list[Rows]
     floors: dict[int, tuple[str, torch.Tensor]]  # seed -> name, [E B, Q]
     oracle: float
+    placebo: ProbeBatch | None = None
 
     @classmethod
     def of(cls, plan: TrainPlan, *, seeds: Sequence[int], streams: int, sequences: int) -> EvaluationSet:
@@ -72,12 +74,14 @@ class EvaluationSet:
         return cls(
             batches, joined(batches), [Rows.of([batch]) for batch in batches],
             [Rows.of([permute_flags(batch)]) for batch in batches[:PERMUTED_STREAMS]], floors, oracle,
+            placebo_batch(plan, sequences),
         )  # fmt: skip
 
     def to(self, device: str | torch.device) -> EvaluationSet:
         """Where selections are scored."""
         return replace(self, whole=self.whole.to(device), rows=[rows.to(device) for rows in self.rows],
-                       permuted=[rows.to(device) for rows in self.permuted])  # fmt: skip
+                       permuted=[rows.to(device) for rows in self.permuted],
+                       placebo=None if self.placebo is None else self.placebo.to(device))  # fmt: skip
 
 
 def joined(batches: Sequence[ProbeBatch]) -> ProbeBatch:
@@ -110,6 +114,7 @@ def evaluate_stacked(
     answers = torch.cat([part["answer"] for part in streams], 1)  # [S, E B, Q, Y]
     kept = [torch.cat(parts, 1) for parts in zip(*(part["kept"] for part in streams), strict=True)]
     scores = [torch.cat(parts, 1) for parts in zip(*(part["scores"] for part in streams), strict=True)]
+    ahead = torch.cat([part["ahead"] for part in streams], 1)  # [S, E B, T - 1, C]
     permuted = []
     for rows in data.permuted:
         permuted.append(stack.answers(stacked_read(stack, rows, plain), rows)[0])
@@ -121,7 +126,13 @@ def evaluate_stacked(
             out, stack.nets[number], data, plan.seed, answers[number], flags[number],
             [rows[number] for rows in kept], [score[number] for score in scores],
         )  # fmt: skip
+        out.metrics["factual_nmse"] = factual_error(ahead[number], data.whole.x[:, 1:T])
         found.append(out)
+    if data.placebo is not None and diagnose:
+        rows = Rows.of([data.placebo], stack.device)
+        told = stack.answers(stacked_read(stack, rows, plain), rows)[0]  # [S, B, M, Y]
+        for out, answer in zip(found, told, strict=True):
+            out.metrics |= placebo_score(answer, data.placebo)
     if diagnose and stack.config.model == "ham":
         for out, (outcome, use) in zip(found, _diagnose(stack, data, plain), strict=True):
             out.stages, out.metrics["causal_use"] = outcome, use
@@ -141,7 +152,8 @@ def _read_stream(stack: StackedNet, rows: Rows, plain: Decisions) -> dict[str, A
             kept.append(rows_kept.unflatten(0, (stack.S, -1)))  # [S, B, T]
         if layer.scores is not None:
             scores.append(layer.scores.expand(stack.S, -1, -1))
-    return {"answer": stack.answers(reading, rows)[0], "kept": kept, "scores": scores}
+    ahead = stack.next_rows(reading)
+    return {"answer": stack.answers(reading, rows)[0], "kept": kept, "scores": scores, "ahead": ahead}
 
 
 def _score(
@@ -172,7 +184,7 @@ def _score(
         "skill_flags_permuted": 1.0 - float(query_error(flags, first).nanmean()) / float(floor[: len(flags)].nanmean()),
     }  # fmt: skip
     if "baseline" in batch.extra:
-        out.metrics |= _counterfactual(answer, batch)
+        out.metrics |= effect_scores(answer, batch)
     found = None
     if kept and net.config.model == "ham":
         found = _selection_metrics(out, batch, kept, scores)

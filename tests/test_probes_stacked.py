@@ -130,11 +130,13 @@ def test_training_side_by_side_is_training_one_by_one(model: str, router: str) -
 
 
 @pytest.mark.parametrize(
-    ("model", "router"), [("ham", "learned"), ("ham", "shuffled"), ("ham", "random"), ("ham", "tags"), ("full", "none"),
-                          ("window", "none"), ("recurrent", "none")],
+    ("model", "router", "suite"), [
+        *(("ham", router, "derD") for router in ("learned", "shuffled", "random", "tags")),
+        *((model, "none", "derD") for model in ("full", "window", "recurrent")), ("ham", "learned", "cfr"),
+    ],
 )  # fmt: skip
-def test_scores_of_the_stacked_form_are_those_of_the_layers(model: str, router: str) -> None:
-    plans = [plan(model, router, seed=seed, steps=3) for seed in (0, 1)]
+def test_scores_of_the_stacked_form_are_those_of_the_layers(model: str, router: str, suite: str) -> None:
+    plans = [plan(model, router, seed=seed, steps=3, suite=suite) for seed in (0, 1)]
     trained = train_stacked(plans)
     for each in trained:
         varied(each.net)

@@ -10,6 +10,7 @@ import torch
 from probes import registry
 from probes.contract import PRESETS, Draws, ProbeConfig, generator
 from probes.draws import carrier, choose_rows, codes, segments
+from probes.effects import effect_scores, placebo_score
 from probes.gates import CHEAP, check_contract, validate
 from probes.registry import Probe, get_probe, list_probes, register_probe
 from probes.scores import query_error
@@ -146,6 +147,15 @@ def test_counterfactual_truth_answers_itself() -> None:
     assert torch.allclose(effect[:, PLANS.index("dose 2")], 2 * effect[:, PLANS.index("dose 1")], atol=1e-4)
     assert torch.allclose(effect[:, PLANS.index("dose -1")], -effect[:, PLANS.index("dose 1")], atol=1e-4)
     assert float(batch.y[:, PLANS.index("none")].abs().max()) < 1e-4
+    # effects that are all half as large, and what doing nothing is said to do
+    truth, half, none = (effect_scores(answer, batch) for answer in (batch.y, 0.5 * batch.y, torch.zeros_like(batch.y)))
+    for scores, pehe, slope, sign in ((truth, 0.0, 1.0, 1.0), (half, 0.5, 0.5, 1.0), (none, 1.0, 0.0, 0.0)):
+        assert (scores["pehe"], scores["effect_slope"]) == pytest.approx((pehe, slope), abs=1e-5)
+        assert scores["sign_accuracy"] == sign
+        assert (scores["consistency"], scores["additivity"]) == pytest.approx((0.0, 0.0), abs=1e-4)
+    wrong = batch.y + 1.0
+    assert effect_scores(wrong, batch)["consistency"] > 0.5
+    assert effect_scores(wrong, batch)["additivity"] == pytest.approx(effect_scores(wrong, batch)["consistency"])
 
 
 LAGS = 4
@@ -155,6 +165,9 @@ def test_placebo_actions_do_nothing() -> None:
     probe, rung = get_probe("cfr/cfr")
     batch = probe.sample(generator(0), 8, probe.config("smoke", rung, placebo=1.0))
     assert float(batch.y.abs().max()) < 1e-5
+    some = probe.sample(generator(0), 64, probe.config("smoke", rung, placebo=0.5))
+    assert placebo_score(some.y, some)["placebo_effect"] < 1e-4
+    assert placebo_score(some.y + 1.0, some)["placebo_effect"] > 0.3
 
 
 def test_sizes_and_names_that_cannot_be_are_refused() -> None:

@@ -253,7 +253,8 @@ class CounterfactualRollout(Probe):
             need_role=("action", "effect"), key_direct=False,
             floor={"zero_effect": torch.zeros_like(y), "last_action": self._recent(y, again)},
             slices={"plan": torch.arange(M).expand(n, M).contiguous()},
-            extra={"baseline": base, "aim": world.aim, "gain": world.gain, "lag": world.lag},
+            extra={"baseline": base, "aim": world.aim, "gain": world.gain, "lag": world.lag,
+                   "linear": torch.full((n,), world.linear)},
         )  # fmt: skip
 
     @staticmethod
