@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hamts.errors import DataError
+from probes.axes import each_axis
 from probes.packed import sequence_errors
 from probes.registry import list_probes
 from probes.results import TABLE_FILE, read_documents, tidy
@@ -195,25 +197,34 @@ def run_probes(
         tier: ``T0`` (no training), ``T1`` (small models, trained), ``T2`` (fitted forecasters, see ``external``).
         out: folder of results; runs that are there already are not run again. None: a temporary one.
         external: of tier 2: objects with ``forecast``, by name; see ``probes.adapter``.
-        options: further fields of ``RunPlan``, such as ``steps``, ``streams``, ``sequences``, ``readout``; and
-            ``max_time_s``: stop cleanly after so long, report what is there, and go on with the next call.
+        options: further fields of ``RunPlan``, such as ``steps``, ``streams``, ``sequences``, ``readout``;
+            ``max_time_s``: stop cleanly after so long, report what is there, and go on with the next call;
+            ``axes``: values of axes of the suites (``hamts probes list``), ``{"items": (4, 8, 16)}``: one value of one
+            axis at a time, each a line of its own (``full [items=8]``).
 
     Raises:
         ValueError: an unknown name.
         DataError: E-PROBE-VERSION, E-OPTION.
     """
-    max_time_s = options.pop("max_time_s", None)
+    max_time_s, axes = options.pop("max_time_s", None), options.pop("axes", None)
     names = (probes,) if isinstance(probes, str) else tuple(probes)
     names = tuple(list_probes()) if names == ("all",) else names
     folder = Path(tempfile.mkdtemp(prefix="hamts_probes_")) if out is None else Path(out)
+    if axes and tier == "T2":
+        raise ValueError("Axes are varied in tiers 0 and 1. Pass overrides={name: value} to tier 2.")
     if tier == "T0":
-        run_t0_folder(names, folder, preset=preset, progress=progress)
+        for changes in each_axis(axes):
+            run_t0_folder(names, folder, preset=preset, progress=progress, overrides=changes)
     elif tier == "T1":
         plan = RunPlan(
             probes=names, preset=preset, models=tuple(models), routers=tuple(routers), budgets=tuple(budgets),
             seeds=seeds, **options,
         )  # fmt: skip
-        run_plan(plan, folder, device=device, workers=workers, progress=progress, max_time_s=max_time_s)
+        until = None if max_time_s is None else time.monotonic() + max_time_s
+        for changes in each_axis(axes):
+            left = None if until is None else until - time.monotonic()
+            each = replace(plan, overrides={**plan.overrides, **changes})
+            run_plan(each, folder, device=device, workers=workers, progress=progress, max_time_s=left)
     elif tier == "T2":
         from probes.adapter import run_external
 

@@ -11,6 +11,7 @@ import typer
 
 from hamts.cli_show import console, show_error
 from hamts.errors import DataError
+from probes.cli_words import chosen, numbers, usage, words
 
 __all__ = ["app", "main"]
 
@@ -35,46 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataError as error:
         show_error(error)
         sys.exit(EXIT_BAD_INPUT)
-
-
-def words(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def numbers(text: str | None) -> tuple[float, ...]:
-    """Numbers between commas.
-
-    Raises:
-        ValueError: one of them is none.
-    """
-    try:
-        return tuple(float(part) for part in words(text))
-    except ValueError as error:
-        raise ValueError(f"Numbers between commas are needed, such as 0.5,1,2. Got {text!r}.") from error
-
-
-def chosen(names: list[str] | None, everything: bool) -> tuple[str, ...]:
-    """The probes asked for; all of them with --all."""
-    from probes.registry import get_probe, list_probes
-
-    if everything:
-        return tuple(list_probes())
-    if not names:
-        raise DataError("E-OPTION", "No probe was named.", fix="Name one, such as der, or pass --all.")
-    with usage():
-        for name in names:
-            get_probe(name)
-    return tuple(names)
-
-
-class usage:
-    """Configuration errors as panels, like every other bad input."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError) and not isinstance(error, DataError):
-            raise DataError("E-OPTION", str(error)) from error
 
 
 @app.command("list")
@@ -108,6 +69,10 @@ def run(  # noqa: PLR0913 - one option for each argument
     state_width: Annotated[
         int, typer.Option(help="Key width of the recurrent state: how many items it holds apart.")
     ] = 8,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=A,B", help="Values of an axis (see list), each a line of its own."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[
         int | None, typer.Option(help="Processes: each trains a network, on a GPU a rung; default as many as fit.")
@@ -119,6 +84,7 @@ def run(  # noqa: PLR0913 - one option for each argument
 ) -> None:
     """Run probes; call it again to go on where it stopped."""
     from probes.api import load_report, run_probes
+    from probes.axes import parse_axes
     from probes.contract import PRESETS
     from probes.runner import side_by_side
     from probes.runner_plan import (
@@ -141,7 +107,7 @@ def run(  # noqa: PLR0913 - one option for each argument
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
         run_probes(
             asked, tier=tier, preset=preset, out=out, device=device, workers=workers or side_by_side(device),
-            progress=not quiet, max_time_s=max_time,
+            progress=not quiet, max_time_s=max_time, axes=parse_axes(axis or ()),
             models=words(models) or (SMOKE_MODELS if smoke else DEFAULT_MODELS),
             routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
             budgets=numbers(budgets) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),

@@ -103,6 +103,19 @@ class Probe:
             raise ValueError(f"Suite {self.name!r} has no axis {unknown[0]!r}. Available: {sorted(known)}.")
         return self.Config(**content)
 
+    def changes(self, preset: str, rung: str, overrides: Mapping[str, Any], **usual: Any) -> dict[str, Any]:
+        """Those of some overrides that differ from the rung's own configuration.
+
+        Args:
+            usual: what a run changes anyway, such as the noise of tags.
+
+        Raises:
+            ValueError: an unknown axis, or a value that cannot be.
+        """
+        plain = self.config(preset, rung, **usual)
+        self.config(preset, rung, **{**usual, **overrides})
+        return {name: value for name, value in overrides.items() if getattr(plain, name) != value}
+
     def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
         """The same question of a ``parts``-th of the size: fewer rows, items and distractors, as dense as before."""
         names = ("context_rows", "items", "queries", "distractors")

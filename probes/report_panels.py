@@ -58,8 +58,7 @@ def breakable(name: str) -> str:
 
 
 def line_name(content: dict[str, Any]) -> str:
-    identity = content["identity"]
-    return label(identity) if identity["tier"] != "T0" else f"{identity['model']} · {identity['router']}"
+    return label(content["identity"])
 
 
 def folded(title: str, text: str) -> str:

@@ -94,7 +94,9 @@ def document(cell: Cell, fitted: Fitted, scored: Evaluation, *, budget: float, d
     }  # fmt: skip
 
 
-def t0_documents(suite: str, rows: Iterable[dict[str, Any]], *, preset: str, seed: int) -> list[dict[str, Any]]:
+def t0_documents(
+    suite: str, rows: Iterable[dict[str, Any]], *, preset: str, seed: int, axis: str = ""
+) -> list[dict[str, Any]]:
     """Tier-0 rows as documents of the same schema."""
     probe = list_probes()[suite]
     found = []
@@ -109,9 +111,9 @@ def t0_documents(suite: str, rows: Iterable[dict[str, Any]], *, preset: str, see
                 "family": FAMILY, "contract_version": CONTRACT_VERSION, "suite": suite,
                 "suite_version": probe.version, "rung": row["rung"], "agenda_slot": probe.slot, "tier": "T0",
                 "readout": "query", "model": row["model"] + ("_clipped" if row.get("write_clip") else ""),
-                "router": row["router"], "config_hash": "",
+                "router": row["router"], "config_hash": "", "axis": axis,
             },
-            "config": {"preset": preset, "seed": seed},
+            "config": {"preset": preset, "seed": seed, "axis": axis},
             "data_manifest": {"train_seed": seed, "leak_status": "clean"},
             "budget": {"frac": row.get("budget_frac", math.nan), "rows": row.get("budget_rows", 0),
                        **{name: row.get(name, math.nan) for name in ("bytes_state", "bytes_kv", "bytes_total")}},
@@ -279,6 +281,13 @@ def tidy(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return frame
 
 
+def axis_of(identity: dict[str, Any]) -> tuple[str, str]:
+    """Name and value of the axis on which a line differs from its rung; what has no value stands alone."""
+    word = str(identity.get("axis", ""))
+    name, equals, value = word.rpartition(", ")[2].partition("=")
+    return (name, value) if equals else (word, "")
+
+
 def _rows(content: dict[str, Any]) -> Iterable[dict[str, Any]]:
     identity, config, budget, runtime = (content[name] for name in ("identity", "config", "budget", "runtime"))
     seeds = content["data_manifest"].get("train_seed", 0)
@@ -286,7 +295,8 @@ def _rows(content: dict[str, Any]) -> Iterable[dict[str, Any]]:
         "schema_version": content["schema_version"], "suite": identity["suite"], "rung": identity["rung"],
         "suite_version": identity["suite_version"], "agenda_slot": identity["agenda_slot"], "tier": identity["tier"],
         "readout": identity["readout"], "preset": config.get("preset", ""), "config_hash": identity["config_hash"],
-        "axis": config.get("axis", ""), "model": identity["model"], "router": identity["router"],
+        "axis": axis_of(identity)[0], "axis_value": axis_of(identity)[1],
+        "model": identity["model"], "router": identity["router"],
         "allocation": "uniform", "budget_rows": budget["rows"], "budget_frac": budget["frac"],
         "bytes_total_peak": budget["bytes_total"], "bytes_state": budget["bytes_state"],
         "bytes_kv": budget["bytes_kv"], "dtype": budget.get("dtype", "float32"), "train_seed": seeds,

@@ -21,7 +21,7 @@ from hamts.errors import DataError
 from probes.evaluate import evaluate
 from probes.registry import get_probe, list_probes
 from probes.results import document, start_folder, t0_documents, tidy, write_document
-from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, RunPlan, budget_rows, critical_rows
+from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, RunPlan, axis_words, budget_rows, critical_rows
 from probes.stacked_run import OutOfTime, run_rung
 from probes.summary import chosen_rates
 from probes.t0_run import run_t0_suite
@@ -238,24 +238,37 @@ def run_cell(cell: Cell, root: Path, *, device: str = "cpu", report: Report | No
 
 
 def run_t0_folder(
-    probes: tuple[str, ...], folder: str | Path, *, preset: str = "small", seed: int = 0, progress: bool = True
+    probes: tuple[str, ...],
+    folder: str | Path,
+    *,
+    preset: str = "small",
+    seed: int = 0,
+    progress: bool = True,
+    overrides: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Run tier 0 of some suites into a folder: one document per rung, model, router and budget."""
+    """Run tier 0 of some suites into a folder: one document per rung, model, router and budget.
+
+    Args:
+        overrides: values of axes that differ from the preset's; what they say makes lines of their own.
+    """
     root, written = Path(folder), []
-    names = probes or tuple(list_probes())
-    chosen = [get_probe(name) for name in names]
+    named = [get_probe(name) for name in probes or tuple(list_probes())]
+    chosen = [(probe, each) for probe, rung in named for each in ((rung,) if rung else probe.rungs)]
     versions = {probe.name: probe.version for probe, _ in chosen}
     start_folder(root, [], versions, done=False)
     with bars(len(chosen), progress) as report, one_thread():
         for probe, rung in chosen:
-            rows = run_t0_suite(probe, preset=preset, seed=seed, rungs=(rung,) if rung else None)
-            for number, content in enumerate(t0_documents(probe.name, rows, preset=preset, seed=seed)):
+            changes = probe.changes(preset, rung, overrides or {})
+            rows = run_t0_suite(probe, preset=preset, seed=seed, rungs=(rung,), overrides=changes)
+            axis = axis_words(changes)
+            for number, content in enumerate(t0_documents(probe.name, rows, preset=preset, seed=seed, axis=axis)):
                 identity = content["identity"]
-                stem = f"t0__{identity['rung']}__{identity['model']}__{identity['router'].replace(':', '-')}"
+                words = (identity["rung"], identity["model"], identity["router"].replace(":", "-"), axis)
+                stem = "__".join(("t0", *(word for word in words if word)))
                 path = root / probe.name / f"{stem}__{preset}__s{seed}__{number}.json"
                 write_document(path, content)
                 written.append(path)
-            report.finish(probe.name)
+            report.finish(rung)
     start_folder(root, [str(path.relative_to(root)) for path in written], versions, done=True)
     return written
 

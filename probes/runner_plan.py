@@ -12,7 +12,7 @@ from probes.contract import CONTRACT_VERSION, PRESETS, ProbeConfig, generator, h
 from probes.models import MODELS, ROUTERS_T1, SIZELESS, NetConfig
 from probes.registry import Probe, get_probe
 
-__all__ = ["Cell", "RunPlan", "budget_rows", "critical_rows", "model_cells"]
+__all__ = ["Cell", "RunPlan", "axis_words", "budget_rows", "critical_rows", "model_cells"]
 
 # 2: learning rates are tried once for an architecture, and controls decide about the last rows of the context too
 RUN_VERSION = 2
@@ -135,6 +135,8 @@ class RunPlan:
         learning_rates: tried with the first seed, as many for every architecture and rung: with one router of HAM
             (``TRIAL_ROUTER``) and one size of a sized rival. The best on validation serves all seeds, routers and
             sizes of the architecture, and all trials are kept.
+        overrides: axes of the suites and their values, such as ``{"items": 8}``; what differs from a rung's own makes
+            lines of their own, ``full [items=8]``.
         state_width: of the recurrent state; other widths than the usual one are lines of their own.
     """
 
@@ -175,10 +177,16 @@ class RunPlan:
         if self.readout not in ("query", "echo"):
             raise ValueError(f"Unknown readout {self.readout!r}. Available: ['echo', 'query'].")
 
-    @property
-    def axis(self) -> str:
+    def changes(self, probe: Probe, rung: str) -> dict[str, Any]:
+        """The axes that differ from the rung's own values."""
+        return probe.changes(
+            self.preset, rung, self.overrides, missed_tags=self.missed_tags, false_tags=self.false_tags
+        )
+
+    def axis(self, probe: Probe, rung: str) -> str:
         """What makes these lines others than the usual ones."""
-        return "" if self.state_width == STATE_WIDTH else f"width{self.state_width}"
+        width = "" if self.state_width == STATE_WIDTH else f"width{self.state_width}"
+        return ", ".join(word for word in (width, axis_words(self.changes(probe, rung))) if word)
 
     def trial_cells(self) -> list[Cell]:
         """The first seed at every learning rate: the same trials for every architecture."""
@@ -198,8 +206,8 @@ class RunPlan:
         found = []
         for seed in range(self.seeds):
             for place in self._places():
-                _, rung, model, _, _ = place
-                rate = rates.get(("T1", rung, model, self.readout, self.axis))
+                probe, rung, model, _, _ = place
+                rate = rates.get(("T1", rung, model, self.readout, self.axis(probe, rung)))
                 if rate is not None:
                     found.append(self._cell(*place, seed, rate))
         return found
@@ -234,7 +242,7 @@ class RunPlan:
         self, probe: Probe, rung: str, model: str, router: str, budgets: tuple[float, ...], seed: int, rate: float
     ) -> Cell:
         size = PRESETS[self.preset]
-        overrides = {"missed_tags": self.missed_tags, "false_tags": self.false_tags, **self.overrides}
+        overrides = {"missed_tags": self.missed_tags, "false_tags": self.false_tags, **self.changes(probe, rung)}
         depth = probe.depth(probe.config(self.preset, rung, **overrides))
         return Cell(
             probe=probe.name, rung=rung, preset=self.preset, model=model, router=router, budgets=budgets, seed=seed,
@@ -242,8 +250,13 @@ class RunPlan:
             streams=self.streams or size.eval_streams,
             sequences=self.sequences or size.eval_sequences, layers=depth, readout=self.readout,
             overrides=tuple(sorted(overrides.items())), suite_version=probe.version, state_width=self.state_width,
-            axis=self.axis,
+            axis=self.axis(probe, rung),
         )  # fmt: skip
+
+
+def axis_words(changes: Mapping[str, Any]) -> str:
+    """How lines are named whose suite has other values on some axes."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(changes.items()))
 
 
 def model_cells(

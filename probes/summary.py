@@ -20,6 +20,8 @@ SOLVED = 0.8
 def label(identity: dict[str, Any]) -> str:
     """Name of a line in plots and tables."""
     name = f"ham · {identity['router']}" if identity["model"] == "ham" else str(identity["model"])
+    if identity.get("tier") == "T0":
+        name = f"{identity['model']} · {identity['router']}"
     return f"{name} [{identity['axis']}]" if identity.get("axis") else name
 
 
@@ -65,7 +67,7 @@ def seeds_of(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, f
     groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
     for content in best_rates(documents):
         identity = content["identity"]
-        name = label(identity) if identity["tier"] != "T0" else f"{identity['model']} · {identity['router']}"
+        name = label(identity)
         budget = float(content["budget"]["frac"])
         key = (identity["tier"], identity["rung"], name, -1.0 if math.isnan(budget) else budget)
         groups.setdefault(key, []).append(content)

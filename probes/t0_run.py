@@ -13,7 +13,7 @@ import torch
 
 from probes import t0
 from probes.allocation import SCHEMES, allocate, recalls
-from probes.contract import EVALUATION_SEED, ProbeBatch, generator
+from probes.contract import EVALUATION_SEED, ProbeBatch, ProbeConfig, generator
 from probes.mechanisms import mechanism_rows
 from probes.prequential import cache_turnover, fading_error, recovery_rows, windowed_mase
 from probes.registry import Probe, list_probes
@@ -44,6 +44,7 @@ class Case:
     blend: torch.Tensor | None
     train_floor: torch.Tensor  # [B, Q, Y]
     key_width: int
+    config: ProbeConfig
 
     @property
     def critical(self) -> int:
@@ -64,16 +65,25 @@ def draw_case(probe: Probe, rung: str, *, preset: str, seed: int, overrides: dic
     train_floor = probe.floors(train, train)[name]
     blend = t0.fit_blend(train, t0.read_state(train, key_width=width), train_floor)
     mse = float(error.nanmean())
-    return Case(probe, rung, train, batch, name, floors[name], mse, trace, blend, train_floor, width)
+    return Case(probe, rung, train, batch, name, floors[name], mse, trace, blend, train_floor, width, config)
 
 
 def run_t0_suite(
-    probe: Probe, *, preset: str = "small", seed: int = 0, rungs: tuple[str, ...] | None = None
+    probe: Probe,
+    *,
+    preset: str = "small",
+    seed: int = 0,
+    rungs: tuple[str, ...] | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """All rows of one suite: one dictionary per rung, model, router and budget."""
+    """All rows of one suite: one dictionary per rung, model, router and budget.
+
+    Args:
+        overrides: values of axes that differ from the preset's.
+    """
     rows: list[dict[str, Any]] = []
     for rung in rungs or tuple(probe.rungs):
-        case = draw_case(probe, rung, preset=preset, seed=seed)
+        case = draw_case(probe, rung, preset=preset, seed=seed, overrides=overrides)
         for fraction in BUDGET_FRACTIONS:
             budget = max(round(fraction * case.critical), 1)
             rows += [_router_row(case, name, budget, fraction, seed) for name in t0.ROUTERS_T0]
@@ -230,8 +240,8 @@ def _percentile(size: torch.Tensor, batch: ProbeBatch, context: torch.Tensor) ->
 
 def _prequential(case: Case, budget: int, seed: int) -> list[dict[str, Any]]:
     """Errors before each row is read, recovery after drifts, what the drift storm did to each router's cache."""
-    batch, config = case.batch, case.probe.config("small", case.rung)
-    season = getattr(config, "season_rows", 1)
+    batch = case.batch
+    season = getattr(case.config, "season_rows", 1)
     drifts = batch.extra["drift_rows"]
     error = case.trace.error.square().mean(-1)  # [B, L]
     fading = fading_error(error)
