@@ -16,6 +16,7 @@ from typing import Any
 from hamts.errors import DataError
 from probes.contract import PRESETS, ProbeConfig
 from probes.evaluate import Evaluation, evaluate
+from probes.layer_rows import LAYER_SPLITS, layer_rows
 from probes.longer import CALIBRATION_SEQUENCES, AskedSequences, calibrate_at, calibration, evaluate_long
 from probes.reading import PRECISIONS, STATE_ONLY
 from probes.registry import Probe, get_probe
@@ -46,6 +47,7 @@ class Revisit:
     Attributes:
         preset: of the sequences; None: the one they were trained at.
         precisions: of the keys and values of kept rows.
+        layers: how HAM's total of entries is shared by its layers, of ``LAYER_SPLITS``; none: alike, as trained.
         mechanisms: how HAM's scored routers keep to a budget, of ``MECHANISMS``; none: as they were trained.
         budgets: multiples of the critical rows; none: those of each network.
         positions: of another preset's rows, of ``POSITIONS``: as they are, or scaled to the ages of training.
@@ -61,21 +63,28 @@ class Revisit:
     sequences: int | None = None
     rungs: tuple[str, ...] = ()
     positions: tuple[str, ...] = POSITIONS
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, names, known in (
             ("preset", [self.preset or "long"], PRESETS), ("precision", self.precisions, PRECISIONS),
             ("mechanism", self.mechanisms, MECHANISMS), ("positions", self.positions, POSITIONS),
+            ("split of layers", self.layers, LAYER_SPLITS),
         ):  # fmt: skip
             unknown = sorted(set(names) - set(known))
             if unknown:
                 raise ValueError(f"Unknown {what} {unknown[0]!r}. Available: {sorted(known)}.")
-        if self.mechanisms and (self.preset is not None or tuple(self.precisions) != ("float32",)):
+        plain = self.preset is None and tuple(self.precisions) == ("float32",)
+        if (self.mechanisms or self.layers) and not (plain and not (self.mechanisms and self.layers)):
             raise ValueError(
-                "A mechanism is asked about at the size and precision of training. Ask one thing at a time."
+                "A mechanism, or a split of layers, is asked about at the size and precision of training. Ask one"
+                " thing at a time."
             )
-        if self.preset is None and tuple(self.precisions) == ("float32",) and not self.mechanisms:
-            raise ValueError("Nothing would change: name another preset, such as 'long', or a precision, such as int8.")
+        if plain and not self.mechanisms and not self.layers:
+            raise ValueError(
+                "Nothing would change: name another preset, such as 'long', a precision, such as int8, or a split of"
+                " the layers, such as first."
+            )
 
 
 def longer_config(cell: Cell, preset: str) -> ProbeConfig:
@@ -145,6 +154,7 @@ class Job:
     precision: str = "float32"
     mechanism: str = ""
     positions: str = "kept"
+    layers: str = ""
 
 
 def _jobs(cell: Cell, plan: Revisit) -> Iterator[Job]:
@@ -155,6 +165,12 @@ def _jobs(cell: Cell, plan: Revisit) -> Iterator[Job]:
                 streams=plan.streams or cell.streams, sequences=plan.sequences or cell.sequences,
             )  # fmt: skip
             yield from (Job(told, budget, mechanism=mechanism) for budget in plan.budgets or cell.budgets)
+    for split in plan.layers if cell.model == "ham" else ():
+        told = replace(
+            cell, axis=", ".join(word for word in (cell.axis, f"layers {split}") if word),
+            streams=plan.streams or cell.streams, sequences=plan.sequences or cell.sequences,
+        )  # fmt: skip
+        yield from (Job(told, budget, layers=split) for budget in plan.budgets or cell.budgets)
     size = PRESETS[plan.preset or cell.preset]
     stacked = cell.router in STACKED_ROUTERS if cell.model == "ham" else cell.model in STACKED_MODELS
     keeps_rows = cell.model not in STATE_ONLY
@@ -194,6 +210,7 @@ def _ask(path: Path, cell: Cell, jobs: Sequence[Job], target: Path, plan: Revisi
             scored = evaluate(
                 fitted, budget_rows=rows, streams=job.cell.streams, sequences=job.cell.sequences,
                 precision=job.precision,
+                layer_rows=layer_rows(job.layers, fitted, rows=rows) if job.layers else (),
             )  # fmt: skip
             _write(written, cell, job, fitted, scored, plan, device)
         report.finish(f"{cell.name} {job.precision}")
@@ -204,6 +221,8 @@ def _write(path: Path, cell: Cell, job: Job, fitted: Fitted, scored: Evaluation,
     content["budget"]["dtype"] = job.precision
     # the cell's own identity stays as it is: its name is made of it
     content["config"] = {**content["config"], "eval_preset": plan.preset or cell.preset}
+    if job.layers:
+        content["budget"]["layer_rows"] = list(scored.layer_rows)
     if job.mechanism:
         content["config"]["mechanism"] = job.mechanism
     if plan.preset is not None:

@@ -165,6 +165,9 @@ def evaluate(  # noqa: PLR0913 - one option for each thing that can be asked
     mechanism: Annotated[
         str | None, typer.Option(metavar="A,B", help="How a budget is kept to: list, or threshold without a cap.")
     ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="A,B", help="How layers share the entries: first, last or learned.")
+    ] = None,
     utility: Annotated[
         bool, typer.Option("--utility", help="Score routers by what each row is worth to full attention.")
     ] = False,
@@ -187,11 +190,11 @@ def evaluate(  # noqa: PLR0913 - one option for each thing that can be asked
     from probes.api import load_report
 
     target = folder
-    if preset or precision or mechanism:
+    if preset or precision or mechanism or layers:
         with usage():
             plan = Revisit(
                 preset=preset, precisions=words(precision) or ("float32",), budgets=numbers(budgets),
-                mechanisms=words(mechanism), positions=words(positions) or POSITIONS,
+                mechanisms=words(mechanism), positions=words(positions) or POSITIONS, layers=words(layers),
                 sequences=sequences, streams=streams, rungs=words(rungs),
             )  # fmt: skip
         target = out or folder_name(folder, plan)
@@ -199,7 +202,9 @@ def evaluate(  # noqa: PLR0913 - one option for each thing that can be asked
             revisit(folder, target, plan, device=device, progress=not quiet)
     elif not utility:
         raise DataError(
-            "E-OPTION", "Nothing was asked.", fix="Name --preset long, --precision int8, --mechanism list or --utility."
+            "E-OPTION",
+            "Nothing was asked.",
+            fix="Name --preset long, --precision int8, --mechanism list, --layers first or --utility.",
         )
     if utility:
         changed = score_utility(folder, device=device, progress=not quiet)

@@ -56,6 +56,11 @@ class Evaluation:
     floor_name: str = ""
     oracle_error: float = 0.0
     precision: str = "float32"
+    layer_rows: tuple[int, ...] = ()  # where layers have budgets of their own
+
+    @property
+    def rows(self) -> int | tuple[int, ...]:
+        return self.layer_rows or self.budget_rows
 
 
 @torch.no_grad()
@@ -67,13 +72,15 @@ def evaluate(
     sequences: int,
     diagnose: bool = True,
     precision: str = "float32",
+    layer_rows: tuple[int, ...] = (),
 ) -> Evaluation:
     """Score a network on evaluation streams 10_000, 10_001, ...: the same for every model, router and budget.
 
     Args:
         precision: of the keys and values of kept rows: ``float32``, ``bfloat16`` or ``int8``.
+        layer_rows: a budget for each layer instead of ``budget_rows`` for all.
     """
-    out = Evaluation(budget_rows, precision=precision)
+    out = Evaluation(budget_rows, precision=precision, layer_rows=layer_rows)
     parts = []
     for stream in range(streams):
         parts.append(_score_stream(fitted, stream, sequences, out, diagnosed=stream == 0 and diagnose))
@@ -96,7 +103,7 @@ def evaluate(
 
 
 def _score_stream(fitted: Fitted, stream: int, sequences: int, out: Evaluation, *, diagnosed: bool) -> dict[str, Any]:
-    net, plan, rows = fitted.net, fitted.plan, out.budget_rows
+    net, plan, rows = fitted.net, fitted.plan, out.rows
     batch = sample(plan, generator(EVALUATION_SEED + stream), sequences)
     train = sample(plan, generator(plan.seed), min(sequences, 256))
     # floors are learned on answers rendered as they are asked
@@ -220,13 +227,13 @@ def permute_flags(batch: ProbeBatch) -> ProbeBatch:
 
 
 def _permuted_skill(net: ProbeNet, batch: ProbeBatch, out: Evaluation, floor: float) -> float:
-    answer = answer_batch(net, permute_flags(batch), out.budget_rows, precision=out.precision)[0]
+    answer = answer_batch(net, permute_flags(batch), out.rows, precision=out.precision)[0]
     return 1.0 - float(query_error(answer, batch).nanmean()) / floor
 
 
 @torch.no_grad()
 def diagnose_queries(
-    net: ProbeNet, batch: ProbeBatch, rows: int, *, precision: str = "float32"
+    net: ProbeNet, batch: ProbeBatch, rows: int | tuple[int, ...], *, precision: str = "float32"
 ) -> tuple[dict[str, float], float]:
     """Selected, read, decoded? And what dropping an item's entries costs beyond dropping as many others.
 

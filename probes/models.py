@@ -216,7 +216,7 @@ class ProbeNet(nn.Module):
     def policies(
         self,
         batch: ProbeBatch,
-        rows: int | torch.Tensor,
+        rows: int | torch.Tensor | tuple[int, ...],
         *,
         explore: torch.Generator | None = None,
         given: Sequence[torch.Tensor] | None = None,
@@ -224,13 +224,16 @@ class ProbeNet(nn.Module):
         """What the scratchpads may do: so many entries in each layer.
 
         Args:
-            rows: budget of a layer in entries; a tensor gives each sequence its own, [B].
+            rows: budget of a layer in entries; a tensor gives each sequence its own, [B], a tuple each layer.
             explore: of random extra entries in training.
             given: what each layer keeps, L of [B, T] bool; for ``oracle`` and ``shuffled``.
 
         Raises:
             ValueError: a budget below one entry, or a control without its list.
         """
+        if isinstance(rows, tuple):
+            every = [self.policies(batch, own, explore=explore, given=given) for own in rows]
+            return [policies[layer] for layer, policies in enumerate(every)]
         B, device = len(batch), batch.x.device
         budget = torch.as_tensor(rows, device=device).expand(B)  # [B]
         if int(budget.min()) < 1:

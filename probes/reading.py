@@ -61,7 +61,7 @@ class Context:
 
 @torch.no_grad()
 def answer_batch(
-    net: ProbeNet, batch: ProbeBatch, rows: int, *, precision: str = "float32"
+    net: ProbeNet, batch: ProbeBatch, rows: int | tuple[int, ...], *, precision: str = "float32"
 ) -> tuple[torch.Tensor, Context]:
     """Answers to all queries, [B, Q, Y], and the context."""
     context = read_context(net, batch, rows, precision=precision)
@@ -79,7 +79,12 @@ def answer_from(net: ProbeNet, batch: ProbeBatch, policies: Sequence[Policy], me
 
 @torch.no_grad()
 def read_context(
-    net: ProbeNet, batch: ProbeBatch, rows: int, *, precision: str = "float32", chunk_rows: int | None = None
+    net: ProbeNet,
+    batch: ProbeBatch,
+    rows: int | tuple[int, ...],
+    *,
+    precision: str = "float32",
+    chunk_rows: int | None = None,
 ) -> Context:
     """Read the context in chunks, one memory after the other; the result does not depend on their size.
 
@@ -105,7 +110,7 @@ def read_context(
     return Context(memory, joined, policies, torch.cat(hidden, 1))
 
 
-def _others_rows(net: ProbeNet, batch: ProbeBatch, rows: int, size: int) -> list[torch.Tensor]:
+def _others_rows(net: ProbeNet, batch: ProbeBatch, rows: int | tuple[int, ...], size: int) -> list[torch.Tensor]:
     """What the learned router keeps of the sequence before, L of [B, T] bool; see ``train.shuffled_rows``."""
     own, net.config = net.config, replace(net.config, router="learned")
     try:

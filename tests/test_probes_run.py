@@ -18,7 +18,6 @@ import probes
 from hamts.errors import DataError
 from probes import t0
 from probes.api import load_report, run_probes
-from probes.axes import parse_axes
 from probes.cli import main
 from probes.contract import generator
 from probes.evaluate import permute_flags
@@ -395,26 +394,3 @@ def test_learning_rates_are_tried_with_the_first_seed_and_the_best_serves_the_ot
     assert set(rates[1]) == set(rates[2]) == {best}
     line = score_table(report.documents)
     assert line["seeds"].tolist() == [3]
-
-
-# --- axes
-
-
-def test_values_of_an_axis_are_lines_of_their_own_and_the_usual_one_is_the_usual_line(tmp_path: Path) -> None:
-    assert parse_axes(["items=4,8", "flag=True", "variant=grid,sphere"]) == {
-        "items": (4, 8), "flag": (True,), "variant": ("grid", "sphere")
-    }  # fmt: skip
-    for wrong, text in ((["items"], "Got 'items'"), (["=3"], "Got '=3'"), (["a=1", "a=2"], "named twice")):
-        with pytest.raises(ValueError, match=text):
-            parse_axes(wrong)
-    report = run_probes("der/der", tier="T0", preset="smoke", out=tmp_path, progress=False, axes={"items": (4, 12)})
-    frame = report.frame
-    assert set(zip(frame["axis"], frame["axis_value"], strict=True)) == {("items", "4"), ("", "")}
-    assert any(line.endswith("[items=4]") for line in score_table(report.documents)["line"])
-    with pytest.raises(ValueError, match="has no axis 'widgets'"):
-        run_probes("der", tier="T0", out=tmp_path, progress=False, axes={"widgets": (3,)})
-    plan = RunPlan(probes=("der/der",), models=("full",), overrides={"items": 4, "missed_tags": 0.0})
-    (cell,) = plan.trial_cells()
-    assert (cell.axis, dict(cell.overrides)["items"]) == ("items=4, missed_tags=0.0", 4)
-    usual = RunPlan(probes=("der/der",), models=("full",), overrides={"items": 12}).trial_cells()
-    assert usual == RunPlan(probes=("der/der",), models=("full",)).trial_cells()
