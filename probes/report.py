@@ -14,7 +14,9 @@ from probes import report_panels as panels
 from probes.contract import FAMILY
 from probes.gates import TRAINED, GateResult
 from probes.registry import list_probes
-from probes.summary import frontier_table, score_table
+from probes.report_axes import axis_panels
+from probes.report_ranks import profile_panels
+from probes.summary import frontier_table, on_axis, score_table
 
 __all__ = ["html_report", "limits", "markdown_report"]
 
@@ -37,10 +39,15 @@ def html_report(
         real: documents of labelled sets, of ``real_run.read_real``.
     """
     scores = score_table(documents)
+    # values of axes have a panel of their own; they would crowd the others
+    scores = scores[[not on_axis(str(line)) for line in scores["line"]]]
     found = [
-        ("1 · Scorecard", panels.gates_first(gates) + panels.scorecard(scores)),
+        ("1 · Scorecard", panels.gates_first(gates) + panels.scorecard(scores) + profile_panels(documents)),
         ("2 · Budget frontier", panels.frontiers(scores)),
-        ("3 · Recall and skill against delay and other axes", panels.survival_lines(documents)),
+        (
+            "3 · Recall and skill against delay and other axes",
+            panels.survival_lines(documents) + axis_panels(documents),
+        ),
         ("4 · Selection in one sequence", inside.raster(documents)),
         ("5 · Where queries fail", inside.stage_bars(documents)),
         ("6 · Kept rows by layer and service", inside.layers(documents)),

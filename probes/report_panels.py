@@ -14,7 +14,7 @@ from probes.evaluate import DELAY
 from probes.gates import GateResult
 from probes.plots import bars_svg, lines_svg
 from probes.scores import SOLVED_SKILL, effective_level, pareto
-from probes.summary import frontier_table, label, seeds_of
+from probes.summary import frontier_table, label, on_axis, seeds_of
 
 __all__ = [
     "MOST_LINES",
@@ -254,10 +254,11 @@ def _at_one(documents: Sequence[dict[str, Any]], name: str) -> dict[tuple[str, s
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for content in documents:
         part = content["diagnosis"].get(name, {})
-        if part and content["budget"]["frac"] == 1.0:
+        if part and content["budget"]["frac"] == 1.0 and not on_axis(line_name(content)):
             key = (content["identity"]["tier"], content["identity"]["rung"])
             found.setdefault(key, {}).setdefault(line_name(content), part)
-    return {key: list(lines.items()) for key, lines in found.items()}
+    # mechanisms of a router after the routers
+    return {key: sorted(lines.items(), key=lambda pair: ":" in pair[0]) for key, lines in found.items()}
 
 
 def _effective(documents: Sequence[dict[str, Any]]) -> str:

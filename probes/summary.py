@@ -12,7 +12,7 @@ import pandas as pd
 from probes.packed import sequence_errors
 from probes.stats import interquartile_mean, mean_interval
 
-__all__ = ["best_rates", "chosen_rates", "frontier_table", "score_table", "seeds_of"]
+__all__ = ["best_rates", "chosen_rates", "frontier_table", "on_axis", "score_table", "seeds_of"]
 
 SOLVED = 0.8
 
@@ -23,6 +23,11 @@ def label(identity: dict[str, Any]) -> str:
     if identity.get("tier") == "T0":
         name = f"{identity['model']} · {identity['router']}"
     return f"{name} [{identity['axis']}]" if identity.get("axis") else name
+
+
+def on_axis(line: str) -> bool:
+    """Whether a line differs from its rung by the value of an axis."""
+    return " [" in line and "=" in line.rpartition(" [")[2]
 
 
 def value(content: dict[str, Any], metric: str) -> float:
