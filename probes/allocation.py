@@ -1,4 +1,4 @@
-"""How one budget is shared by services: schemes of tier 0 for the allocation task of ``frontier``.
+"""How one budget is shared: by services in the allocation task of ``frontier``, by nodes in ``topo``; tier 0.
 
 B sequences · T rows · S services · n rows of a service · N items
 """
@@ -13,7 +13,7 @@ from probes.contract import ProbeBatch
 from probes.floors import fit_ridge, ridge_answer
 from probes.t0 import Trace, read_state
 
-__all__ = ["SCHEMES", "allocate", "recalls"]
+__all__ = ["NODE_SCHEMES", "SCHEMES", "allocate", "allocate_nodes", "recalls"]
 
 MAD_TO_SIGMA = 1.4826
 WARM_ROWS = 5
@@ -131,3 +131,43 @@ _SCHEMES: dict[str, Callable[..., torch.Tensor]] = {
     "oracle": lambda size, order, batch, train, total: _best(_crit(batch, size.shape[1]), total),
 }
 SCHEMES = tuple(_SCHEMES)
+
+
+# --- nodes
+
+NODE_SCHEMES = ("uniform", "degree", "global")
+
+
+def allocate_nodes(scheme: str, batch: ProbeBatch, score: torch.Tensor, total: int) -> torch.Tensor:
+    """Rows kept where nodes have budgets: score [B, L] -> [B, L] bool, ``total`` of them at most.
+
+    ``global`` keeps the best rows of all, those that belong to no node too; ``uniform`` gives every node as many,
+    ``degree`` a node with children more: its reading is asked about by them. Within a node the best rows stay.
+
+    Raises:
+        ValueError: an unknown scheme.
+    """
+    if scheme not in NODE_SCHEMES:
+        raise ValueError(f"Unknown scheme {scheme!r}. Available: {list(NODE_SCHEMES)}.")
+    if scheme == "global":
+        order = score.argsort(dim=1, descending=True, stable=True)[:, :total]
+        return torch.zeros_like(batch.crit).scatter(1, order, True) & (score > -torch.inf)
+    assert batch.edge_index is not None
+    owner, parent = batch.extra["node"], batch.edge_index[..., 1]  # [B, L], [B, V]
+    weight = torch.ones_like(parent, dtype=torch.float32)  # [B, V]
+    if scheme == "degree":
+        weight = weight.scatter_add(1, parent, torch.ones_like(weight))
+    quota = _quotas(weight, total)  # [B, V]
+    mine = (owner[:, None] == owner[..., None]) & (owner >= 0)[..., None]  # [B, L, L] rows of the same node
+    above = (score[:, None] > score[..., None]) & mine  # [B, L, L] the second stands above the first
+    allowed = torch.where(owner >= 0, quota.gather(1, owner.clamp_min(0)), 0)  # [B, L]
+    return (above.sum(-1) < allowed) & (score > -torch.inf)
+
+
+def _quotas(weight: torch.Tensor, total: int) -> torch.Tensor:
+    """Whole shares of a total by weight, [B, V]; what rounding leaves over goes to the largest rests."""
+    exact = total * weight / weight.sum(1, keepdim=True)
+    whole = exact.floor()
+    rest = (total - whole.sum(1, keepdim=True)).long()  # [B, 1]
+    rank = (exact - whole).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [B, V]
+    return (whole + (rank < rest)).long()

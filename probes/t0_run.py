@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from probes import t0
-from probes.allocation import SCHEMES, allocate, recalls
+from probes.allocation import NODE_SCHEMES, SCHEMES, allocate, allocate_nodes, recalls
 from probes.contract import EVALUATION_SEED, ProbeBatch, ProbeConfig, generator
 from probes.mechanisms import mechanism_rows
 from probes.prequential import cache_turnover, fading_error, recovery_rows, windowed_mase
@@ -95,6 +95,8 @@ def run_t0_suite(
             rows += _prequential(case, case.critical, seed)
         if "reporter" in case.batch.extra:
             rows += _allocation(case)
+        if "node" in case.batch.extra:
+            rows += _nodes(case, seed)
     return rows
 
 
@@ -272,3 +274,16 @@ def _allocation(case: Case) -> list[dict[str, Any]]:
                 for name, value in recalls(allocate(scheme, case.batch, case.train, total), case.batch).items()})
         for scheme in SCHEMES
     ]  # fmt: skip
+
+
+def _nodes(case: Case, seed: int) -> list[dict[str, Any]]:
+    """A total of as many rows as are critical, with budgets of nodes."""
+    batch, rows = case.batch, []
+    for router in ("write", "mix"):
+        score = t0.scores(router, batch, case.trace, gen=generator(seed + 1))
+        for scheme in NODE_SCHEMES:
+            kept = allocate_nodes(scheme, batch, score, case.critical)  # [B, L]
+            every = kept[:, None].expand(-1, batch.q_index.shape[1], -1)
+            row = scored_row(case, f"nodes:{scheme}:{router}", every, budget=case.critical, rows=case.critical)
+            rows.append({**row, "budget_frac": 1.0})
+    return rows

@@ -18,6 +18,8 @@ from probes.registry import Probe, register_probe
 
 MARGIN = 5
 PAYLOAD = 2
+CONTROLS = ("none", "no_graph", "shuffled_graph", "undirected")
+RELATIONS = ("other", "reverse", "sibling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,10 @@ class TopoConfig(ProbeConfig):
         form: ``stream`` (edges are rows) or ``graph`` (a static graph; each query row carries the code of the node
             that a graph encoder would name, so one lookup is left).
         rewires, updates: edges that change, readings that are repeated; the latest counts.
-        distractors: rows of edges of another relation.
-        control: ``none``; ``no_graph`` (the named parent is hidden) or ``shuffled_graph`` (another node's).
+        distractors: rows of edges of another relation, which ``relation`` names: ``other`` (between any nodes),
+            ``reverse`` (true edges the other way round) or ``sibling`` (nodes of the same parent, where there are any).
+        control: ``none``; ``no_graph`` (the named parent is hidden), ``shuffled_graph`` (another node's) or
+            ``undirected`` (which end of an edge is the parent is drawn by lot; a graph names any neighbour).
     """
 
     items: int = 8
@@ -42,14 +46,16 @@ class TopoConfig(ProbeConfig):
     rewires: int = 0
     updates: int = 0
     distractors: int = 0
+    relation: str = "other"
     control: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form not in ("stream", "graph"):
             raise ValueError(f"Unknown form {self.form!r}. Available: ['graph', 'stream'].")
-        if self.control not in ("none", "no_graph", "shuffled_graph"):
-            raise ValueError(f"Unknown control {self.control!r}. Available: ['no_graph', 'none', 'shuffled_graph'].")
+        for name, known in (("control", CONTROLS), ("relation", RELATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Available: {sorted(known)}.")
         if not 2 <= self.items <= 256 or self.hops < 1:
             raise ValueError(f"Nodes must be 2..256 and hops at least 1. Got {self.items} and {self.hops}.")
         self.need_rows(self.rows + MARGIN, "Edges and readings")
@@ -79,13 +85,14 @@ class TopologyLookup(Probe):
     }
     quick = ("topoG",)
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "items": (8, 16, 64),
+        "items": (8, 16, 64, 256),
         "hops": (1, 2, 3),
         "form": ("graph", "stream"),
         "rewires": (0, 4, 16),
         "updates": (0, 16, 64),
         "distractors": (0, 8, 16),
-        "control": ("none", "no_graph", "shuffled_graph"),
+        "relation": RELATIONS,
+        "control": CONTROLS,
     }
     headline = "topo"
     # a lookup, then that of a node that is named, then through an edge, of few nodes still: each is found on the way
@@ -99,6 +106,14 @@ class TopologyLookup(Probe):
         """A lookup for each hop, one for the reading, and one more to name what is looked up."""
         assert isinstance(config, TopoConfig)
         return config.hops + 2
+
+    def shortcut_features(self, batch: ProbeBatch) -> torch.Tensor:
+        """Also how many children the asked node has, and its parent: degrees must not suffice."""
+        assert batch.edge_index is not None
+        parent = batch.edge_index[..., 1]  # [B, V]
+        degree = torch.zeros_like(parent).scatter_add(1, parent, torch.ones_like(parent))  # [B, V]
+        own, above = take(degree, batch.q_item), take(degree, take(parent, batch.q_item))  # 2 x [B, Q]
+        return torch.cat([super().shortcut_features(batch), torch.stack([own, above], -1).float()], -1)
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, TopoConfig)
@@ -133,7 +148,8 @@ class TopologyLookup(Probe):
         self._render(canvas, table, names, edge_rows=edge_rows, child=child, parents=parents, reading_rows=reading_rows,
                      node=node, reading=reading, other_rows=rows[:, E + node.shape[1] :], draws=draws)  # fmt: skip
         return self._ask(canvas, config, table, names, parent=parent_now, edge_row=edge_row, value=value,
-                         reading_row=reading_row, reading_rows=reading_rows, reading=reading)  # fmt: skip
+                         reading_row=reading_row, edge_rows=edge_rows, reading_rows=reading_rows, reading_node=node,
+                         reading=reading)  # fmt: skip
 
     @staticmethod
     def _render(
@@ -150,7 +166,8 @@ class TopologyLookup(Probe):
         other_rows: torch.Tensor,
         draws: Any,
     ) -> None:
-        n, V = names.shape
+        config, V = canvas.config, names.shape[1]
+        assert isinstance(config, TopoConfig)
         code = table[take(names, node)]  # [B, readings, G]
         canvas.flag(reading_rows, "reading")
         canvas.code(reading_rows, code)
@@ -158,13 +175,17 @@ class TopologyLookup(Probe):
         canvas.bind(reading_rows, code, reading)
         if int(edge_rows.max()) >= 0:
             canvas.flag(edge_rows, "edge")
-            canvas.code(edge_rows, table[take(names, child)])
-            canvas.code(edge_rows, table[take(names, parents)], "to_0")
+            first, second = child, parents
+            if config.control == "undirected":
+                turned = torch.rand(child.shape, generator=draws("control")) < 0.5  # [B, V + rewires]
+                first, second = torch.where(turned, parents, child), torch.where(turned, child, parents)
+            canvas.code(edge_rows, table[take(names, first)])
+            canvas.code(edge_rows, table[take(names, second)], "to_0")
             fill(canvas.event_id, edge_rows, child)
         for rows in (edge_rows, reading_rows):
             canvas.tagged = fill(canvas.tagged, rows, torch.ones_like(rows, dtype=torch.bool))
         if other_rows.shape[1]:
-            pair = torch.randint(V, (n, 2, other_rows.shape[1]), generator=draws("distractors"))  # [B, 2, D]
+            pair = _related(config.relation, parents[:, :V], other_rows.shape[1], draws)
             canvas.flag(other_rows, "other")
             canvas.code(other_rows, table[take(names, pair[:, 0])])
             canvas.code(other_rows, table[take(names, pair[:, 1])], "to_0")
@@ -182,7 +203,9 @@ class TopologyLookup(Probe):
         edge_row: torch.Tensor,
         value: torch.Tensor,
         reading_row: torch.Tensor,
+        edge_rows: torch.Tensor,
         reading_rows: torch.Tensor,
+        reading_node: torch.Tensor,
         reading: torch.Tensor,
     ) -> ProbeBatch:
         n, V = names.shape
@@ -210,7 +233,12 @@ class TopologyLookup(Probe):
             named = node
             if config.control == "shuffled_graph":
                 named = (node + torch.randint(1, V, node.shape, generator=draws("control"))) % V
+            elif config.control == "undirected":
+                named = _neighbour(asked, node, parent, draws("control"))
             canvas.code(q_index, table[take(names, named)], "to_0")
+        owner = torch.full(canvas.crit.shape, -1)  # [B, L] whose record a row is
+        fill(owner, edge_rows, canvas.event_id.gather(1, edge_rows.clamp_min(0)))
+        fill(owner, reading_rows, reading_node)
         direct = config.form == "graph"
         key = table[take(names, node if direct else asked)]  # [B, Q, G]
         canvas.bind(q_index, key, torch.zeros(n, Q, PAYLOAD))
@@ -229,8 +257,34 @@ class TopologyLookup(Probe):
                 "set_mean": value.mean(1, keepdim=True).expand_as(y),
                 "last_event": take(reading, latest).expand_as(y),
             },
-            slices={"hop": depth},
+            slices={"hop": depth}, extra={"node": owner},
         )  # fmt: skip
+
+
+def _related(relation: str, parent: torch.Tensor, count: int, draws: Any) -> torch.Tensor:
+    """Both ends of edges that are no answer, parent [B, V] -> [B, 2, D] nodes."""
+    n, V = parent.shape
+    pair = torch.randint(V, (n, 2, count), generator=draws("distractors"))  # [B, 2, D]
+    if relation == "reverse":
+        return torch.stack([take(parent, pair[:, 0]), pair[:, 0]], 1)
+    if relation == "sibling":
+        # of the nodes with the same parent one by lot; a node without a sibling stands beside any other
+        same = (parent[:, None] == parent[..., None]) & ~torch.eye(V, dtype=torch.bool)  # [B, V, V]
+        chance = torch.rand(n, V, V, generator=draws("siblings")).masked_fill(~same, -1.0)  # [B, V, V]
+        best = chance.max(-1)
+        return torch.stack([pair[:, 0], torch.where(
+            take(best.values, pair[:, 0]) >= 0, take(best.indices, pair[:, 0]), pair[:, 1]
+        )], 1)  # fmt: skip
+    return pair
+
+
+def _neighbour(asked: torch.Tensor, node: torch.Tensor, parent: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
+    """Any node that an undirected graph joins to the asked one, [B, Q]: its parent or one of its children."""
+    own = node == asked  # [B, Q] its own reading is asked
+    joined = parent[:, None] == asked[..., None]  # [B, Q, V] children
+    joined = joined.scatter(2, take(parent, asked)[..., None], True)
+    chance = torch.rand(joined.shape, generator=gen).masked_fill(~joined, -1.0)  # [B, Q, V]
+    return torch.where(own, node, chance.argmax(-1))
 
 
 def _latest(
