@@ -44,7 +44,8 @@ class Probe:
         rungs: rows of the results table, each a name and what it changes in the configuration.
         presets: what a preset changes beyond its sizes.
         axes: for each axis the values of the contract, easiest first.
-        curriculum: overrides by stage, with the share of the training steps that each gets; the last is the task.
+        curriculum: overrides by stage, with the share of the training steps that each gets; the last is the task
+            (``lessons``, where it depends on the question).
         layers: layers of a trained-small model, unless ``depth`` says otherwise.
         echo_rows: rows in which an answer is replayed in the echo readout.
         echo_decay: how an echo fades from row to row.
@@ -53,7 +54,8 @@ class Probe:
         grows: long sequences are grown into (``stages``); False where shorter ones are another question.
         headline: the rung that stands for the suite in a smoke run; the first one if empty.
         target_weight: of the auxiliary target in the loss.
-        named_after: layers whose output names one part of the auxiliary target each; none: the last names all.
+        named_after: layers whose output names one part of the auxiliary target each; none: the last names all
+            (``names_after``, where it depends on the question).
         quick: rungs that take ``QUICK_STEPS``, being learned in half of the others' time.
     """
 
@@ -131,6 +133,14 @@ class Probe:
         """Layers of a trained-small model."""
         return self.layers
 
+    def names_after(self, config: ProbeConfig) -> tuple[int, ...]:
+        """Layers whose output names one part of the auxiliary target each; none: the last names all."""
+        return self.named_after
+
+    def lessons(self, config: ProbeConfig) -> tuple[tuple[float, Mapping[str, Any]], ...]:
+        """The curriculum of a question."""
+        return self.curriculum
+
     def stages(self, config: ProbeConfig) -> list[tuple[float, ProbeConfig]]:
         """Share of the training steps of each stage, and its configuration; the last is the task.
 
@@ -138,11 +148,12 @@ class Probe:
         that tells one of many rows from the others.
         """
         growth = GROWTH if config.context_rows >= GROWN_ROWS and self.grows else ((1.0, 1),)
-        ends = {round(end, 9) for shares in (self.curriculum, growth) for end in accumulate(s for s, _ in shares)}
+        lessons = self.lessons(config)
+        ends = {round(end, 9) for shares in (lessons, growth) for end in accumulate(s for s, _ in shares)}
         found, before = [], 0.0
         for end in sorted(ends):
             middle = (before + end) / 2
-            changes, parts = _at(self.curriculum, middle), _at(growth, middle)
+            changes, parts = _at(lessons, middle), _at(growth, middle)
             stage = replace(config, **changes) if changes else config
             found.append((end - before, self.shrunk(stage, parts) if parts > 1 else stage))
             before = end

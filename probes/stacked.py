@@ -125,7 +125,7 @@ class StackedNet:
     def answers(
         self, reading: StackedReading, rows: Rows, *, named_after: Sequence[int] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Answers, [S, B, Q, Y], and of the auxiliary target, its parts after some layers (``Probe.named_after``)."""
+        """Answers, [S, B, Q, Y], and of the auxiliary target, its parts after some layers (``Probe.names_after``)."""
         index = rows.q_index.expand(self.S, -1, -1)[..., None].expand(-1, -1, -1, reading.hidden.shape[-1])
         asked = reading.hidden.gather(2, index)  # [S, B, Q, D]
         if "auxiliary.weight" not in self.leaves:

@@ -129,7 +129,8 @@ class StackedStep:
         self.warm_steps = math.ceil(WARM_SHARE * self.steps) if ham else 0
         self.explores = ham and stack.config.control is None and stack.config.router != "tags"
         self.follows = ham and stack.config.control in (None, "shuffled")
-        self.hidden_share, self.probe = plans[0].hidden_share, plans[0].probe
+        self.hidden_share, self.target_weight = plans[0].hidden_share, plans[0].probe.target_weight
+        self.names_after = plans[0].probe.names_after(plans[0].config)
         self.explore: list[torch.Tensor] = []
         self.chances: list[torch.Generator] | None = None
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -167,7 +168,7 @@ class StackedStep:
         """One step on a batch; no wait for the device."""
         hidden = hidden_sequences(rows.tags.shape[1], self.hidden_share) if warm else 0
         decisions = replace(self.decisions(warm=warm), hidden=hidden)
-        weight, named = self.probe.target_weight, self.probe.named_after
+        weight, named = self.target_weight, self.names_after
         loss, reading = stacked_loss(self.stack, rows, decisions, target_weight=weight, named_after=named)
         names = list(self.stack.leaves)
         found = torch.autograd.grad(loss.sum(), [self.stack.leaves[name] for name in names], allow_unused=True)

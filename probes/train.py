@@ -134,7 +134,7 @@ def train(plan: TrainPlan, *, progress: Callable[[int, int, float], None] | None
         hidden = hidden_sequences(len(batch), plan.hidden_share) if given else 0
         loss = training_loss(
             net, batch, batch.context_rows if given else rows, explore, given=given, hidden=hidden,
-            target_weight=plan.probe.target_weight, named_after=plan.probe.named_after,
+            target_weight=plan.probe.target_weight, named_after=plan.probe.names_after(plan.config),
         )  # fmt: skip
         if not math.isfinite(float(loss.detach())):
             fitted.status = "diverged"

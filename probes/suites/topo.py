@@ -31,6 +31,8 @@ class TopoConfig(ProbeConfig):
         shallow_share: of the others, those that climb one parent alone; above 0 in training's first stages alone.
         form: ``stream`` (edges are rows) or ``graph`` (a static graph; each query row carries the code of the node
             that a graph encoder would name, so one lookup is left).
+        taught: where training tells which node is looked up: ``last`` (the whole path after the last layer) or ``hops``
+            (each hop after a layer of its own, from the first on). Nothing that is asked depends on it.
         rewires, updates: edges that change, readings that are repeated; the latest counts.
         distractors: rows of edges of another relation, which ``relation`` names: ``other`` (between any nodes),
             ``reverse`` (true edges the other way round) or ``sibling`` (nodes of the same parent, where there are any).
@@ -43,6 +45,7 @@ class TopoConfig(ProbeConfig):
     hop0_share: float = 0.3
     shallow_share: float = 0.0
     form: str = "stream"
+    taught: str = "last"
     rewires: int = 0
     updates: int = 0
     distractors: int = 0
@@ -53,7 +56,7 @@ class TopoConfig(ProbeConfig):
         super().__post_init__()
         if self.form not in ("stream", "graph"):
             raise ValueError(f"Unknown form {self.form!r}. Available: ['graph', 'stream'].")
-        for name, known in (("control", CONTROLS), ("relation", RELATIONS)):
+        for name, known in (("control", CONTROLS), ("relation", RELATIONS), ("taught", ("last", "hops"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Available: {sorted(known)}.")
         if not 2 <= self.items <= 256 or self.hops < 1:
@@ -76,6 +79,7 @@ class TopologyLookup(Probe):
         "topoG": {"form": "graph"},
         "topo": {},
         "topo2": {"hops": 2},
+        "topo2N": {"hops": 2, "taught": "hops"},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {"items": 8, "queries": 8},
@@ -101,6 +105,15 @@ class TopologyLookup(Probe):
         (0.1, {"form": "graph", "hop0_share": 1.0}), (0.1, {"form": "graph"}), (0.4, {"shallow_share": 0.7}), (0.4, {}),
     )  # fmt: skip
     target_weight = 3.0
+
+    def names_after(self, config: ProbeConfig) -> tuple[int, ...]:
+        assert isinstance(config, TopoConfig)
+        return tuple(range(config.hops)) if config.taught == "hops" else self.named_after
+
+    def lessons(self, config: ProbeConfig) -> tuple[tuple[float, Mapping[str, Any]], ...]:
+        """Where each hop is told, both are asked at once: a stage of shallow paths only delays the second."""
+        assert isinstance(config, TopoConfig)
+        return (*self.curriculum[:2], (0.8, {})) if config.taught == "hops" else self.curriculum
 
     def depth(self, config: ProbeConfig) -> int:
         """A lookup for each hop, one for the reading, and one more to name what is looked up."""
