@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,8 @@ class DerConfig(ProbeConfig):
         distractors, decoy_amplitude: rows with a burst that is never asked about.
         decoy_flag: ``on`` (a flag of its own), ``off``, or ``same`` (the items' own flag, with types never asked).
         updates: how many items get a second payload.
-        visits: payloads per type; ``ask``: ``last``, ``first`` or ``mean`` of them.
+        visits: payloads per type; ``ask``: ``last``, ``first`` or ``mean`` of them, or ``ordinal``: the one whose
+            number the query names.
         payload_width, channels: more than two channels carry the payload on a random pair, named in the key.
         render: ``replace`` the carrier, ``add`` to it, or ``kernel`` (spread over ``kernel_rows``).
         exo: the payload is the step of an exogenous driver.
@@ -55,7 +56,7 @@ class DerConfig(ProbeConfig):
         super().__post_init__()
         for name, known in (
             ("decoy_flag", ("on", "off", "same")),
-            ("ask", ("last", "first", "mean")),
+            ("ask", ("last", "first", "mean", "ordinal")),
             ("render", ("replace", "add", "kernel")),
         ):
             if getattr(self, name) not in known:
@@ -79,7 +80,7 @@ class Plan:
     asked: torch.Tensor  # [B, Q] items
     answer: torch.Tensor  # [B, N, p]
     need: torch.Tensor  # [B, N, R]
-    used: dict[str, torch.Tensor] = field(default_factory=dict)
+    number: torch.Tensor  # [B, N] which of an item's payloads is asked, where it is asked by its number
 
 
 @register_probe("der", version=1, slot="streaming state")
@@ -96,10 +97,13 @@ class DelayedEventRecall(Probe):
         "delay": (16, 64, 256, 1024, 4096),
         "items": (4, 8, 16, 32, 64),
         "distractors": (0, 8, 16, 64),
+        "decoy_amplitude": (4.0, 2.0, 8.0),
         "decoy_flag": ("on", "off", "same"),
         "noise": (0.0, 0.1, 0.2, 0.5, 1.0),
         "updates": (0, 8, 32),
         "visits": (1, 2, 4),
+        "ask": ("last", "first", "mean", "ordinal"),
+        "render": ("replace", "add", "kernel"),
         "payload_width": (1, 2, 8),
         "channels": (2, 8, 32),
         "jitter": (0.0, 0.3),
@@ -124,7 +128,8 @@ class DelayedEventRecall(Probe):
         plan = self._plan(draws, n, config)
         table = codes(config.code)  # [K, G]
         pairs = config.channels // 2 if config.channels > 2 and not config.exo else 0
-        names = ("ev", "q_flag", "decoy_flag", *code_names(table.shape[1]), *code_names(pairs, "pair"))
+        ordinal = ("ordinal",) if config.ask == "ordinal" else ()
+        names = ("ev", "q_flag", "decoy_flag", *ordinal, *code_names(table.shape[1]), *code_names(pairs, "pair"))
         Q = plan.asked.shape[1]
         canvas = Canvas(
             config, draws, n, channels=config.channels, event_names=names, key_width=table.shape[1],
@@ -140,6 +145,8 @@ class DelayedEventRecall(Probe):
         canvas.flag(q_index, "q_flag")
         canvas.code(q_index, asked)
         canvas.bind(q_index, asked, torch.zeros(n, Q, config.payload_width))
+        if ordinal:
+            canvas.flag(q_index, "ordinal", (take(plan.number, plan.asked) + 1.0) / config.visits)
         if pairs:
             chosen = torch.nn.functional.one_hot(take(pair, plan.asked), pairs).float()  # [B, Q, pairs]
             canvas.code(q_index, chosen, "pair_0")
@@ -182,10 +189,11 @@ class DelayedEventRecall(Probe):
         second = permutations(draws("updates"), n, N).repeat(1, -(-config.updates // N) or 1)[:, : config.updates]
         item = torch.cat([item, second], 1)  # [B, W]
         payload = payloads(draws("payloads"), (n, W, p))  # [B, W, p]
-        answer, need = answers(rows, item, payload, items=N, ask=config.ask)
+        number = torch.randint(config.visits, (n, N), generator=draws("ordinals"))  # [B, N]
+        answer, need = answers(rows, item, payload, items=N, ask=config.ask, number=number)
         types = permutations(draws("keys"), n, TYPES)[:, :N]  # [B, N]
         asked = permutations(draws("queries"), n, N)[:, : min(N, config.queries)]  # [B, Q]
-        return Plan(rows, item, payload, types, asked, answer, need)
+        return Plan(rows, item, payload, types, asked, answer, need, number)
 
     @staticmethod
     def _render(canvas: Canvas, config: DerConfig, plan: Plan, table: torch.Tensor, pair: torch.Tensor) -> None:
@@ -255,14 +263,22 @@ class DelayedEventRecall(Probe):
 
 
 def answers(
-    rows: torch.Tensor, item: torch.Tensor, payload: torch.Tensor, *, items: int, ask: str
+    rows: torch.Tensor, item: torch.Tensor, payload: torch.Tensor, *, items: int, ask: str, number: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each item's question is answered by, [B, N, p], and the rows it needs, [B, N, R] (-1 for none)."""
+    """What each item's question is answered by, [B, N, p], and the rows it needs, [B, N, R] (-1 for none).
+
+    Args:
+        number: of the payload that ``ordinal`` asks for, the oldest first, [B, N].
+    """
     mine = item[:, None] == torch.arange(items)[None, :, None]  # [B, N, W]
     when = torch.where(mine, rows[:, None], -1)  # [B, N, W]
     if ask == "mean":
         weight = mine.to(payload) / mine.sum(-1, keepdim=True)  # [B, N, W]
         order = when.sort(-1, descending=True).values  # [B, N, W]
         return weight @ payload, order[..., : int(mine.sum(-1).max())]
-    choice = when.argmax(-1) if ask == "last" else torch.where(mine, rows[:, None], 2**40).argmin(-1)  # [B, N]
+    ahead = torch.where(mine, rows[:, None], 2**40)  # [B, N, W]
+    if ask == "ordinal":
+        choice = ahead.argsort(-1).gather(-1, number[..., None])[..., 0]  # [B, N]
+    else:
+        choice = when.argmax(-1) if ask == "last" else ahead.argmin(-1)  # [B, N]
     return take(payload, choice), take(rows, choice)[..., None]
