@@ -20,6 +20,7 @@ from hamts.files import written_whole
 from hamts.metrics import seasonal_naive, seasonal_scale
 from probes.adapter import ROLLING_LEVELS, HamtsAdapter
 from probes.contract import FAMILY
+from probes.detection import detection_test
 from probes.events import TAILS, EventForecasts, EventScores, event_scores, tail_quantiles
 from probes.frames import ProbeFromFrame
 from probes.real import LABELLED_SETS, RealResult, drop_test, edit_test, labelled_probe, lead_test
@@ -114,7 +115,8 @@ def run_real(plan: RealPlan, folder: str | Path) -> Path:
         "family": FAMILY, "set": plan.name, "tier": "T2", "preset": plan.preset, "seed": plan.seed,
         "horizon": setting.horizon, "router": model.config.router, "budget_share": model._share(None),
         "fit_seconds": seconds, "fit_rows": len(train), "pairs": len(probe.pairs), "leak_status": "clean",
-        "tests": tests, "event_scores": {name: scores.rows() for name, scores in events.items()},
+        "tests": tests, "detection": detection_test(probe, adapter, most=plan.most),
+        "event_scores": {name: scores.rows() for name, scores in events.items()},
         "events": events["ham"].events, "runtime": machine(),
     }  # fmt: skip
     with written_whole(path) as partial:

@@ -50,7 +50,7 @@ def real_table(documents: Sequence[dict[str, Any]]) -> str:
         scored = max(content["events"] for content in fits)
         events = f"{tested} events" if tested == scored else f"{tested} events, {scored} scored"
         head = f"{SHORT.get(name, name)}, {preset} ({events}, {len(fits)} fits)"
-        columns[head] = {**_tests(fits), **_scores(fits)}
+        columns[head] = {**_tests(fits), **_detection(fits), **_scores(fits)}
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
     lines = ["|  | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     lines += [f"| {row} | " + " | ".join(column.get(row, "") for column in columns.values()) + " |" for row in rows]
@@ -75,6 +75,21 @@ def _tests(fits: Sequence[dict[str, Any]]) -> dict[str, str]:
             if all(table is not None for table in tables):
                 what = "lead without a scratchpad" if empty else "lead"
                 found[f"{what}, {age} age"] = _told(crossed_interval([t for t in tables if t is not None]))
+    return found
+
+
+def _detection(fits: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What kept rows say about labelled windows, by the fits that were asked: mean, and the least and most of a fit."""
+    known = [pd.DataFrame(content["detection"]) for content in fits if content.get("detection")]
+    found = {}
+    for name, what in (
+        ("recall", "windows with a kept row"), ("chance", "the same by chance"),
+        ("reach", "distance of windows from kept rows, over chance"),
+        ("precision_distance", "distance of kept rows from windows, over chance"),
+    ):  # fmt: skip
+        means = [float(np.average(rows[name], weights=rows["windows"])) for rows in known]
+        if means:
+            found[what] = f"{np.mean(means):.2f} ({min(means):.2f} to {max(means):.2f}, {len(means)} fits)"
     return found
 
 

@@ -199,7 +199,7 @@ def real_series(real: Sequence[dict[str, Any]]) -> str:
     """Edit, drop and lead tests, gain by age, and scores around events of labelled sets."""
     if not real:
         return "<p>No labelled set was asked: hamts probes real --all --out DIR.</p>"
-    tests, ages, events = [], [], []
+    tests, ages, events, found = [], [], [], []
     for content in real:
         for test in content["tests"]:
             if "value" not in test:
@@ -213,6 +213,8 @@ def real_series(real: Sequence[dict[str, Any]]) -> str:
                 gains = [row["value"] for row in test["rows"] if row["age_rows"] == age]
                 ages.append({"set": content["set"], "budget share": share, "age (rows)": age,
                              "mean gain": float(np.mean(gains)), "pairs": len(gains)})  # fmt: skip
+        found += [{"set": content["set"], "preset": content["preset"], "seed": content["seed"], **row}
+                  for row in content.get("detection", ())]  # fmt: skip
         for name, rows in content["event_scores"].items():
             events.append({"set": content["set"], "forecaster": name, **{row["metric"]: row["value"] for row in rows}})
     note = (
@@ -223,5 +225,6 @@ def real_series(real: Sequence[dict[str, Any]]) -> str:
     )
     return (
         note + html_table(pd.DataFrame(tests)) + "<h4>Gain of an earlier window by its age</h4>"
-        + html_table(pd.DataFrame(ages)) + "<h4>Around events</h4>" + html_table(pd.DataFrame(events))
+        + html_table(pd.DataFrame(ages)) + ("<h4>Labelled windows and kept rows</h4>" + html_table(pd.DataFrame(found))
+        if found else "") + "<h4>Around events</h4>" + html_table(pd.DataFrame(events))
     )  # fmt: skip

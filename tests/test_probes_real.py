@@ -14,6 +14,7 @@ from hamts.errors import DataError
 from probes.adapter import HamtsAdapter
 from probes.api import run_probes
 from probes.contract import generator
+from probes.detection import detection, detection_test
 from probes.frames import ProbeFromFrame, echo_cases, to_frame, training_frame
 from probes.inject import SemiSynthetic, from_catalog, random_phases
 from probes.real import LABELLED_SETS, drop_test, edit_test, labelled_probe, lead_test
@@ -285,3 +286,40 @@ def test_entries_can_be_dropped_from_a_fitted_model(fitted: HamtsAdapter) -> Non
     assert not np.allclose(found["without"]["ch_0"], found["full"]["ch_0"], atol=1e-9)
     nothing = HamtsAdapter(fitted.model, budget_share=0.0).forecast_without(case.history, case.future, [(10, 40)])
     assert set(nothing) == {"full"}
+
+
+# --- labelled windows and kept rows
+
+
+def test_kept_rows_in_windows_are_near_and_far_ones_are_not() -> None:
+    kept = np.zeros(1_000, dtype=bool)
+    windows = [np.arange(start, start + 10) for start in (100, 400, 700)]
+    kept[[105, 403, 708]] = True
+    near = detection(kept, windows)
+    assert (near.recall, near.kept, near.windows) == (1.0, 3, 3)
+    assert near.chance < 0.1 and near.corrected > 0.99
+    assert near.reach < 0.05 and near.precision_distance == 0.0
+    far = np.zeros_like(kept)
+    far[[250, 550, 900]] = True
+    away = detection(far, windows)
+    assert away.recall == 0.0 and away.precision_distance > 0.8
+    # by lot: as near as chance has it
+    lot = np.zeros_like(kept)
+    lot[np.random.default_rng(5).choice(1_000, size=300, replace=False)] = True
+    assert detection(lot, windows).reach == pytest.approx(1.0, abs=0.35)
+    with pytest.raises(ValueError, match="Got 0 rows"):
+        detection(np.zeros(10, dtype=bool), windows)
+
+
+def test_a_fitted_model_tells_the_rows_that_it_keeps(fitted: HamtsAdapter) -> None:
+    probe, _ = get_probe("der")
+    history = echo_cases(probe, probe.sample(generator(0), 1, probe.config("smoke")))[0].history
+    shares = [HamtsAdapter(fitted.model, budget_share=share).kept_rows(history) for share in (0.0, 0.3, 1.0)]
+    assert [len(rows) for rows in shares] == [len(history)] * 3
+    none, some, most = (int(rows.sum()) for rows in shares)
+    assert none == 0 < some <= most
+    windows = pd.DataFrame({"unique_id": history["unique_id"].iloc[0], "start": [10, 40], "end": [12, 44]})
+    own = ProbeFromFrame(history, critical=windows, target=["ch_0", "ch_1"])
+    (found,) = detection_test(own, HamtsAdapter(fitted.model, budget_share=0.3))
+    assert found["windows"] == 2 and found["rows"] == len(history)
+    assert detection_test(own, HamtsAdapter(fitted.model, budget_share=0.0)) == []
