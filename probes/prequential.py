@@ -7,8 +7,21 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["cache_turnover", "fading_error", "recovery_rows", "windowed_mase"]
+from hamts.ops.gated_delta import gated_delta
+from probes.t0 import DECAY_ROWS, WRITE_GATE
 
+__all__ = [
+    "CONTROLS",
+    "cache_turnover",
+    "control_errors",
+    "fading_error",
+    "rate_limited",
+    "recovery_rows",
+    "windowed_mase",
+]
+
+# of a decay's logarithm that leaves nothing
+FORGET = -60.0
 FADING = 0.995
 RECOVERED = 1.10
 
@@ -58,3 +71,56 @@ def cache_turnover(kept_before: torch.Tensor, kept_after: torch.Tensor) -> torch
     """Share of the entries before a drift that are gone some rows after it, [B, L] bool x 2 -> [B]."""
     gone = (kept_before & ~kept_after).sum(-1)
     return gone / kept_before.sum(-1).clamp_min(1)
+
+
+# --- controls
+
+CONTROLS = ("frozen", "restart at drifts", "refit")
+
+
+def control_errors(
+    kind: str, keys: torch.Tensor, values: torch.Tensor, quiet: torch.Tensor, drift_rows: torch.Tensor, *, refit: int
+) -> torch.Tensor:
+    """Errors [B, T, V] of a state that does not learn as a stream does: keys [B, T, K], values [B, T, V].
+
+    ``frozen`` learns until the first drift; ``restart at drifts`` forgets everything at each, which only an oracle can;
+    ``refit`` learns a block of ``refit`` rows at a time and forecasts the next with it.
+
+    Args:
+        quiet: rows that write nothing, [B, T] bool.
+    """
+    beta = torch.where(quiet, 0.0, WRITE_GATE)  # [B, T]
+    log_decay = torch.where(quiet, 0.0, -1.0 / DECAY_ROWS)  # [B, T]
+    row = torch.arange(keys.shape[1])  # [T]
+    if kind == "frozen":
+        late = row >= drift_rows[:, :1]  # [B, T]
+        return _errors(keys, values, beta.masked_fill(late, 0.0), log_decay.masked_fill(late, 0.0))
+    if kind == "restart at drifts":
+        at = (row[None, :, None] == drift_rows[:, None]).any(-1)  # [B, T]
+        return _errors(keys, values, beta, log_decay.masked_fill(at, FORGET))
+    if kind != "refit":
+        raise ValueError(f"Unknown control {kind!r}. Available: {list(CONTROLS)}.")
+    out = [_errors(*(part[:, :refit] for part in (keys, values, beta, log_decay)))]
+    for low in range(refit, keys.shape[1], refit):
+        pair = slice(low - refit, low + refit)
+        read = row[pair] >= low  # [2 refit] rows that are only forecast
+        own = beta[:, pair].masked_fill(read, 0.0), log_decay[:, pair].masked_fill(read, 0.0)
+        out.append(_errors(keys[:, pair], values[:, pair], *own)[:, refit:])
+    return torch.cat(out, 1)
+
+
+def _errors(keys: torch.Tensor, values: torch.Tensor, beta: torch.Tensor, log_decay: torch.Tensor) -> torch.Tensor:
+    found = gated_delta(
+        keys[:, :, None], keys[:, :, None], values[:, :, None], log_decay=log_decay[..., None], beta=beta[..., None]
+    )
+    return found.error[:, :, 0]
+
+
+def rate_limited(score: torch.Tensor, *, window: int) -> torch.Tensor:
+    """Scores [B, T] of which only the best of each window of rows asks to be kept; -inf for the others."""
+    B, T = score.shape
+    whole = -(-T // window) * window
+    parts = torch.nn.functional.pad(score, (0, whole - T), value=-torch.inf).view(B, -1, window)  # [B, W, window]
+    best = parts.argmax(-1, keepdim=True)
+    kept = torch.full_like(parts, -torch.inf).scatter(-1, best, parts.gather(-1, best))
+    return kept.view(B, whole)[:, :T]

@@ -18,6 +18,12 @@ from probes.summary import best_rates, label, seeds_of, value
 
 __all__ = ["effects", "layers", "prequential", "raster", "real_series", "residuals", "stage_bars"]
 
+EFFECTS = {
+    "regret_cost": "plan regret by cost", "regret_reward": "plan regret by reward", "pehe": "PEHE over that of none",
+    "sign_accuracy": "signs right", "effect_slope": "slope (1: no bias)", "placebo_effect": "effect of placebos",
+    "consistency": "effect of doing nothing", "additivity": "both beyond the sum", "factual_nmse": "factual NMSE",
+    "causal_use": "causal use",
+}  # fmt: skip
 RASTER_ROUTERS = ("surprise", "innovation", "write", "tags", "mix", "random", "oracle")
 
 
@@ -143,7 +149,14 @@ def _tier_0_scatter(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def prequential(documents: Sequence[dict[str, Any]]) -> str:
-    names = ("fading_error", "windowed_mase", "recovery_rows", "recovered_share", "drift_turnover")
+    names = (
+        "fading_error",
+        "windowed_mase",
+        "recovery_rows",
+        "recovered_share",
+        "drift_turnover",
+        "recall_after_drift",
+    )
     rows = [
         {"rung": d["identity"]["rung"], "line": f"{d['identity']['model']} · {d['identity']['router']}",
          **{name.replace("_", " "): value(d, name) for name in names}}
@@ -186,8 +199,8 @@ def effects(documents: Sequence[dict[str, Any]]) -> str:
             if budget == 1.0:
                 series[name] = [(float(tau), mean) for tau, mean in means.items()]
             rows.append({"line": name, "tier": tier, "budget": budget, "seeds": len(group), **{
-                f"plan regret by {by}": float(np.mean([value(c, f"regret_{by}") for c in group]))
-                for by in ("cost", "reward")}})  # fmt: skip
+                what: float(np.mean([value(c, metric) for c in group])) for metric, what in EFFECTS.items()
+                if any(metric in c["results"] for c in group)}})  # fmt: skip
         shown = dict(list(series.items())[:MOST_LINES])
         parts.append(f"<h3>{escape(rung)}, budget 1</h3>" + lines_svg(
             shown, title=rung, x_name="rows ahead", y_name="error of the effect, over that of assuming none"

@@ -15,7 +15,15 @@ from probes import t0
 from probes.allocation import NODE_SCHEMES, SCHEMES, allocate, allocate_nodes, recalls
 from probes.contract import EVALUATION_SEED, ProbeBatch, ProbeConfig, generator
 from probes.mechanisms import mechanism_rows
-from probes.prequential import cache_turnover, fading_error, recovery_rows, windowed_mase
+from probes.prequential import (
+    CONTROLS,
+    cache_turnover,
+    control_errors,
+    fading_error,
+    rate_limited,
+    recovery_rows,
+    windowed_mase,
+)
 from probes.registry import Probe, list_probes
 from probes.scores import best_floor, query_error, ranks_auroc, selection, skill, stages, survival
 
@@ -27,6 +35,11 @@ STREAM_SEQUENCES = 4
 KEY_WIDTH = 8
 # a state that is to know a season needs a key for each of its places
 STREAM_KEY_WIDTH = 64
+# fits between two drifts of the control that is fitted anew from time to time
+REFITS = 4
+# routers of which one row of each season is kept at most
+LIMIT = ":limited"
+LIMITED = ("innovation:limited", "surprise:limited")
 
 
 @dataclass(frozen=True)
@@ -245,25 +258,50 @@ def _prequential(case: Case, budget: int, seed: int) -> list[dict[str, Any]]:
     batch = case.batch
     season = getattr(case.config, "season_rows", 1)
     drifts = batch.extra["drift_rows"]
-    error = case.trace.error.square().mean(-1)  # [B, L]
-    fading = fading_error(error)
-    mase = windowed_mase(case.trace.error.abs().mean(-1), batch.value, season=season, window=10 * season)
-    recovered = recovery_rows(error, drifts)
-    rows = [
-        _row(case, "state", "none", fading_error=float(fading[:, -1].mean()), windowed_mase=float(mase.mean()),
-             recovery_rows=float(recovered.nanmedian()), recovered_share=float((~recovered.isnan()).float().mean()))
-    ]  # fmt: skip
-    for name in ("surprise", "innovation", "write", "tags", "mix", "recency"):
-        score = t0.scores(name, batch, case.trace, gen=generator(seed + 1))
-        turnover = []
-        for number in range(drifts.shape[1]):
-            row = drifts[:, number : number + 1]
-            pair = torch.cat([row, (row + 4 * season).clamp_max(batch.x.shape[1])], 1)  # [B, 2]
-            before = torch.arange(batch.x.shape[1]) < pair[..., None]  # [B, 2, L]
-            kept = t0._best(torch.where(before, score[:, None], -math.inf), budget)  # [B, 2, L]
-            turnover.append(cache_turnover(kept[:, 0], kept[:, 1]))
-        rows.append(_row(case, "kv", name, budget_rows=budget, drift_turnover=float(torch.stack(turnover).mean())))
+    rows = [_error_row(case, "state", case.trace.error, drifts, season)]
+    keys = t0.random_keys(batch.key, case.key_width)  # [B, L, K]
+    for kind in CONTROLS:
+        # a fit of so many rows, as often
+        refit = max(int(drifts.diff(dim=1).float().mean()) // REFITS, 2 * season)
+        error = control_errors(kind, keys, batch.value, batch.query, drifts, refit=refit)
+        rows.append(_error_row(case, f"state, {kind}", error, drifts, season))
+    naive = torch.zeros_like(batch.value)
+    naive[:, season:] = batch.value[:, season:] - batch.value[:, :-season]
+    rows.append(_error_row(case, "seasonal naive", naive, drifts, season))
+    for name in ("surprise", "innovation", "write", "tags", "mix", "recency", *LIMITED):
+        score = t0.scores(name.removesuffix(LIMIT), batch, case.trace, gen=generator(seed + 1))
+        if name.endswith(LIMIT):
+            score = rate_limited(score, window=season)
+        rows.append(_storm_row(case, name, score, drifts, budget, season))
     return rows
+
+
+def _error_row(case: Case, model: str, error: torch.Tensor, drifts: torch.Tensor, season: int) -> dict[str, Any]:
+    """Errors before each row is read, [B, L, V], and how soon they are small again after drifts."""
+    squared = error.square().mean(-1)  # [B, L]
+    mase = windowed_mase(error.abs().mean(-1), case.batch.value, season=season, window=10 * season)
+    recovered = recovery_rows(squared, drifts)
+    return _row(case, model, "none", fading_error=float(fading_error(squared)[:, -1].mean()),
+                windowed_mase=float(mase.mean()), recovery_rows=float(recovered.nanmedian()),
+                recovered_share=float((~recovered.isnan()).float().mean()))  # fmt: skip
+
+
+def _storm_row(
+    case: Case, name: str, score: torch.Tensor, drifts: torch.Tensor, budget: int, season: int
+) -> dict[str, Any]:
+    """What a drift does to a cache: how much of it is replaced within some seasons, and is its item still there?"""
+    batch = case.batch
+    turnover, held = [], []
+    for number in range(drifts.shape[1]):
+        row = drifts[:, number : number + 1]
+        pair = torch.cat([row, (row + 4 * season).clamp_max(batch.x.shape[1])], 1)  # [B, 2]
+        before = torch.arange(batch.x.shape[1]) < pair[..., None]  # [B, 2, L]
+        kept = t0._best(torch.where(before, score[:, None], -math.inf), budget)  # [B, 2, L]
+        turnover.append(cache_turnover(kept[:, 0], kept[:, 1]))
+        # the item that was stored shortly before this drift
+        held.append((kept[:, 1] & (batch.crit_item == number)).any(1).float())
+    return _row(case, "kv", name, budget_rows=budget, drift_turnover=float(torch.stack(turnover).mean()),
+                recall_after_drift=float(torch.stack(held).mean()))  # fmt: skip
 
 
 def _allocation(case: Case) -> list[dict[str, Any]]:

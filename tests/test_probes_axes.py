@@ -15,8 +15,11 @@ from probes.contract import generator
 from probes.gates import check_contract
 from probes.layer_rows import concentrated, layer_rows
 from probes.models import kept_rows
+from probes.prequential import CONTROLS, control_errors, rate_limited
 from probes.reading import read_context
 from probes.registry import get_probe, list_probes
+from probes.report_axes import axis_table
+from probes.report_ranks import profile_table, win_rates
 from probes.runner import fit_cell, run_plan
 from probes.runner_plan import RunPlan
 from probes.summary import score_table
@@ -146,3 +149,55 @@ def test_nodes_share_a_total_of_rows_by_their_budgets() -> None:
     assert torch.equal(uniform, batch.extra["node"] >= 0)
     with pytest.raises(ValueError, match="Unknown scheme 'lot'"):
         allocate_nodes("lot", batch, score, 32)
+
+
+# --- streams
+
+
+def test_controls_of_a_stream_learn_when_they_are_said_to() -> None:
+    gen = generator(0)
+    keys = torch.nn.functional.normalize(torch.randn(1, 400, 8, generator=gen), dim=-1)
+    values = (keys @ torch.randn(8, 2, generator=gen)) * torch.where(torch.arange(400) < 200, 1.0, -1.0)[None, :, None]
+    quiet, drifts = torch.zeros(1, 400, dtype=torch.bool), torch.tensor([[200]])
+    error = {k: control_errors(k, keys, values, quiet, drifts, refit=100).norm(dim=-1)[0] for k in CONTROLS}
+    # all but the one that is fitted block by block know the same before the drift
+    torch.testing.assert_close(error["frozen"][:200], error["restart at drifts"][:200])
+    assert float(error["frozen"][350:].mean()) > 10 * float(error["restart at drifts"][350:].mean())
+    # at the drift an empty state says nothing, an old one the opposite
+    assert float(error["restart at drifts"][200]) == pytest.approx(float(values[0, 200].norm()), rel=1e-4)
+    assert float(error["refit"][210:290].mean()) > 10 * float(error["refit"][310:390].mean())
+    with pytest.raises(ValueError, match="Unknown control 'hope'"):
+        control_errors("hope", keys, values, quiet, drifts, refit=100)
+
+
+def test_a_limited_router_asks_for_one_row_of_each_window() -> None:
+    score = torch.rand(3, 25, generator=generator(1))
+    limited = rate_limited(score, window=10)
+    kept = limited > -torch.inf
+    assert kept[:, :10].sum(1).tolist() == kept[:, 10:20].sum(1).tolist() == kept[:, 20:].sum(1).tolist() == [1] * 3
+    torch.testing.assert_close(limited[kept].view(3, 3)[:, 0], score[:, :10].amax(1))
+
+
+# --- how often a line does better
+
+
+def test_win_rates_and_profiles_count_runs() -> None:
+    runs = {"good": {"a": [0.9, 1.0], "b": [0.8, 0.81]}, "bad": {"a": [0.1, 0.2], "b": [0.8, 0.8]}}
+    wins = win_rates(runs)
+    assert wins["good"] == pytest.approx((1.0 + 0.5) / 2)
+    assert wins["good"] + wins["bad"] == pytest.approx(1.0)
+    table = profile_table(runs).set_index("line")
+    assert list(table.index) == ["good", "bad"]
+    assert table.loc["good", "runs of 0.8 and more"] == 1.0
+    assert table.loc["bad", "runs of 0.8 and more"] == 0.5
+    assert table.loc["good", "runs"] == 4
+
+
+def test_a_report_shows_axes_in_a_panel_of_their_own(tmp_path: Path) -> None:
+    report = run_probes("der/der", tier="T0", preset="smoke", out=tmp_path, progress=False, axes={"items": (4, 12)})
+    page = report.to_html()
+    assert "Skill against the axes of the suites" in page
+    scorecard = page.partition("2 · Budget frontier")[0]
+    assert "[items=4]" not in scorecard
+    table = axis_table(report.documents)
+    assert set(table[table["line"] == "kv · write"]["value"]) == {"4", "12"}
