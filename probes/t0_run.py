@@ -33,6 +33,8 @@ BUDGET_FRACTIONS = (0.5, 1.0, 2.0)
 SEQUENCES = 32
 STREAM_SEQUENCES = 4
 KEY_WIDTH = 8
+# share of the floor's error from which on a state does not answer a query
+FREE_NERR = 0.8
 # a state that is to know a season needs a key for each of its places
 STREAM_KEY_WIDTH = 64
 # fits between two drifts of the control that is fitted anew from time to time
@@ -99,8 +101,9 @@ def run_t0_suite(
         case = draw_case(probe, rung, preset=preset, seed=seed, overrides=overrides)
         for fraction in BUDGET_FRACTIONS:
             budget = max(round(fraction * case.critical), 1)
-            rows += [_router_row(case, name, budget, fraction, seed) for name in t0.ROUTERS_T0]
-            rows.append(_wide_row(case, budget, fraction))
+            wide, free = _wide_row(case, budget, fraction)
+            rows += [_router_row(case, name, budget, fraction, seed, free) for name in t0.ROUTERS_T0]
+            rows.append(wide)
             if probe.trained:
                 rows += mechanism_rows(case, budget, fraction, seed)
         rows += _anchors(case)
@@ -131,13 +134,21 @@ def _answered(case: Case, answer: torch.Tensor) -> dict[str, float]:
     return {"mse": mse, "skill": skill(mse, floor=case.floor_error), "nerr": mse / case.floor_error}
 
 
-def _router_row(case: Case, name: str, budget: int, fraction: float, seed: int) -> dict[str, Any]:
-    row = scored_row(case, name, keep_by(case, name, budget, seed), budget=budget, rows=budget)
+def _router_row(
+    case: Case, name: str, budget: int, fraction: float, seed: int, free: torch.Tensor | None
+) -> dict[str, Any]:
+    row = scored_row(case, name, keep_by(case, name, budget, seed), budget=budget, rows=budget, free=free)
     return {**row, "budget_frac": fraction}
 
 
-def scored_row(case: Case, name: str, kept: torch.Tensor, *, budget: int, rows: float) -> dict[str, Any]:
-    """What rows kept at each query, [B, Q, L] bool, are worth; ``rows`` of them is what the bytes are counted by."""
+def scored_row(
+    case: Case, name: str, kept: torch.Tensor, *, budget: int, rows: float, free: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """What rows kept at each query, [B, Q, L] bool, are worth; ``rows`` of them is what the bytes are counted by.
+
+    Args:
+        free: queries that a state of as many bytes answers anyway, [B, Q] bool; the others have a skill of their own.
+    """
     batch = case.batch
     chosen = selection(kept, batch)
     exact = selection(kept, batch, tolerance=0)
@@ -149,7 +160,7 @@ def scored_row(case: Case, name: str, kept: torch.Tensor, *, budget: int, rows: 
     return _row(
         case, "kv", name, budget_rows=budget, bytes_kv=exact_bytes,
         bytes_state=t0.state_bytes(width, value), bytes_total=exact_bytes + t0.state_bytes(width, value),
-        **_answered(case, answer), recall_any=chosen.recall(batch.asked),
+        **_answered(case, answer), **_not_free(case, answer, free), recall_any=chosen.recall(batch.asked),
         recall_exact=exact.recall(batch.asked), chance=float(chosen.chance[batch.asked].mean()),
         recall_corrected=chosen.corrected_recall(batch.asked),
         recall_all=float(chosen.all_rows[batch.asked].float().mean()),
@@ -178,19 +189,39 @@ def keep_by(case: Case, name: str, budget: int, seed: int) -> torch.Tensor:
     return found
 
 
-def _wide_row(case: Case, budget: int, fraction: float) -> dict[str, Any]:
-    """The state alone, widened until it takes the bytes of the small state and the kept rows."""
+def _not_free(case: Case, answer: torch.Tensor, free: torch.Tensor | None) -> dict[str, float]:
+    """Skill on what no state of as many bytes answers, and how much that leaves out."""
+    if free is None:
+        return {}
+    asked = case.batch.asked
+    hard = asked & ~free  # [B, Q]
+    error = query_error(answer, case.batch)
+    share = float((asked & free).sum()) / float(asked.sum())
+    if not bool(hard.any()):
+        return {"free_share": share}
+    return {"free_share": share, "skill_not_free": 1.0 - float(error[hard].mean()) / case.floor_error}
+
+
+def _wide_row(case: Case, budget: int, fraction: float) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """The state alone, widened until it takes the bytes of the small state and the kept rows; what it answers, [B, Q].
+
+    A query is free if the error of that state is below ``FREE_NERR`` of the floor's: what it asks for need not be kept.
+    """
     value = case.batch.value.shape[-1]
     width = t0.widened_key(budget, key_width=case.key_width, value_width=value)
     content: dict[str, Any] = {}
+    free = None
     if case.batch.key_direct:
         blend = t0.fit_blend(case.train, t0.read_state(case.train, key_width=width), case.train_floor)
         trace = t0.read_state(case.batch, key_width=width)
         nothing = torch.zeros_like(case.batch.asked)
-        content = _answered(case, t0.answer(case.batch, trace, nothing, case.floor, blend=blend))
+        told = t0.answer(case.batch, trace, nothing, case.floor, blend=blend)
+        free = query_error(told, case.batch) < FREE_NERR * case.floor_error  # [B, Q]
+        content = _answered(case, told)
     total = t0.state_bytes(width, value)
-    return _row(case, "state_wide", "none", budget_rows=budget, budget_frac=fraction, key_width=width, bytes_kv=0,
-                bytes_state=total, bytes_total=total, **content)  # fmt: skip
+    row = _row(case, "state_wide", "none", budget_rows=budget, budget_frac=fraction, key_width=width, bytes_kv=0,
+               bytes_state=total, bytes_total=total, **content)  # fmt: skip
+    return row, free
 
 
 def _anchors(case: Case) -> list[dict[str, Any]]:
