@@ -17,7 +17,7 @@ from hamts.errors import DataError
 from probes.axes import each_axis
 from probes.packed import sequence_errors
 from probes.registry import list_probes
-from probes.results import TABLE_FILE, read_documents, tidy
+from probes.results import RUN_FILE, TABLE_FILE, read_documents, refuse_mixed, tidy
 from probes.runner import run_plan, run_t0_folder, write_table
 from probes.runner_plan import DEFAULT_BUDGETS, DEFAULT_ROUTERS, RunPlan
 from probes.stats import holm, paired_difference
@@ -36,11 +36,13 @@ class ProbeReport:
     Attributes:
         documents: one per run and budget.
         frame: the tidy table, one row per run, slice, stream and metric.
+        also: other folders whose gates and labelled sets are shown too.
     """
 
     folder: Path
     documents: list[dict[str, Any]]
     frame: pd.DataFrame
+    also: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         suites = ", ".join(sorted(self.frame["suite"].unique())) if len(self.frame) else "nothing"
@@ -55,7 +57,8 @@ class ProbeReport:
         from probes.gates import read_gates
         from probes.gates_trained import gates_of_runs
 
-        found = {(gate.probe, gate.rung, gate.gate): gate for gate in read_gates(self.folder)}
+        of_folders = [gate for folder in (*self.also, self.folder) for gate in read_gates(folder)]
+        found = {(gate.probe, gate.rung, gate.gate): gate for gate in of_folders}
         for gate in gates_of_runs(self.documents):
             key = (gate.probe, gate.rung, gate.gate)
             if not gate.unread or key not in found:
@@ -67,7 +70,7 @@ class ProbeReport:
         """Documents of labelled sets that lie in the folder (``hamts probes real --out``)."""
         from probes.real_run import read_real
 
-        return read_real(self.folder)
+        return [content for folder in (self.folder, *self.also) for content in read_real(folder)]
 
     def to_json(self) -> list[dict[str, Any]]:
         """The documents."""
@@ -236,14 +239,24 @@ def run_probes(
     return load_report(folder, partial=max_time_s is not None)
 
 
-def load_report(folder: str | Path, *, partial: bool = False) -> ProbeReport:
+def load_report(folder: str | Path, *, partial: bool = False, also: Sequence[str | Path] = ()) -> ProbeReport:
     """Read a folder of results, and write its table beside them.
+
+    Args:
+        also: further folders: their runs, gates and labelled sets are reported with those of the first.
 
     Raises:
         DataError: E-FILE, E-PROBE-UNFINISHED, E-PROBE-VERSION, E-PROBE-DAMAGED.
     """
-    documents = read_documents(folder, partial=partial)
-    report = ProbeReport(Path(folder), documents, tidy(documents))
-    if len(report.frame):
-        write_table(documents, Path(folder) / TABLE_FILE)
+    own = read_documents(folder, partial=partial)
+    documents, others = list(own), tuple(Path(other) for other in also)
+    for other in others:
+        if not other.is_dir():
+            raise DataError("E-FILE", f"'{other}' is no folder.", fix="Name folders of results.")
+        if (other / RUN_FILE).is_file():
+            documents += read_documents(other, partial=partial)
+    refuse_mixed(documents, ", ".join(str(each) for each in (folder, *others)))
+    report = ProbeReport(Path(folder), documents, tidy(documents), others)
+    if own:
+        write_table(own, Path(folder) / TABLE_FILE)
     return report

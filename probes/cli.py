@@ -310,13 +310,16 @@ def real(
 def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write; default DIR/report.html.")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Another folder whose runs, gates and sets are shown too.")
+    ] = None,
     partial: Partial = False,
 ) -> None:
     """Write one self-contained page, and the same as Markdown beside it."""
     from hamts.files import written_whole
     from probes.api import load_report
 
-    found = load_report(folder, partial=partial)
+    found = load_report(folder, partial=partial, also=also or ())
     page = out or folder / "report.html"
     found.to_html(page)
     with written_whole(page.with_suffix(".md")) as path:
