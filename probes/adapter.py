@@ -128,8 +128,8 @@ class HamtsAdapter:
             found |= {"without": answer(edited[0]), "others": answer(edited[1])}
         return found
 
-    def kept_rows(self, history: pd.DataFrame) -> np.ndarray:
-        """Rows of one series, [T] bool, in patches of which any layer holds an entry after the last."""
+    def kept_rows(self, history: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of one series in patches of which a layer holds an entry at the end, [T] bool, and their patches, [T]."""
         self._check(history)
         remembered, _, _ = self.model._read(
             history[self._columns(history)], self.model._share(self.budget_share), None, None
@@ -139,7 +139,7 @@ class HamtsAdapter:
             entries = layer.scratchpad
             held |= set(entries.position[entries.alive].round().long().tolist())
         patch = (np.arange(len(history)) + int(remembered.lead[0])) // self.model.config.patch_steps
-        return np.isin(patch, sorted(held))
+        return np.isin(patch, sorted(held)), patch
 
     def _check(self, history: pd.DataFrame) -> None:
         missing = [channel.name for channel in self.model.schema.channels if channel.name not in history.columns]

@@ -2,8 +2,8 @@
 
 No point adjustment: a window that is touched once counts as found, not as found in all of its rows, and what it would
 be worth by chance stands beside it. Distances are those of Huet et al. (KDD 2022) without their probability: rows from
-each labelled row to the nearest kept one, and from each kept row to the nearest labelled one, over what as many rows
-drawn by lot give.
+each labelled row to the nearest kept one, and from each kept row to the nearest labelled one, over what as many patches
+drawn by lot give: rows are kept patch by patch, and so is chance.
 
 T rows · K kept rows · W windows · D draws
 """
@@ -28,14 +28,16 @@ class Detection:
     """What kept rows say about labelled windows.
 
     Attributes:
-        recall, chance: share of windows with a kept row, and of as many rows drawn by lot.
-        reach: mean distance of labelled rows from the nearest kept one, over that of rows drawn by lot; below 1 kept
+        rows, patches, kept: of the series; patches that are kept.
+        recall, chance: share of windows with a kept row, and with one of as many patches drawn by lot.
+        reach: mean distance of labelled rows from the nearest kept one, over that of patches drawn by lot; below 1 kept
             rows lie nearer to the windows than chance would have it.
-        precision_distance: mean distance of kept rows from the nearest labelled one, over that of rows drawn by lot.
+        precision_distance: mean distance of kept rows from the nearest labelled one, over that of patches drawn by lot.
     """
 
     windows: int
     rows: int
+    patches: int
     kept: int
     recall: float
     chance: float
@@ -48,8 +50,13 @@ class Detection:
         return (self.recall - self.chance) / (1.0 - self.chance) if self.chance < 1 else float("nan")
 
 
-def detection(kept: np.ndarray, windows: Sequence[np.ndarray], *, seed: int = 0) -> Detection:
+def detection(
+    kept: np.ndarray, windows: Sequence[np.ndarray], *, patch: np.ndarray | None = None, seed: int = 0
+) -> Detection:
     """Score kept rows, [T] bool, against windows, each the rows of it.
+
+    Args:
+        patch: of each row, in order; None: every row is one.
 
     Raises:
         ValueError: nothing is kept, or there is no window.
@@ -58,8 +65,12 @@ def detection(kept: np.ndarray, windows: Sequence[np.ndarray], *, seed: int = 0)
     if len(places) == 0 or not windows:
         raise ValueError(f"Kept rows and windows are needed. Got {len(places)} rows and {len(windows)} windows.")
     rng, T = np.random.default_rng(seed), len(kept)
+    patch = np.arange(T) if patch is None else patch
+    every, held = np.unique(patch), np.unique(patch[places])
     labelled = np.unique(np.concatenate([np.asarray(window) for window in windows]))
-    drawn = [np.sort(rng.choice(T, size=len(places), replace=False)) for _ in range(DRAWS)]
+    drawn = [
+        np.flatnonzero(np.isin(patch, rng.choice(every, size=len(held), replace=False))) for _ in range(DRAWS)
+    ]  # fmt: skip
 
     def found(rows: np.ndarray) -> float:
         return float(np.mean([np.isin(window, rows).any() for window in windows]))
@@ -69,7 +80,7 @@ def detection(kept: np.ndarray, windows: Sequence[np.ndarray], *, seed: int = 0)
         return own / usual if usual > 0 else float("nan")
 
     return Detection(
-        windows=len(windows), rows=T, kept=len(places), recall=found(places),
+        windows=len(windows), rows=T, patches=len(every), kept=len(held), recall=found(places),
         chance=float(np.mean([found(rows) for rows in drawn])),
         reach=over_chance(_distance(labelled, places), [_distance(labelled, rows) for rows in drawn]),
         precision_distance=over_chance(_distance(places, labelled), [_distance(rows, labelled) for rows in drawn]),
@@ -90,9 +101,9 @@ def detection_test(probe: ProbeFromFrame, forecaster: object, *, most: int | Non
     for name in names[:most]:
         series = _series(probe, name)
         mine = probe.critical[probe.critical["unique_id"] == name]
-        kept = forecaster.kept_rows(series)  # type: ignore[attr-defined]
+        kept, patch = forecaster.kept_rows(series)  # type: ignore[attr-defined]
         if not len(series) or not kept.any():
             continue
-        scored = detection(kept, [_rows_of(series, window) for _, window in mine.iterrows()])
+        scored = detection(kept, [_rows_of(series, window) for _, window in mine.iterrows()], patch=patch)
         found.append({"unique_id": str(name), **asdict(scored), "corrected": scored.corrected})
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["crossed_interval", "real_table", "told"]
+__all__ = ["crossed_interval", "real_frame", "real_table", "told"]
 
 RESAMPLES = 2_000
 SHORT = {"nab/realKnownCause/nyc_taxi": "nyc_taxi"}
@@ -39,8 +39,8 @@ def crossed_interval(tables: Sequence[np.ndarray], *, seed: int = 0) -> tuple[fl
     return value, float(low), float(high)
 
 
-def real_table(documents: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a column for each set and preset."""
+def real_frame(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """What was measured, a row each, by set and preset, a column each."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for content in documents:
         groups.setdefault((content["set"], content["preset"]), []).append(content)
@@ -52,9 +52,14 @@ def real_table(documents: Sequence[dict[str, Any]]) -> str:
         head = f"{SHORT.get(name, name)}, {preset} ({events}, {len(fits)} fits)"
         columns[head] = {**_tests(fits), **_detection(fits), **_scores(fits)}
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    lines = ["|  | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    lines += [f"| {row} | " + " | ".join(column.get(row, "") for column in columns.values()) + " |" for row in rows]
-    return "\n".join(lines)
+    return pd.DataFrame({"": rows, **{head: [column.get(row, "") for row in rows] for head, column in columns.items()}})
+
+
+def real_table(documents: Sequence[dict[str, Any]]) -> str:
+    """The same as Markdown."""
+    frame = real_frame(documents)
+    lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in frame.to_numpy().tolist())])
 
 
 def _told(found: tuple[float, float, float], digits: int = 3) -> str:

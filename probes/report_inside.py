@@ -12,6 +12,7 @@ import pandas as pd
 from probes.again_utility import utility_table
 from probes.contract import generator
 from probes.plots import lines_svg, raster_svg, scatter_svg, stacks_svg
+from probes.real_table import real_frame
 from probes.registry import list_probes
 from probes.report_panels import MOST_LINES, MOST_SHOWN, folded, html_table
 from probes.summary import best_rates, label, seeds_of, value
@@ -214,30 +215,31 @@ def real_series(real: Sequence[dict[str, Any]]) -> str:
         return "<p>No labelled set was asked: hamts probes real --all --out DIR.</p>"
     tests, ages, events, found = [], [], [], []
     for content in real:
+        fit = {"set": content["set"], "preset": content["preset"], "seed": content["seed"]}
         for test in content["tests"]:
             if "value" not in test:
-                tests.append({"set": content["set"], "test": "none", "note": test["note"]})
+                tests.append({**fit, "test": "none", "note": test["note"]})
                 continue
             share = test.get("budget_share", content["budget_share"])
-            tests.append({"set": content["set"], "test": test["test"], "budget share": share, "mean": test["value"],
+            tests.append({**fit, "test": test["test"], "budget share": share, "mean": test["value"],
                           "low": test["low"], "high": test["high"], "events": test["events"],
                           "rows": len(test["rows"]), "note": test["note"]})  # fmt: skip
             for age in sorted({row["age_rows"] for row in test["rows"]}) if test["test"] == "lead" else ():
                 gains = [row["value"] for row in test["rows"] if row["age_rows"] == age]
-                ages.append({"set": content["set"], "budget share": share, "age (rows)": age,
+                ages.append({**fit, "budget share": share, "age (rows)": age,
                              "mean gain": float(np.mean(gains)), "pairs": len(gains)})  # fmt: skip
-        found += [{"set": content["set"], "preset": content["preset"], "seed": content["seed"], **row}
-                  for row in content.get("detection", ())]  # fmt: skip
+        found += [{**fit, **row} for row in content.get("detection", ())]
         for name, rows in content["event_scores"].items():
-            events.append({"set": content["set"], "forecaster": name, **{row["metric"]: row["value"] for row in rows}})
+            events.append({**fit, "forecaster": name, **{row["metric"]: row["value"] for row in rows}})
     note = (
         "<p class='note'>Changes of forecasts and errors in units of the target's spread, with 95 % intervals from"
-        " resampled events. Above 0: the forecast depends on what was remembered. Event scores in units of the"
-        " seasonal-naive error of the training part; scores inside events are diagnostics, twCRPS over all times"
-        " decides.</p>"
+        " fits and events resampled together. Above 0: the forecast depends on what was remembered. Event scores in"
+        " units of the seasonal-naive error of the training part; scores inside events are diagnostics, twCRPS over"
+        " all times decides.</p>"
     )
     return (
-        note + html_table(pd.DataFrame(tests)) + "<h4>Gain of an earlier window by its age</h4>"
-        + html_table(pd.DataFrame(ages)) + ("<h4>Labelled windows and kept rows</h4>" + html_table(pd.DataFrame(found))
-        if found else "") + "<h4>Around events</h4>" + html_table(pd.DataFrame(events))
+        note + html_table(real_frame(real)) + folded("tests of each fit", html_table(pd.DataFrame(tests)))
+        + folded("gain of an earlier window by its age", html_table(pd.DataFrame(ages)))
+        + (folded("labelled windows and kept rows", html_table(pd.DataFrame(found))) if found else "")
+        + folded("around events", html_table(pd.DataFrame(events)))
     )  # fmt: skip

@@ -307,6 +307,11 @@ def test_kept_rows_in_windows_are_near_and_far_ones_are_not() -> None:
     lot = np.zeros_like(kept)
     lot[np.random.default_rng(5).choice(1_000, size=300, replace=False)] = True
     assert detection(lot, windows).reach == pytest.approx(1.0, abs=0.35)
+    # whole patches are drawn where whole patches are kept: two of a hundred touch a window by chance, but not often
+    patch = np.arange(1_000) // 10
+    held = detection(np.isin(patch, [10, 40]), windows, patch=patch)
+    assert (held.kept, held.patches, held.recall) == (2, 100, pytest.approx(2 / 3))
+    assert held.chance < 0.1
     with pytest.raises(ValueError, match="Got 0 rows"):
         detection(np.zeros(10, dtype=bool), windows)
 
@@ -314,7 +319,7 @@ def test_kept_rows_in_windows_are_near_and_far_ones_are_not() -> None:
 def test_a_fitted_model_tells_the_rows_that_it_keeps(fitted: HamtsAdapter) -> None:
     probe, _ = get_probe("der")
     history = echo_cases(probe, probe.sample(generator(0), 1, probe.config("smoke")))[0].history
-    shares = [HamtsAdapter(fitted.model, budget_share=share).kept_rows(history) for share in (0.0, 0.3, 1.0)]
+    shares = [HamtsAdapter(fitted.model, budget_share=share).kept_rows(history)[0] for share in (0.0, 0.3, 1.0)]
     assert [len(rows) for rows in shares] == [len(history)] * 3
     none, some, most = (int(rows.sum()) for rows in shares)
     assert none == 0 < some <= most
