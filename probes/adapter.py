@@ -129,7 +129,7 @@ class HamtsAdapter:
         return found
 
     def kept_rows(self, history: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of one series in patches of which a layer holds an entry at the end, [T] bool, and their patches, [T]."""
+        """Rows of a series in patches of which a layer holds an entry at the end, [T] bool, and their patches, [T]."""
         self._check(history)
         remembered, _, _ = self.model._read(
             history[self._columns(history)], self.model._share(self.budget_share), None, None
