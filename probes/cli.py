@@ -131,10 +131,14 @@ def validate(
         Path | None, typer.Option("--out", "-o", help="Folder of results; gates that are there are not run again.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Trainings side by side, with --out.")] = 1,
+    runs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also G1, G2 and G5 as the runs of this folder show them.")
+    ] = None,
 ) -> None:
     """Run the gates, and say which fails and why. Exit code 1 if one does."""
     from probes.gates import GateResult
     from probes.gates import validate as run_gates
+    from probes.gates_trained import gates_in_runs
     from probes.runner import one_thread
 
     def show(result: GateResult) -> None:
@@ -148,6 +152,9 @@ def validate(
                 workers=workers, report=show,
             )  # fmt: skip
         failed += sum(result.passed is False for result in results)
+    for result in gates_in_runs(runs, chosen(names, everything)):
+        show(result)
+        failed += result.passed is False
     if failed:
         console().print(f"{failed} gates failed")
         raise typer.Exit(EXIT_GATE)

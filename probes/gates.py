@@ -59,9 +59,19 @@ class GateResult:
 
     def __str__(self) -> str:
         word = {True: "pass", False: "FAIL", None: "----"}[self.passed]
-        return (
-            f"{word}  {self.probe}/{self.rung}  {self.gate:8s} {self.value:8.3f} (limit {self.limit:.3f})  {self.note}"
-        )
+        why = f"; {self.reason}" if self.reason else ""
+        place = f"{self.probe}/{self.rung}  {self.gate:8s}"
+        return f"{word}  {place} {self.value:8.3f} (limit {self.limit:.3f})  {self.note}{why}"
+
+    @property
+    def reason(self) -> str:
+        """Why a rung fails it or cannot be asked, where the suite says so; nothing where it passes."""
+        from probes.registry import list_probes
+
+        probe = list_probes().get(self.probe)
+        if self.passed or probe is None:
+            return ""
+        return probe.cannot.get(f"{self.rung} {self.gate}", "")
 
 
 @dataclass(frozen=True)

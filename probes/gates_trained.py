@@ -26,7 +26,7 @@ from probes.registry import Probe, get_probe
 from probes.runner_plan import STATE_WIDTH, critical_rows
 from probes.train import TrainPlan, train
 
-__all__ = ["FITS", "GateFit", "TrainedGates", "gates_of_runs", "train_side_by_side"]
+__all__ = ["FITS", "GateFit", "TrainedGates", "gates_in_runs", "gates_of_runs", "train_side_by_side"]
 
 SOLVED, SMALL_STATE, ROOMY_STATE, ORACLE_SHARE = 0.95, 0.7, 0.65, 0.9
 G1_CPU_SECONDS = 300.0
@@ -219,6 +219,20 @@ def gates_of_runs(documents: Sequence[dict[str, Any]]) -> list[GateResult]:
     return [gate for key, lines in sorted(rungs.items()) for gate in _gates_of_lines(*key, lines)]
 
 
+def gates_in_runs(folder: str | Path | None, names: Sequence[str]) -> list[GateResult]:
+    """``gates_of_runs`` of a folder for some suites or rungs; nothing without a folder."""
+    from probes.results import read_documents
+
+    if folder is None:
+        return []
+    asked = [get_probe(name) for name in names]
+    return [
+        gate
+        for gate in gates_of_runs(read_documents(folder, partial=True))
+        if any(gate.probe == probe.name and rung in (None, gate.rung) for probe, rung in asked)
+    ]
+
+
 def _gates_of_lines(suite: str, rung: str, preset: str, lines: Lines) -> list[GateResult]:
     most = max(len(skills) for skills in lines.values())
     complete = len(lines.get(("full", 0), {}))
@@ -236,7 +250,8 @@ def _gates_of_lines(suite: str, rung: str, preset: str, lines: Lines) -> list[Ga
 
     def told(*fits: str) -> str:
         counts = sorted({len(seeds[fit]) for fit in fits})
-        return f"mean of {' and '.join(map(str, counts))} training seeds at {preset}, from the runs"
+        each = ", ".join(f"{skill:.2f}" for _, skill in sorted(seeds[fits[-1]].items()))
+        return f"mean of {' and '.join(map(str, counts))} training seeds at {preset}, from the runs ({each})"
 
     found = []
     full, small, roomy, oracle = (means[fit] for fit in ("full", "narrow", "wide", "oracle"))

@@ -56,6 +56,7 @@ class Probe:
         target_weight: of the auxiliary target in the loss.
         named_after: layers whose output names one part of the auxiliary target each; none: the last names all
             (``names_after``, where it depends on the question).
+        cannot: why a rung fails a gate, by "rung gate", where that is known; said beside the gate, which stays.
         quick: rungs that take ``QUICK_STEPS``, being learned in half of the others' time.
     """
 
@@ -77,6 +78,7 @@ class Probe:
     grows: ClassVar[bool] = True
     target_weight: ClassVar[float] = TARGET_WEIGHT
     named_after: ClassVar[tuple[int, ...]] = ()
+    cannot: ClassVar[Mapping[str, str]] = {}
     quick: ClassVar[tuple[str, ...]] = ()
 
     def main_rung(self) -> str:

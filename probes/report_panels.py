@@ -74,11 +74,15 @@ def gates_first(gates: Sequence[GateResult]) -> str:
     failing = [gate for gate in gates if gate.passed is False]
     text = "".join(
         f"<p class='fail'>FAIL {escape(f'{g.probe}/{g.rung} {g.gate}')}: {g.value:.3f}, limit {g.limit:.3f}."
-        f" {escape(g.note)}</p>"
+        f" {escape('; '.join(part for part in (g.note, g.reason) if part))}.</p>"
         for g in failing
     )
     unread = [gate for gate in gates if gate.unread]
-    text += "".join(f"<p class='note'>{escape(f'{g.probe}/{g.rung} {g.gate}')}: {escape(g.note)}.</p>" for g in unread)
+    text += "".join(
+        f"<p class='note'>{escape(f'{g.probe}/{g.rung} {g.gate}')}:"
+        f" {escape('; '.join(part for part in (g.note, g.reason) if part))}.</p>"
+        for g in unread
+    )
     passed = sum(gate.passed is True for gate in gates)
     if not gates:
         note = "No gates were run into this folder: hamts probes validate --all --out DIR."

@@ -13,9 +13,9 @@ import pytest
 from probes.answers import Results, answers_markdown, write_between
 from probes.api import ProbeReport
 from probes.contract import CONTRACT_VERSION
-from probes.gates import GateResult, write_gate
+from probes.gates import TRAINED, GateResult, write_gate
 from probes.gates_trained import gates_of_runs
-from probes.registry import get_probe
+from probes.registry import get_probe, list_probes
 from probes.report import limits, markdown_report
 from probes.report_panels import gates_first
 from probes.results import of_rungs
@@ -212,3 +212,14 @@ def test_rungs_that_are_not_ranked_are_told_with_the_reason(tmp_path: Path) -> N
     text = answers_markdown([*gone, *alone])
     assert "No rung is ranked: pbcD (`random`: not run); pbcS (`surprise`: not run)." in text
     assert "No rung is ranked: pbcD (not solved by full attention)." in answers_markdown(made_up(tmp_path, full=0.5))
+
+
+def test_a_gate_that_fails_says_which_seeds_and_why() -> None:
+    gate = GateResult("xcb", "xcbC", "G1", False, 0.04, 0.95, "full attention")
+    assert "an ideal reader has 0.935" in str(gate)
+    assert GateResult("xcb", "xcbC", "G1", True, 0.99, 0.95, "full attention").reason == ""
+    # whatever the suites say of gates names a rung and a gate that there are
+    for probe in list_probes().values():
+        for name in probe.cannot:
+            rung, place = name.split()
+            assert rung in probe.rungs and place in TRAINED

@@ -88,6 +88,10 @@ class RareRegimeReplay(Probe):
     # induction over three rows is learned late; numbers on the visits first make it start
     curriculum: ClassVar[tuple[tuple[float, Mapping[str, Any]], ...]] = ((0.25, {"cue_flag": True}), (0.75, {}))
     echo_rows = 1
+    cannot: ClassVar[Mapping[str, str]] = {
+        "rrr G2": "with six rare regimes a small state would be one of keys of 2",
+        "rrr G5": "frequent regimes are asked too, and are not critical: the list of critical rows lacks them",
+    }
 
     def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
         """Two rare regimes at least, and frequent ones that come as many times less often: they fill most rows."""

@@ -88,6 +88,10 @@ class TopologyLookup(Probe):
         "long": {"items": 64},
     }
     quick = ("topoG",)
+    cannot: ClassVar[Mapping[str, str]] = {
+        "topo2 G1": "the seed decides whether the second lookup is found; topo2N tells each hop where it happens",
+        "topo G2": "some seeds of a state never learn the question: its skill says little about room",
+    }
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "items": (8, 16, 64, 256),
         "hops": (1, 2, 3),

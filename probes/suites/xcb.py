@@ -23,6 +23,7 @@ RADIUS = 2.0
 MARGIN = 5
 LEVELS = 16
 LOUD = 2.0
+NO_STATE = "some seeds of a state never learn the question: its skill says little about room"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,11 @@ class CrossChannelBinding(Probe):
         "xcbP": {"variant": "channels", "loud": True},
     }
     quick = ("xcbF",)
+    cannot: ClassVar[Mapping[str, str]] = {
+        "xcbC G1": "an ideal reader has 0.935: answers within the carrier do not show their channel (probe_ceiling.py)",
+        "xcbP G1": "not learned in three pilots, 0.33 at best (probe_pilot.py)",
+        **{f"{rung} G2": NO_STATE for rung in ("xcb", "xcbF", "xcbG")},
+    }
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "items": (4, 8, 16, 32),
         "variant": ("sphere", "grid", "channels"),
