@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from probes import registry
 from probes.again import Revisit, revisit
 from probes.allocation import NODE_SCHEMES, allocate_nodes
 from probes.api import load_report, run_probes
 from probes.axes import parse_axes
 from probes.contract import generator
-from probes.gates import check_contract
+from probes.gates import check_contract, validate
 from probes.layer_rows import concentrated, layer_rows
 from probes.models import kept_rows
 from probes.prequential import CONTROLS, control_errors, rate_limited
@@ -201,3 +202,43 @@ def test_a_report_shows_axes_in_a_panel_of_their_own(tmp_path: Path) -> None:
     assert "[items=4]" not in scorecard
     table = axis_table(report.documents)
     assert set(table[table["line"] == "kv · write"]["value"]) == {"4", "12"}
+
+
+# --- what networks grow into
+
+
+@pytest.mark.parametrize(("name", "rung"), [(n, r) for n, p in list_probes().items() if p.trained for r in p.rungs])
+def test_every_trained_rung_can_be_grown_into(name: str, rung: str) -> None:
+    probe = list_probes()[name]
+    stages = probe.stages(probe.config("small", rung, missed_tags=0.2, false_tags=4.0))
+    assert sum(share for share, _ in stages) == pytest.approx(1.0)
+    drawn = [probe.sample(generator(0), 2, config) for _, config in stages]
+    assert len({(batch.inputs().shape[-1], batch.y.shape[-1]) for batch in drawn}) == 1
+    assert drawn[0].context_rows < drawn[-1].context_rows
+
+
+def test_a_plug_in_registers_itself_through_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    (tmp_path / "my_suites.py").write_text(
+        "from probes.registry import register_probe\nfrom probes.suites.der import DelayedEventRecall\n\n\n"
+        "@register_probe('plugged', version=1, slot='streaming state')\nclass Plugged(DelayedEventRecall):\n"
+        "    rungs = {'plugged': {'distractors': 4}}\n    quick = ()\n",
+        encoding="utf-8",
+    )
+    about = tmp_path / "my_suites-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-suites\nVersion: 1.0\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text("[hamts.probes]\nplugged = my_suites\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    assert list(list_probes())[-1] == "plugged"
+    report = run_probes("plugged", tier="T0", preset="smoke", out=tmp_path / "out", progress=False)
+    assert set(report.frame["rung"]) == {"plugged"}
+    assert all(result.passed is not False for result in validate("plugged", gates=("contract", "G6")))
+
+
+def test_probes_are_imported_under_both_names() -> None:
+    from hamts.probes import run_probes as same
+
+    assert same is run_probes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +116,16 @@ class CounterfactualRollout(Probe):
         "noise": (0.0, 0.1, 0.3),
     }
     echo_rows = 1
+    # with the minutes of a GPU that there were when it was first trained at small
+    quick = ("cfr", "cfrC")
+
+    def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
+        """Two actions at least: one is asked, another is the other plan's."""
+        assert isinstance(config, CfrConfig)
+        delay = None if config.delay_rows is None else config.delay_rows // parts
+        return replace(
+            config, context_rows=config.context_rows // parts, items=max(config.items // parts, 2), delay_rows=delay
+        )
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, CfrConfig)

@@ -9,7 +9,7 @@ B sequences · T context rows · S services · N items · Q queries
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,15 @@ class BudgetFrontier(Probe):
         "long": {"items": 32, "queries": 32},
     }
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {"noises": ((0.05,) * 8, (0.05, 0.8) * 4, (0.8,) * 8)}
+
+    def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
+        """The same services, each with fewer items, one at least."""
+        assert isinstance(config, FrontierConfig)
+        counts = tuple(max(count // parts, 1) for count in config.counts)
+        return replace(
+            config, context_rows=config.context_rows // parts, items=sum(counts), counts=counts,
+            queries=max(config.queries // parts, 1),
+        )  # fmt: skip
 
     def sample(self, gen: torch.Generator, n: int, config: ProbeConfig) -> ProbeBatch:
         assert isinstance(config, FrontierConfig)
