@@ -139,6 +139,10 @@ class Probe:
         """Layers whose output names one part of the auxiliary target each; none: the last names all."""
         return self.named_after
 
+    def entry_bias(self, config: ProbeConfig) -> float:
+        """What is added at first to the logits of all kept rows, in every model (``NetConfig.entry_bias``)."""
+        return 0.0
+
     def lessons(self, config: ProbeConfig) -> tuple[tuple[float, Mapping[str, Any]], ...]:
         """The curriculum of a question."""
         return self.curriculum

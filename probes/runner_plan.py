@@ -119,8 +119,9 @@ class Cell:
     def net(self, rows: int) -> NetConfig:
         router = self.router if self.model == "ham" else "learned"
         return NetConfig(
-            model=self.model, router=router, layers=self.layers, budget_rows=rows, state_width=self.state_width
-        )
+            model=self.model, router=router, layers=self.layers, budget_rows=rows, state_width=self.state_width,
+            entry_bias=get_probe(self.probe)[0].entry_bias(self.config),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

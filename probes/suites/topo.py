@@ -33,6 +33,7 @@ class TopoConfig(ProbeConfig):
             that a graph encoder would name, so one lookup is left).
         taught: where training tells which node is looked up: ``last`` (the whole path after the last layer) or ``hops``
             (each hop after a layer of its own, from the first on). Nothing that is asked depends on it.
+        handicap: added at first to the logits of all kept rows, in every model (``Probe.entry_bias``).
         rewires, updates: edges that change, readings that are repeated; the latest counts.
         distractors: rows of edges of another relation, which ``relation`` names: ``other`` (between any nodes),
             ``reverse`` (true edges the other way round) or ``sibling`` (nodes of the same parent, where there are any).
@@ -46,6 +47,7 @@ class TopoConfig(ProbeConfig):
     shallow_share: float = 0.0
     form: str = "stream"
     taught: str = "last"
+    handicap: float = 0.0
     rewires: int = 0
     updates: int = 0
     distractors: int = 0
@@ -80,6 +82,7 @@ class TopologyLookup(Probe):
         "topo": {},
         "topo2": {"hops": 2},
         "topo2N": {"hops": 2, "taught": "hops"},
+        "topo2H": {"hops": 2, "taught": "hops", "handicap": -4.0},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {"items": 8, "queries": 8},
@@ -89,7 +92,7 @@ class TopologyLookup(Probe):
     }
     quick = ("topoG",)
     cannot: ClassVar[Mapping[str, str]] = {
-        "topo2 G1": "the seed decides whether the second lookup is found; topo2N tells each hop where it happens",
+        "topo2 G1": "the seed decides whether the second lookup is found; topo2H tells each hop where it happens",
         "topo G2": "some seeds of a state never learn the question: its skill says little about room",
     }
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -113,6 +116,10 @@ class TopologyLookup(Probe):
     def names_after(self, config: ProbeConfig) -> tuple[int, ...]:
         assert isinstance(config, TopoConfig)
         return tuple(range(config.hops)) if config.taught == "hops" else self.named_after
+
+    def entry_bias(self, config: ProbeConfig) -> float:
+        assert isinstance(config, TopoConfig)
+        return config.handicap
 
     def lessons(self, config: ProbeConfig) -> tuple[tuple[float, Mapping[str, Any]], ...]:
         """Where each hop is told, both are asked at once: a stage of shallow paths only delays the second."""
