@@ -1,7 +1,6 @@
 """``hamts.probes`` is the package ``probes``: both names import it."""
 
 import sys
+from importlib import import_module
 
-import probes
-
-sys.modules[__name__] = probes
+sys.modules[__name__] = import_module("probes")
