@@ -24,6 +24,8 @@ from probes.report_ranks import profile_table, win_rates
 from probes.runner import fit_cell, run_plan
 from probes.runner_plan import RunPlan
 from probes.summary import score_table
+from probes.t0 import ROUTERS_T0
+from probes.t0_run import run_t0_suite
 from probes.train import sample
 
 torch.set_num_threads(1)
@@ -242,3 +244,17 @@ def test_probes_are_imported_under_both_names() -> None:
     from hamts.probes import run_probes as same
 
     assert same is run_probes
+
+
+# --- tier 0 of the suites that no other test runs
+
+
+@pytest.mark.parametrize("name", ["xcb", "rrr", "topo", "pbc", "cfr"])
+def test_tier_0_of_a_suite_says_what_each_router_keeps(name: str) -> None:
+    probe = list_probes()[name]
+    rows = run_t0_suite(probe, preset="smoke", rungs=(probe.main_rung(),))
+    skill = {(row["model"], row["router"], row.get("budget_frac")): row["skill"] for row in rows if "skill" in row}
+    assert skill["full", "all", None] == 1.0
+    assert skill["kv", "oracle", 1.0] == 1.0
+    assert skill["kv", "random", 1.0] < 0.6
+    assert {router for model, router, _ in skill if model == "kv"} >= set(ROUTERS_T0)
