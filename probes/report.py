@@ -15,6 +15,7 @@ from probes.contract import FAMILY
 from probes.gates import TRAINED, GateResult
 from probes.registry import list_probes
 from probes.report_axes import axis_panels
+from probes.report_frontier import area_panel
 from probes.report_ranks import profile_panels
 from probes.summary import frontier_table, on_axis, score_table
 
@@ -43,7 +44,7 @@ def html_report(
     scores = scores[[not on_axis(str(line)) for line in scores["line"]]]
     found = [
         ("1 · Scorecard", panels.gates_first(gates) + panels.scorecard(scores) + profile_panels(documents)),
-        ("2 · Budget frontier", panels.frontiers(scores)),
+        ("2 · Budget frontier", panels.frontiers(scores) + area_panel(documents)),
         (
             "3 · Recall and skill against delay and other axes",
             panels.survival_lines(documents) + axis_panels(documents),

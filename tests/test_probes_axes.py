@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from probes.prequential import CONTROLS, control_errors, rate_limited
 from probes.reading import read_context
 from probes.registry import get_probe, list_probes
 from probes.report_axes import axis_table
+from probes.report_frontier import area
 from probes.report_ranks import profile_table, win_rates
 from probes.runner import fit_cell, run_plan
 from probes.runner_plan import RunPlan
@@ -258,3 +260,11 @@ def test_tier_0_of_a_suite_says_what_each_router_keeps(name: str) -> None:
     assert skill["kv", "oracle", 1.0] == 1.0
     assert skill["kv", "random", 1.0] < 0.6
     assert {router for model, router, _ in skill if model == "kv"} >= set(ROUTERS_T0)
+
+
+def test_areas_are_compared_where_both_have_been_measured() -> None:
+    line = [(100.0, 0.5), (400.0, 0.9)]
+    assert area(line, [(100.0, 0.4), (400.0, 0.8)]) == pytest.approx(0.1)
+    # from 200 on: halfway up the line, so that it leads by 0 at first and by 0.2 at the end
+    assert area(line, [(200.0, 0.7), (800.0, 0.7)]) == pytest.approx(0.1)
+    assert math.isnan(area(line, [(500.0, 0.1), (900.0, 0.2)]))
