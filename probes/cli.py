@@ -11,6 +11,7 @@ import typer
 
 from hamts.cli_show import console, show_error
 from hamts.errors import DataError
+from probes.cli_ask import ask
 from probes.cli_words import chosen, numbers, usage, words
 
 __all__ = ["app", "main"]
@@ -116,6 +117,9 @@ def run(  # noqa: PLR0913 - one option for each argument
         )  # fmt: skip
     console().print(load_report(out, partial=max_time is not None).to_markdown(), markup=False, soft_wrap=True)
     console().print(f"next: hamts probes report {out}")
+
+
+app.command()(ask)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import hamts
 from hamts.errors import DataError
 from probes.adapter import HamtsAdapter
 from probes.api import run_probes
+from probes.cli import main
 from probes.contract import generator
 from probes.detection import detection, detection_test
 from probes.frames import ProbeFromFrame, echo_cases, to_frame, training_frame
@@ -273,6 +275,19 @@ def test_a_fitted_model_answers_probes(fitted: HamtsAdapter, tmp_path) -> None: 
     case = echo_cases(probe, probe.sample(generator(0), 1, probe.config("smoke")))[0]
     with pytest.raises(DataError, match="fitted on columns that this probe has not"):
         fitted.forecast(case.history.drop(columns=["ev_ev"]), case.future)
+
+
+def test_a_saved_model_is_asked_by_a_command(fitted: HamtsAdapter, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+    fitted.model.save(tmp_path / "mine")
+    with pytest.raises(SystemExit) as end:
+        main(["ask", str(tmp_path / "mine"), "der/der", "--shares", "0.1,1", "--sequences", "4", "--quiet", "-o",
+              str(tmp_path / "out")])  # fmt: skip
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "mine@0.1" in shown and "mine@1" in shown
+    with pytest.raises(SystemExit) as end:
+        main(["ask", str(tmp_path / "mine"), "xcb/xcb", "--quiet", "-o", str(tmp_path / "out")])
+    assert end.value.code == 2
 
 
 def test_entries_can_be_dropped_from_a_fitted_model(fitted: HamtsAdapter) -> None:
