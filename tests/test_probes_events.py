@@ -257,13 +257,15 @@ def test_a_report_has_ten_panels_with_failing_gates_first(tmp_path: Path) -> Non
     write_gate(tmp_path / "gates" / "der" / "x.json", failing,
                {"contract_version": CONTRACT_VERSION, "suite_version": 1})  # fmt: skip
     real = {
-        "set": "moon", "budget_share": 0.1, "events": 2,
+        "set": "moon", "preset": "tiny", "seed": 0, "budget_share": 0.1, "events": 2,
         "tests": [
-            {"test": "lead", "value": 0.1, "low": 0.0, "high": 0.2, "events": 2, "note": "",
-             "rows": [{"age_rows": 24, "value": 0.1}]},
+            {"test": "lead", "value": 0.1, "low": 0.0, "high": 0.2, "events": 2, "note": "", "budget_share": 0.1,
+             "rows": [{"age_rows": 24, "value": 0.1, "label": "flood", "later": "x"}]},
             {"test": "none", "note": "no pair"},
         ],
-        "event_scores": {"ham": [{"metric": "crps", "value": 0.5}]},
+        "detection": [{"unique_id": "a", "windows": 2, "rows": 90, "patches": 30, "kept": 3, "recall": 1.0, "chance": 0.5,
+                       "reach": 0.4, "precision_distance": 0.7, "corrected": 1.0}],
+        "event_scores": {name: [{"metric": "crps", "value": 0.5}] for name in ("ham", "seasonal_naive")},
     }  # fmt: skip
     (tmp_path / "real" / "sets").mkdir(parents=True)
     (tmp_path / "real" / "sets" / "moon.json").write_text(json.dumps(real))
@@ -271,7 +273,8 @@ def test_a_report_has_ten_panels_with_failing_gates_first(tmp_path: Path) -> Non
     for number in range(1, 11):
         assert f"<h2>{number} · " in page
     assert page.index("FAIL der/der G5") < page.index("<h3>")
-    assert "moon" in page
+    assert "moon, tiny (2 events, 1 fits)" in page
+    assert "1.00 (1.00 to 1.00, 1 fits)" in page
     assert len(read_real(tmp_path)) == 1
     assert "- FAIL" in load_report(tmp_path).to_markdown()
     assert "No gates were run" in html_report(report.documents)
