@@ -263,8 +263,8 @@ def test_a_report_has_ten_panels_with_failing_gates_first(tmp_path: Path) -> Non
              "rows": [{"age_rows": 24, "value": 0.1, "label": "flood", "later": "x"}]},
             {"test": "none", "note": "no pair"},
         ],
-        "detection": [{"unique_id": "a", "windows": 2, "rows": 90, "patches": 30, "kept": 3, "recall": 1.0, "chance": 0.5,
-                       "reach": 0.4, "precision_distance": 0.7, "corrected": 1.0}],
+        "detection": [{"unique_id": "a", "windows": 2, "rows": 90, "patches": 30, "kept": 3, "recall": 1.0,
+                       "chance": 0.5, "reach": 0.4, "precision_distance": 0.7, "corrected": 1.0}],
         "event_scores": {name: [{"metric": "crps", "value": 0.5}] for name in ("ham", "seasonal_naive")},
     }  # fmt: skip
     (tmp_path / "real" / "sets").mkdir(parents=True)
