@@ -95,7 +95,8 @@ def gates_first(gates: Sequence[GateResult]) -> str:
 def scorecard(scores: pd.DataFrame) -> str:
     """Lines against rungs for each tier and budget; of tier 1 also bars with intervals."""
     parts = []
-    for tier, of_tier in scores.groupby("tier", sort=True):
+    # networks before what is scored without any
+    for tier, of_tier in sorted(scores.groupby("tier"), key=lambda pair: pair[0] == "T0"):
         fixed = of_tier[of_tier["budget"] < 0]
         for budget in sorted(b for b in of_tier["budget"].unique() if b >= 0) or [-1.0]:
             part = pd.concat([fixed, of_tier[of_tier["budget"] == budget]]).drop_duplicates(["rung", "line"])
@@ -162,6 +163,7 @@ def frontiers(scores: pd.DataFrame) -> str:
         )  # fmt: skip
         parts.append((f"{rung} · {tier}", plot))
     axes = _axes(scores)
+    parts.sort(key=lambda part: part[0].endswith("T0"))
     if not parts:
         return axes or "<p>One budget only: no frontier.</p>"
     shown_plots = "".join(f"<h3>{escape(title)}</h3>{plot}" for title, plot in parts[:MOST_SHOWN])
@@ -241,6 +243,7 @@ def survival_lines(documents: Sequence[dict[str, Any]]) -> str:
         parts.append((f"{rung} · {tier}", lines_svg(
             shown, title=rung, x_name="age of the item, up to so many rows (log scale)", y_name="share kept", log_x=True
         )))  # fmt: skip
+    parts.sort(key=lambda part: part[0].endswith("T0"))
     first = "".join(f"<h3>{escape(title)}</h3>{plot}" for title, plot in parts[:MOST_SHOWN])
     rest = "".join(f"<h3>{escape(title)}</h3>{plot}" for title, plot in parts[MOST_SHOWN:])
     rows = [
