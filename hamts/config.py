@@ -68,6 +68,8 @@ class ModelConfig:
             patch; else they read it from those channels, a layer later. An event is then also read alike whether or not
             it is known what follows in its patch; models fitted with it before that was so must be fitted anew.
         entry_bias, match_gain: at first, what is added to the logits of entries, and how sharply queries match keys.
+        gate_start: at first, what is added to the gates of the exact read and of the output, of every mixer: 3 opens
+            both, so that what is looked up is heard from the first step on; 0: half open.
         queries_from_keys: whether queries of the exact read start with the weights of its keys: like finds like.
         read_reference: keys up to which logits of the exact read are as they are; with more they are multiplied by
             log(keys) / log(this), so that a long list does not drown what matches. 0: never.
@@ -100,6 +102,7 @@ class ModelConfig:
     event_context: bool = False
     entry_bias: float = -4.0
     match_gain: float = 1.0
+    gate_start: float = 0.0
     queries_from_keys: bool = False
     read_reference: int = 0
     rotary_share: float = 0.5

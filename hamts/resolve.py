@@ -33,6 +33,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
         "read_reference": 0,
         "rotary_share": 0.5,
         "queries_from_keys": False,
+        "gate_start": 0.0,
     },
     "train": {"recall_share": 0.0},
 }

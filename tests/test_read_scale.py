@@ -12,6 +12,7 @@ import torch
 from networks import make_config, make_network, make_panel, make_spec, make_store, policy_for, read_all
 
 from hamts.config import MIXERS, MemoryConfig, ModelConfig
+from hamts.data.panel import Panel
 from hamts.nn.counts import readable_keys, sharpened
 from hamts.nn.heads import angles
 from hamts.ops.types import ScratchKeys
@@ -99,6 +100,32 @@ def test_queries_may_start_as_keys(mixer: str) -> None:
     for layer in network.backbone.layers():
         queries = layer.to_query if mixer == "ham" else layer.exact.to_query
         assert torch.equal(queries.weight, layer.to_memory.weight[-2 * config.width : -config.width])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gates_may_start_open(mixer: str) -> None:
+    panel = make_panel()
+    networks = [
+        new_network(make_config(mixer=mixer, gate_start=start), MemoryConfig(budget_bytes=60_000), panel)
+        for start in (0.0, 3.0)
+    ]
+    for half, opened in zip(*(network.backbone.layers() for network in networks), strict=True):
+        if half.to_gates is not None:
+            assert not half.to_gates.bias.any()
+            rows = opened.to_gates.bias.view(-1, opened.heads)
+            assert not rows[:3].any() and (rows[3:] == 3.0).all()
+        if half.to_output_gate is not None:
+            assert (opened.to_output_gate.bias == 3.0).all() and (half.to_output_gate.bias != 3.0).all()
+        # nothing else starts otherwise
+        changed = {
+            name for name, value in half.named_parameters() if not torch.equal(value, opened.get_parameter(name))
+        }
+        assert changed <= {"to_gates.bias", "to_output_gate.bias"}
+
+
+def new_network(config: ModelConfig, memory: MemoryConfig, panel: Panel) -> HAMNetwork:
+    torch.manual_seed(0)
+    return HAMNetwork(config, memory, make_spec(panel, make_store(panel)))
 
 
 def test_options_that_mean_nothing_are_refused() -> None:

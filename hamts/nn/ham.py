@@ -23,7 +23,7 @@ from hamts.nn.clipped import Clipped
 from hamts.nn.counts import sharpened
 from hamts.nn.decide import Decision, decide, prepared
 from hamts.nn.eviction import end_times
-from hamts.nn.heads import HeadNorm, Turn, angles, rotate, start_queries, turned
+from hamts.nn.heads import HeadNorm, Turn, angles, rotate, start_gates, start_queries, turned
 from hamts.nn.router import Router, Scores
 from hamts.nn.scratchpad import (
     Carried,
@@ -89,7 +89,7 @@ class HAMLayer(nn.Module):
             self.conv[:, -1] += 1.0  # start as a pass-through: the newest tap dominates
             tau = torch.logspace(math.log10(FASTEST_TOKENS), math.log10(SLOWEST_TOKENS), self.heads)  # [H]
             self.decay_rate.copy_(torch.log(torch.expm1(1.0 / tau)))
-            nn.init.zeros_(self.to_gates.bias)
+            start_gates(self.config, self.to_gates, self.to_output_gate)
             start_queries(self.config, self.to_query, self.to_memory)
 
     @property

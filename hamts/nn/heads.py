@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hamts.config import ModelConfig
 
-__all__ = ["HeadNorm", "Turn", "angles", "rotate", "start_queries", "turned"]
+__all__ = ["HeadNorm", "Turn", "angles", "rotate", "start_gates", "start_queries", "turned"]
 
 # cosine and sine of every pair's angle, 2 x [B, N, pairs]
 Turn = tuple[torch.Tensor, torch.Tensor]
@@ -59,6 +59,17 @@ def start_queries(config: ModelConfig, to_query: nn.Linear, to_memory: nn.Linear
     """
     if config.queries_from_keys:
         to_query.weight.copy_(to_memory.weight[-2 * config.width : -config.width])
+
+
+@torch.no_grad()
+def start_gates(config: ModelConfig, to_gates: nn.Linear | None, to_output_gate: nn.Linear | None) -> None:
+    """Bias of decay, write gate and recurrent gate nothing, that of the read's gate and of the output's as asked."""
+    if to_gates is not None:
+        to_gates.bias.zero_()
+        # [2 or 4, H]: a layer whose branches are not mixed by gates has the first two
+        to_gates.bias.view(-1, config.heads)[3:] = config.gate_start
+    if to_output_gate is not None and config.gate_start:
+        to_output_gate.bias.fill_(config.gate_start)
 
 
 class HeadNorm(nn.Module):

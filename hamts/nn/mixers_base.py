@@ -14,7 +14,7 @@ from torch import nn
 from hamts.config import ModelConfig
 from hamts.nn.budget import ThresholdTable
 from hamts.nn.ham import CONV_WIDTH, HeadNorm, LayerOutput
-from hamts.nn.heads import start_queries
+from hamts.nn.heads import start_gates, start_queries
 from hamts.nn.mixers_parts import (
     NEVER,
     ExactBranch,
@@ -82,8 +82,7 @@ class MixerLayer(nn.Module):
         self.kernels: Kernels = TORCH
         # there is nothing to calibrate, which a table of no scores says
         self.thresholds = ThresholdTable(0)
-        if self.to_gates is not None:
-            nn.init.zeros_(self.to_gates.bias)
+        start_gates(config, self.to_gates, self.to_output_gate)
         start_queries(config, self.exact.to_query, self.to_memory)
 
     def memory_units(self, D: int) -> int:
