@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.frontier_cell import NO_CAP, SIZES, asked_of, fit
+from benchmarks.frontier_cell import LENGTHENED, NO_CAP, SIZES, Trial, asked_of, fit
 from benchmarks.frontier_grid import MODELS
 from benchmarks.frontier_sets import NAMED_STEPS, SETS, Carrier, Set, load
 from hamts.config import TrainConfig
@@ -111,16 +111,15 @@ def main() -> None:
     told = parser.parse_args()
     warnings.simplefilter("ignore")
     spec, carrier = SETS[told.set], load(told.set)
-    few: dict[str, Any] = {"max_steps": 1, "training": {"batch_windows": 2}}
-    if not told.weights:
-        few = {"max_steps": told.max_steps, "training": {"batch_windows": told.streams} if told.streams else {}}
-    if told.short:
-        few["lengthened"] = (1.0, 1)
+    steps, training = told.max_steps, {"batch_windows": told.streams} if told.streams else {}
+    if told.weights:
+        steps, training = 1, {"batch_windows": 2}
+    trial = Trial(training=training, lengthened=(1.0, 1) if told.short else LENGTHENED)
     if told.random_budgets:
         spec = replace(spec, warm=False)
     trained = fit(
         carrier, spec, MODELS[told.model], rate=3e-3, seed=told.seed, budget=NO_CAP, size=told.size,
-        accelerator="cpu", **few,
+        accelerator="cpu", max_steps=steps, trial=trial,
     )  # fmt: skip
     network = trained.network
     if told.weights:

@@ -9,7 +9,8 @@ import gc
 import math
 import platform
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ from hamts.fitting import Trained, ValidationTail, train_panel, validation_tail
 from hamts.frontier import Point, measure_points, windows_at
 from hamts.nn.ham import HAMLayer
 from hamts.resolve import FitOptions, make_plan
+from hamts.windows import StreamWindows
 
 __all__ = [
-    "BACKBONE", "LENGTHENED", "NO_CAP", "SIZES", "TRAINING", "asked_of", "blocks_of", "checked_tail", "entry_bytes",
-    "equal_bytes", "finite", "fit", "give_back", "judged", "measure", "point_of",
+    "BACKBONE", "LENGTHENED", "NO_CAP", "SIZES", "TRAINING", "Trial", "asked_of", "blocks_of", "checked_tail",
+    "entry_bytes", "equal_bytes", "finite", "fit", "give_back", "judged", "measure", "point_of",
 ]  # fmt: skip
 
 # presets, one that a CPU can fit, and two sizes of about so many weights
@@ -79,33 +81,64 @@ def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) 
     return int(share * tokens) * config.layers * entry_bytes(config)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a pilot changes in a fit.
+
+    Attributes:
+        watched: the loss of the fit is said at every check, and nothing else is checked; the last weights stay, as they
+            do where there is one check.
+        each: called before every batch.
+    """
+
+    backbone: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    lengthened: tuple[float, int] = LENGTHENED
+    kernel: str = "torch"
+    watched: bool = False
+    each: Callable[[StreamWindows], None] | None = None
+
+
 def fit(
     carrier: Carrier, spec: Set, model: Model, *, rate: float, seed: int, budget: int, size: str = "small",
-    max_steps: int | None = None, accelerator: str = "auto", backbone: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None, lengthened: tuple[float, int] = LENGTHENED,
+    max_steps: int | None = None, accelerator: str = "auto", trial: Trial | None = None,
 ) -> Trained:  # fmt: skip
-    """Fit on everything before the test rows; nothing is read afterwards. ``backbone``, ``training``,
-    ``lengthened``: what a pilot changes."""
+    """Fit on everything before the test rows; nothing is read afterwards."""
+    trial = trial or Trial()
     seen = carrier.frame.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
     panel = to_panel(seen, **carrier.roles)
     options = FitOptions(
         h=spec.h, budget_bytes=budget, preset=size if size in PRESETS else "small", **model.options,
         patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2, max_steps=max_steps or spec.steps,
-        learning_rate=rate, seed=seed, machine=MachineConfig(accelerator=accelerator, kernel="torch"),
+        learning_rate=rate, seed=seed, machine=MachineConfig(accelerator=accelerator, kernel=trial.kernel),
     )  # fmt: skip
     plan = make_plan(panel, options)
     plan = replace(
         plan,
-        model=replace(plan.model, **{**SIZES[size], **BACKBONE, **(backbone or {})}),
-        train=replace(plan.train, **{**TRAINING, **(training or {})}),
+        model=replace(plan.model, **{**SIZES[size], **BACKBONE, **trial.backbone}),
+        train=replace(plan.train, **{**TRAINING, **trial.training}),
     )
     tail = checked_tail(panel, plan, carrier, spec)
-    longer = (int(lengthened[0] * (max_steps or spec.steps)), lengthened[1])
+    longer = (int(trial.lengthened[0] * (max_steps or spec.steps)), trial.lengthened[1])
     echoes = fresh_echoes(carrier, spec, panel, seed, lengthen=longer)
-    trained = train_panel(panel, plan, tail=tail, verbose=False, progress=False, augment=echoes)
+    if trial.each is not None and echoes is not None:
+        echoes = _both(trial.each, echoes)
+    if trial.watched:
+        tail = replace(tail, cutoffs=[cuts[:0] for cuts in tail.cutoffs])
+    trained = train_panel(panel, plan, tail=tail, verbose=trial.watched, progress=False, augment=echoes)
     if "mixer" not in model.options:
         calibrate(trained, tail.ends, gpu=torch.cuda.is_available() and accelerator != "cpu")
     return trained
+
+
+def _both(
+    one: Callable[[StreamWindows], None], other: Callable[[StreamWindows], None]
+) -> Callable[[StreamWindows], None]:
+    def run(windows: StreamWindows) -> None:
+        one(windows)
+        other(windows)
+
+    return run
 
 
 def calibrate(trained: Trained, ends: np.ndarray, *, gpu: bool) -> None:
