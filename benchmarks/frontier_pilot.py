@@ -13,6 +13,7 @@ Rivals that attend are also read with the same weights in other ways, which tell
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 import warnings
@@ -24,9 +25,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.frontier_cell import LENGTHENED, SIZES, equal_bytes, fit, give_back, judged, point_of
+from benchmarks.frontier_cell import LENGTHENED, SIZES, Trial, equal_bytes, finite, fit, give_back, judged, point_of
 from benchmarks.frontier_claims import markdown
-from benchmarks.frontier_grid import MODELS, Cell
+from benchmarks.frontier_grid import MODELS
 from benchmarks.frontier_sets import SETS, Carrier, load
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
@@ -36,6 +37,10 @@ from hamts.frontier import measure_points
 RESULTS = Path(__file__).parent / "results" / "frontier" / "pilot3"
 SEED, RATE, TENTH, NEAR = 7, 3e-3, 0.1, 335
 REFERENCE = 128
+# so often a fit says its loss
+CHECKS = 16
+# for each step of a fit, and for reading all histories
+FIT_SECONDS, READING_SECONDS = 0.36, 60.0
 PLAIN: dict[str, Any] = {"read_reference": 0, "queries_from_keys": False}
 LOG: dict[str, Any] = {"read_reference": REFERENCE, "queries_from_keys": False}
 UNTURNED: dict[str, Any] = {**PLAIN, "rotary_share": 0.0}
@@ -56,7 +61,8 @@ class Variant:
     backbone: dict[str, Any]
     training: dict[str, Any]
     lengthened: tuple[float, int]
-    times: int = 1  # as many steps as the grid
+    times: float = 1  # as many steps as the grid
+    kernel: str = "torch"
 
 
 WAYS = {
@@ -67,11 +73,12 @@ WAYS = {
 
 
 # the grid's protocol, and what might teach attention more
-AGAIN: dict[str, tuple[dict[str, Any], int]] = {
-    "grid": ({}, 1), "grid, twice": ({}, 2),
+AGAIN: dict[str, tuple[dict[str, Any], float]] = {
+    "grid": ({}, 1), "grid, twice": ({}, 2), "grid, half more": ({}, 1.5),
     "grid, 128 patches": ({"batch_windows": 32, "context_patches": 128}, 1),
     "grid, 128 patches, twice": ({"batch_windows": 32, "context_patches": 128}, 2),
 }  # fmt: skip
+OPEN: dict[str, Any] = {"gate_start": 3.0}
 
 
 def _variants() -> dict[str, Variant]:
@@ -80,6 +87,10 @@ def _variants() -> dict[str, Variant]:
         for model in ("attention", "recurrent", "gdn_gsa", "mix", "learned", "learned-token"):
             for name in ("epf", "household", "epf-old", "household-old"):
                 found[f"{name}, {model}, {way}"] = Variant(name, model, {}, training, LENGTHENED, times)
+                found[f"{name}, {model}, {way}, open"] = Variant(name, model, OPEN, training, LENGTHENED, times)
+                found[f"{name}, {model}, {way}, open, kernels"] = Variant(
+                    name, model, OPEN, training, LENGTHENED, times, "fla+triton"
+                )
     for way, (backbone, (training, lengthened)) in WAYS.items():
         for model in ("learned", "attention", "recurrent", "window"):
             for name in ("household", "epf"):
@@ -120,10 +131,13 @@ def read_otherwise(trained: Trained, how: tuple[Callable[[Any], None], ...]) -> 
             change(layer)
 
 
+def file_of(name: str) -> str:
+    return name.replace(", ", "--").replace(" ", "-")
+
+
 def seconds_of(variant: Variant) -> float:
     """What it takes at most, ten at a time on an H100."""
-    cell = Cell(variant.set, variant.model, SEED)
-    return cell.seconds * variant.times * (1.2 if SETS[variant.set].lengths else 1.0)
+    return FIT_SECONDS * variant.times * SETS[variant.set].steps + READING_SECONDS
 
 
 def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
@@ -140,12 +154,18 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
     size = how.get("size", "1M")
     budget = equal_bytes(carrier, spec, TENTH, ModelConfig(**SIZES[size])) if row.sized else 1 << 40
     time_limit = {"max_time_s": how["max_time_s"]} if "max_time_s" in how else {}
-    trained = fit(
-        carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
-        max_steps=how.get("max_steps", variant.times * spec.steps), accelerator=how.get("accelerator", "auto"),
-        backbone=variant.backbone, training={**variant.training, **time_limit},
-        lengthened=variant.lengthened,
-    )  # fmt: skip
+    log = folder / f"{file_of(name)}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as said_by_fit, contextlib.redirect_stdout(said_by_fit):
+        trained = fit(
+            carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
+            max_steps=how.get("max_steps", int(variant.times * spec.steps)),
+            accelerator=how.get("accelerator", "auto"),
+            trial=Trial(
+                backbone=variant.backbone, training={"checks": CHECKS, **variant.training, **time_limit},
+                lengthened=variant.lengthened, kernel=variant.kernel, watched=True,
+            ),
+        )  # fmt: skip
     fit_s = time.monotonic() - began
     peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
     give_back(peak=False)
@@ -166,11 +186,14 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
             points[label] = measure_points(fresh, panel, windows, **told)
             for layer, (reference, patches) in zip(trained.network.backbone.layers(), before, strict=True):
                 layer.exact.read_reference, layer.patches = reference, patches
+    history = trained.report.history
     said = {
         "name": name, "set": variant.set, "model": variant.model, "backbone": variant.backbone,
         "training": variant.training, "lengthened": variant.lengthened,
-        "seed": SEED, "steps": trained.report.steps, "fit_s": round(fit_s, 1),
-        "s": round(time.monotonic() - began, 1), "peak_gib": peak, "validation": trained.report.best_score,
+        "seed": SEED, "kernel": trained.report.kernel,
+        "losses": [{name: finite(one[name]) for name in ("step", "seconds", "train_loss")} for one in history],
+        "steps": trained.report.steps, "fit_s": round(fit_s, 1),
+        "s": round(time.monotonic() - began, 1), "peak_gib": peak, "validation": finite(trained.report.best_score),
         "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
         "points": [
             {"reading": label, **point_of(point, parts, TENTH if row.sized else None, rival=not ham)}
@@ -178,8 +201,7 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
             for point in read
         ],
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name.replace(', ', '--').replace(' ', '-')}.json").write_text(json.dumps(said, indent=1) + "\n")
+    (folder / f"{file_of(name)}.json").write_text(json.dumps(said, indent=1) + "\n")
     scores = [
         f"{p['reading'] or p['memory']} {p['share']}: {p['parts']['events']['WQL']:.4f}/{p['parts']['all']['WQL']:.4f}"
         for p in said["points"]
@@ -208,10 +230,33 @@ def table(folder: Path) -> str:
     return markdown(pd.DataFrame(rows).fillna(""))
 
 
+def fits(folder: Path) -> str:
+    """Milliseconds a step, of short streams and of long ones, and the loss of the fit as it went."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text())
+        if not one.get("losses"):
+            continue
+        steps, seconds, losses = (
+            [check[name] for check in one["losses"]] for name in ("step", "seconds", "train_loss")
+        )  # fmt: skip
+        turn = max(i for i, step in enumerate(steps) if step <= one["lengthened"][0] * one["steps"])
+        spans = {"short": (0, turn), "long": (turn, len(steps) - 1)}
+        took = {
+            f"ms a step, {name}": round(1e3 * (seconds[b] - seconds[a]) / (steps[b] - steps[a]))
+            for name, (a, b) in spans.items()
+            if b > a
+        }
+        said = " ".join(f"{loss:.3f}" for loss in losses)
+        rows.append({"variant": one["name"], **took, f"loss of the fit at {len(losses)} moments": said})
+    return markdown(pd.DataFrame(rows).fillna(""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--devices", nargs="+", default=[None], help="numbers of GPUs to spread the processes over")
     parser.add_argument("--most-seconds", type=float, help="of a fit")
     parser.add_argument("--end-time", type=float, default=1e9)
     parser.add_argument("--size", default="1M", choices=list(SIZES))
@@ -224,13 +269,22 @@ def main() -> None:
         how = {"size": told.size, "accelerator": told.accelerator, "max_time_s": told.most_seconds}
         how = {name: value for name, value in {**how, "max_steps": told.max_steps}.items() if value is not None}
         # long lists need more room than their share
-        room = {name: (1.6 if "long" in name else 0.9) / told.workers for name in told.variants}
+        each = len(told.devices) / told.workers
+        room = {name: (1.6 if "long" in name else 0.9) * each for name in told.variants}
         jobs = [
             Job(name, (name, told.folder, how, min(room[name], 1.0)), seconds=seconds_of(VARIANTS[name]))
             for name in told.variants
         ]
-        run_jobs(jobs, perform, workers=told.workers, begin_within_s=told.end_time, end_within_s=told.end_time)
+        run_jobs(
+            jobs,
+            perform,
+            workers=told.workers,
+            begin_within_s=told.end_time,
+            end_within_s=told.end_time,
+            devices=told.devices,
+        )
     print(table(told.folder))
+    print(fits(told.folder))
 
 
 if __name__ == "__main__":
