@@ -1,7 +1,9 @@
 """What a patch costs to read, and whether a budget of operations or milliseconds is kept.
 
-A line is fitted to the cost at a few sizes of the scratchpad; then budgets are asked for that allow other sizes, and
-the cost at the size that the line allows is measured anew. One JSON file a cell; what is there is not run again.
+The cost is measured at a few sizes of the scratchpad; then budgets are asked for that allow other sizes, and the cost
+at the size that is allowed is measured anew. The first sizes are measured once more beside it: by how much they differ
+is what the machine became slower or faster meanwhile, and is said and taken out in a column of its own. One JSON file a
+cell; what is there is not run again.
 
     python -m benchmarks.cost --results benchmarks/results/cost
     python -m benchmarks.cost --results benchmarks/results/cost --table
@@ -17,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hamts.config import PRESETS, MemoryConfig, ModelConfig
@@ -41,7 +44,7 @@ def network_of(preset: str, channels: int, device: torch.device) -> HAMNetwork:
 
 
 def cell(preset: str, channels: int, device: torch.device) -> dict[str, Any]:
-    """Fit both lines, ask for budgets, measure what came of them."""
+    """Measure both costs, ask for budgets, measure what came of them."""
     network = network_of(preset, channels, device)
     found: dict[str, Any] = {
         "preset": preset,
@@ -54,11 +57,13 @@ def cell(preset: str, channels: int, device: torch.device) -> dict[str, Any]:
     }
     for unit in ("flops", "ms"):
         model = fit_cost(network, unit, seed=SEED)
-        found[unit] = {"base": model.base, "per_entry": model.per_entry, "entries": model.entries, "costs": model.costs}
         budgets = [model.cost(wanted) for wanted in ASKED_ENTRIES[device.type]]
         allowed = [model.within(asked) for asked in budgets]
-        measured = measure(network, unit, entries=allowed, seed=SEED + 1)
-        for asked, entries, cost in zip(budgets, allowed, measured, strict=True):
+        measured = measure(network, unit, entries=[*allowed, *model.entries], seed=SEED + 1)
+        again = measured[len(allowed) :]
+        speed = float(np.median(np.asarray(again) / np.asarray(model.costs)))
+        found[unit] = {"entries": model.entries, "costs": model.costs, "again": again, "slower by": speed - 1}
+        for asked, entries, cost in zip(budgets, allowed, measured[: len(allowed)], strict=True):
             found["budgets"].append({"unit": unit, "asked": asked, "entries": entries, "measured": cost})
     return found
 
@@ -66,16 +71,20 @@ def cell(preset: str, channels: int, device: torch.device) -> dict[str, Any]:
 def table(results: Path) -> str:
     """Asked against measured, from the files alone."""
     lines = [
-        "| device | preset | channels | unit | asked | entries | measured | off by |",
-        "|---|---|---|---|---|---|---|---|",
+        "| device | preset | channels | unit | asked | entries | measured | off by | slower by | without that |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
         for row in found["budgets"]:
             off = row["measured"] / row["asked"] - 1
+            slower = found[row["unit"]].get("slower by")
+            cells = (
+                "| |" if slower is None else f"{100 * slower:+.1f} % | {100 * ((1 + off) / (1 + slower) - 1):+.1f} % |"
+            )
             lines.append(
                 f"| {found['device']} | {found['preset']} | {found['channels']} | {row['unit']} | {row['asked']:.4g} |"
-                f" {row['entries']} | {row['measured']:.4g} | {100 * off:+.1f} % |"
+                f" {row['entries']} | {row['measured']:.4g} | {100 * off:+.1f} % | {cells}"
             )
     return "\n".join(lines)
 

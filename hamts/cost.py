@@ -1,7 +1,8 @@
 """What reading one patch costs, and so how many entries a budget of operations or milliseconds allows.
 
-The cost is counted, or timed, on this machine with scratchpads of several sizes, and a line is fitted through it: all
-of a layer's work but the read is the same at any size, and the read grows with the entries.
+The cost is counted, or timed, on this machine with scratchpads of several sizes, and taken to be straight in between:
+all of a layer's work but the read is the same at any size, and the read grows with the entries. Operations lie on one
+line; milliseconds bend where entries no longer fit into a cache.
 
 C channels · M entries · L layers
 """
@@ -23,37 +24,43 @@ from hamts.nn.scratchpad import Entries
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.windows import EMPTY_CHANCE, FULL_CHANCE, LARGEST_SHARE, SMALLEST_SHARE
 
-__all__ = ["CostModel", "bytes_within", "fit_cost", "measure", "training_flops"]
+__all__ = ["CostModel", "bytes_within", "fit_cost", "measure", "rising", "training_flops"]
 
 UNITS = ("flops", "ms")
 # the empty scratchpad is read by a way of its own
-SIZES = (32, 128, 512, 1024, 2048)
+SIZES = (32, 128, 256, 512, 1024, 2048)
 # starting kernels hides the read of a few thousand
-GPU_SIZES = (1024, 8192, 32768, 65536)
-WARM_RUNS, FEWEST_RUNS, MOST_RUNS, SECONDS_A_SIZE = 3, 10, 400, 0.5
+GPU_SIZES = (1024, 8192, 16384, 32768, 65536)
+WARM_RUNS, FEWEST_RUNS, SECONDS_A_SIZE, QUANTILE = 3, 10, 1.0, 0.1
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost of reading one patch of every channel of ``items`` items side by side, as a line over entries.
+    """Cost of reading one patch of every channel of ``items`` items side by side, straight between measured points.
 
     Attributes:
         unit: ``flops``, those of matrix products, or ``ms``, of an undisturbed machine.
-        base: of the rest, with a scratchpad that is there but has no entries.
-        per_entry: of one more entry in every layer of every item.
-        entries, costs: what the line was fitted to.
+        entries: of every layer of every item, rising.
+        costs: at these; they do not fall.
     """
 
     unit: str
-    base: float
-    per_entry: float
     items: int
     entries: tuple[int, ...]
     costs: tuple[float, ...]
 
+    def slope(self, last: bool) -> float:
+        """Of one more entry, beyond the points on this side."""
+        if len(self.entries) < 2:
+            return 0.0
+        a, b = (-2, -1) if last else (0, 1)
+        return (self.costs[b] - self.costs[a]) / (self.entries[b] - self.entries[a])
+
     def cost(self, entries: float) -> float:
         """Cost at so many entries in each layer of each item."""
-        return self.base + self.per_entry * entries
+        inside = float(np.interp(entries, self.entries, self.costs))
+        below, above = min(entries - self.entries[0], 0), max(entries - self.entries[-1], 0)
+        return inside + below * self.slope(last=False) + above * self.slope(last=True)
 
     def within(self, budget: float) -> int:
         """Most entries of a layer whose cost is within a budget.
@@ -65,38 +72,53 @@ class CostModel:
                 f"budget_{self.unit} must be at least {self.cost(1):.4g}, which one entry costs. Got {budget:g}."
                 f" Choose budget_{self.unit}={self.cost(1) * 1.01:.4g} or more, or a smaller network."
             )
-        if self.per_entry <= 0.0:
+        # the last point that is within it, and what the line from there leaves room for
+        i = int(np.searchsorted(self.costs, budget, side="right")) - 1
+        if i == len(self.costs) - 1:
+            slope = self.slope(last=True)
+        elif i < 0:
+            i, slope = 0, self.slope(last=False)
+        else:
+            slope = (self.costs[i + 1] - self.costs[i]) / (self.entries[i + 1] - self.entries[i])
+        if slope <= 0.0:
             # entries cost nothing that could be told: no more than were tried
-            return max(self.entries)
-        return int((budget - self.base) / self.per_entry + 1e-6)
+            return self.entries[i]
+        return int(self.entries[i] + (budget - self.costs[i]) / slope + 1e-6)
 
 
 def fit_cost(
     network: HAMNetwork, unit: str, *, items: int = 1, sizes: Sequence[int] | None = None, seed: int = 0
 ) -> CostModel:
-    """Count or time a network at several sizes of scratchpad, and fit a line through them.
+    """Count or time a network at several sizes of scratchpad.
 
     Args:
         unit: ``flops`` or ``ms``.
         items: streams side by side.
-        sizes: entries of each layer; None: as many as tell on this device.
+        sizes: entries of each layer, rising; None: as many as tell on this device.
     """
     if sizes is None:
         sizes = SIZES if network.head.project.weight.device.type == "cpu" else GPU_SIZES
     if unit not in UNITS:
         raise ValueError(f"Unknown unit {unit!r}. Available: {sorted(UNITS)}.")
     costs = measure(network, unit, entries=sizes, items=items, seed=seed)
-    # relative errors count, so that small scratchpads are told as well as large ones
-    weight = 1.0 / np.asarray(costs)  # [sizes]
-    table = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=np.float64)], 1)  # [sizes, 2]
-    (base, slope), *_ = np.linalg.lstsq(table * weight[:, None], np.ones(len(sizes)), rcond=None)
-    return CostModel(unit, float(base), max(float(slope), 0.0), items, tuple(sizes), tuple(costs))
+    return CostModel(unit, items, tuple(sizes), tuple(rising(costs)))
+
+
+def rising(costs: Sequence[float]) -> list[float]:
+    """The nearest costs that do not fall: neighbours that do take their mean."""
+    blocks: list[tuple[float, int]] = []
+    for cost in costs:
+        blocks.append((cost, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((n * a + m * b) / (n + m), n + m)]
+    return [mean for mean, count in blocks for _ in range(count)]
 
 
 def measure(network: HAMNetwork, unit: str, *, entries: Sequence[int], items: int = 1, seed: int = 0) -> list[float]:
     """Cost of reading one patch with so many entries in each layer's scratchpad, for each number of entries.
 
-    Operations are counted. Milliseconds are the lower quartile of many runs, what a patch takes when nothing else
+    Operations are counted. Milliseconds are the lower tenth of many runs, what a patch takes when nothing else
     disturbs it; sizes are timed in turn, so that a machine that slows down does so for all of them.
     """
     device, was_training = network.head.project.weight.device, network.training
@@ -116,13 +138,13 @@ def measure(network: HAMNetwork, unit: str, *, entries: Sequence[int], items: in
                 read(memory)
             costs.append(float(counter.get_total_flops()))
     else:
-        costs = _quartile_ms([partial(read, memory) for memory in memories], device)
+        costs = _undisturbed_ms([partial(read, memory) for memory in memories], device)
     network.train(was_training)
     return costs
 
 
-def _quartile_ms(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
-    """Lower quartile of the wall-clock milliseconds of each call, timed in turn after a few to warm up."""
+def _undisturbed_ms(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
+    """Lower tenth of the wall-clock milliseconds of each call, timed in turn after a few to warm up."""
 
     def once(run: Callable[[], None]) -> float:
         start = time.perf_counter()
@@ -136,11 +158,9 @@ def _quartile_ms(runs: Sequence[Callable[[], None]], device: torch.device) -> li
             once(run)
     times: list[list[float]] = []
     began = time.perf_counter()
-    while len(times) < FEWEST_RUNS or (
-        time.perf_counter() - began < SECONDS_A_SIZE * len(runs) and len(times) < MOST_RUNS
-    ):
+    while len(times) < FEWEST_RUNS or time.perf_counter() - began < SECONDS_A_SIZE * len(runs):
         times.append([once(run) for run in runs])
-    return (1e3 * np.quantile(np.asarray(times), 0.25, axis=0)).tolist()
+    return (1e3 * np.quantile(np.asarray(times), QUANTILE, axis=0)).tolist()
 
 
 def filled_memory(network: HAMNetwork, items: int, entries: int, seed: int) -> StreamMemory:

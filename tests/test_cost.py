@@ -1,4 +1,4 @@
-"""The cost model: operations are counted, the line holds between its points, and budgets become entries."""
+"""The cost model: operations are counted, costs hold between their points, and budgets become entries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from networks import make_config, make_network
 from torch.utils.flop_counter import FlopCounterMode
 
 import hamts
-from hamts.cost import CostModel, bytes_within, filled_memory, fit_cost, measure, training_flops
+from hamts.cost import CostModel, bytes_within, filled_memory, fit_cost, measure, rising, training_flops
 from hamts.errors import DataError
 from hamts.reader import HAMNetwork
 
@@ -21,7 +21,7 @@ def small() -> HAMNetwork:
 def test_operations_asked_for_are_those_counted() -> None:
     network = small()
     model = fit_cost(network, "flops")
-    assert model.per_entry > 0 and model.base > 0
+    assert 0 < model.cost(0) < model.cost(1)
     for asked in (model.cost(100), model.cost(700), model.cost(1800)):
         entries = model.within(asked)
         (counted,) = measure(network, "flops", entries=[entries])
@@ -49,10 +49,20 @@ def test_a_filled_memory_holds_what_it_says() -> None:
         assert (layer.scratchpad.position < 0).all() and layer.scratchpad.keys.isfinite().all()
 
 
-def test_milliseconds_are_positive_and_fitted_by_a_line() -> None:
+def test_milliseconds_are_positive_and_do_not_fall() -> None:
     model = fit_cost(small(), "ms", sizes=(32, 2048))
-    assert model.unit == "ms" and model.base > 0 and len(model.costs) == 2
-    assert all(cost > 0 for cost in model.costs)
+    assert model.unit == "ms" and len(model.costs) == 2
+    assert 0 < model.costs[0] <= model.costs[1]
+
+
+def test_costs_are_straight_between_points_and_beyond() -> None:
+    model = CostModel("ms", items=1, entries=(10, 20, 40), costs=(2.0, 3.0, 4.0))
+    assert [model.cost(entries) for entries in (0, 10, 15, 30, 60)] == [1.0, 2.0, 2.5, 3.5, 5.0]
+    assert [model.within(cost) for cost in (1.5, 2.0, 2.5, 3.5, 5.0)] == [5, 10, 15, 30, 60]
+    step = CostModel("ms", items=1, entries=(10, 20, 40), costs=(2.0, 2.0, 4.0))
+    # of sizes that cost the same the largest is allowed
+    assert step.within(2.0) == 20 and step.cost(1) == 2.0
+    assert rising([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0] and rising([3.0, 2.0, 1.0]) == [2.0] * 3
 
 
 def test_budgets_become_bytes_and_the_smallest_holds() -> None:
@@ -65,10 +75,10 @@ def test_budgets_become_bytes_and_the_smallest_holds() -> None:
 
 
 def test_a_budget_below_one_entry_says_the_smallest_that_works() -> None:
-    model = CostModel("ms", base=2.0, per_entry=0.01, items=1, entries=(0,), costs=(2.0,))
+    model = CostModel("ms", items=1, entries=(0, 100), costs=(2.0, 3.0))
     with pytest.raises(ValueError, match=r"budget_ms must be at least 2.01, which one entry costs. Got 1.5"):
         model.within(1.5)
-    flat = CostModel("ms", base=2.0, per_entry=0.0, items=1, entries=(32, 2048), costs=(2.0, 2.0))
+    flat = CostModel("ms", items=1, entries=(32, 2048), costs=(2.0, 2.0))
     assert flat.within(2.0) == flat.within(9.0) == 2048
     with pytest.raises(ValueError, match=r"Unknown unit 'watts'. Available: \['flops', 'ms'\]"):
         fit_cost(small(), "watts")
