@@ -20,7 +20,7 @@ import torch
 import hamts
 from benchmarks.frontier_echoes import fresh_echoes
 from benchmarks.frontier_grid import TENTH, Cell, Model
-from benchmarks.frontier_sets import NAMED_STEPS, Carrier, Set
+from benchmarks.frontier_sets import Carrier, Set
 from hamts.checks import calibrate_thresholds
 from hamts.config import PRESETS, MachineConfig, ModelConfig
 from hamts.data.frame import to_panel
@@ -53,6 +53,8 @@ TRAINING = {
     "batch_windows": 64, "context_patches": 64, "origins": 1, "prefix_patches": 1, "reset_share": 1.0,
     "recall_share": 1.0, "span_share": 0.0, "checks": 1,
 }  # fmt: skip
+# while histories are read thresholds follow the scores: the share asked for is the share that is kept
+SERVED: dict[str, Any] = {"threshold": "quantile"}
 # from which share of the steps on streams read up to how many patches before their window
 LENGTHENED = (0.6, 768)
 # validation forecasts of an item: at so many moments evenly apart, and at so many echoes
@@ -72,12 +74,10 @@ def entry_bytes(config: ModelConfig) -> int:
 def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) -> int:
     """Bytes of the scratchpads of an item of which such a share of tokens was kept, in all layers.
 
-    Of all tokens in which something was observed: those of event columns are, where something happens.
+    Of all tokens that a score can keep: those of event columns it cannot.
     """
-    always = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
-    tokens = carrier.rows // spec.patch_steps * sum(map(len, always))
-    for column in carrier.roles.get("event_cols", []):
-        tokens += round(carrier.frame[column].notna().sum() / NAMED_STEPS / carrier.frame["unique_id"].nunique())
+    scored = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
+    tokens = carrier.rows // spec.patch_steps * sum(map(len, scored))
     return int(share * tokens) * config.layers * entry_bytes(config)
 
 
@@ -117,6 +117,7 @@ def fit(
         plan,
         model=replace(plan.model, **{**SIZES[size], **BACKBONE, **trial.backbone}),
         train=replace(plan.train, **{**TRAINING, **trial.training}),
+        memory=replace(plan.memory, **SERVED),
     )
     tail = checked_tail(panel, plan, carrier, spec)
     longer = (int(trial.lengthened[0] * (max_steps or spec.steps)), trial.lengthened[1])

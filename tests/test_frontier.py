@@ -354,11 +354,11 @@ def test_rivals_get_the_bytes_of_the_share_that_is_asked_of_routers() -> None:
     from benchmarks.frontier import budget_of
     from benchmarks.frontier_cell import NO_CAP, SIZES, entry_bytes
     from benchmarks.frontier_grid import Cell
-    from benchmarks.frontier_sets import EVENT, NAMED_STEPS, SMOKE, smoke_carrier
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
 
     carrier, shape = smoke_carrier(), ModelConfig(**SIZES["tiny"])
-    # every patch of the target, and those of the event column in which there is one, of one of two copies
-    tokens = carrier.rows // SMOKE.patch_steps + carrier.frame[EVENT].notna().sum() // NAMED_STEPS // 2
+    # every patch of the target: what an event column says is kept by no score
+    tokens = carrier.rows // SMOKE.patch_steps
     assert budget_of(Cell("smoke", "window", 0, 0.1), carrier, SMOKE, shape) == int(0.1 * tokens) * entry_bytes(shape)
     assert budget_of(Cell("smoke", "attention", 0), carrier, SMOKE, shape) == NO_CAP
 
