@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -32,7 +33,7 @@ from benchmarks.frontier_sets import SETS, Carrier, load
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.fitting import Trained
-from hamts.frontier import measure_points
+from hamts.frontier import Point, measure_points
 
 RESULTS = Path(__file__).parent / "results" / "frontier" / "pilot3"
 SEED, RATE, TENTH, NEAR = 7, 3e-3, 0.1, 335
@@ -140,24 +141,15 @@ def seconds_of(variant: Variant) -> float:
     return FIT_SECONDS * variant.times * SETS[variant.set].steps + READING_SECONDS
 
 
-def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
-    """Fit one variant, read, and write what came of it."""
-    name, folder, how, gpu_share = task
-    warnings.simplefilter("ignore")
-    torch.set_float32_matmul_precision("high")
-    give_back()
-    gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
-    if gpu and gpu_share < 1:
-        torch.cuda.set_per_process_memory_fraction(gpu_share)
-    variant, began = VARIANTS[name], time.monotonic()
-    spec, carrier, row = SETS[variant.set], load(variant.set), MODELS[variant.model]
-    size = how.get("size", "1M")
+def fitted(name: str, folder: Path, how: dict[str, Any], carrier: Carrier) -> Trained:
+    """Fit one variant; what its loss is goes to a file meanwhile."""
+    variant, size = VARIANTS[name], how.get("size", "1M")
+    spec, row = SETS[variant.set], MODELS[variant.model]
     budget = equal_bytes(carrier, spec, TENTH, ModelConfig(**SIZES[size])) if row.sized else 1 << 40
     time_limit = {"max_time_s": how["max_time_s"]} if "max_time_s" in how else {}
-    log = folder / f"{file_of(name)}.log"
     folder.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as said_by_fit, contextlib.redirect_stdout(said_by_fit):
-        trained = fit(
+    with (folder / f"{file_of(name)}.log").open("w") as said_by_fit, contextlib.redirect_stdout(said_by_fit):
+        return fit(
             carrier, spec, row, rate=RATE, seed=SEED, budget=budget, size=size,
             max_steps=how.get("max_steps", int(variant.times * spec.steps)),
             accelerator=how.get("accelerator", "auto"),
@@ -166,21 +158,22 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
                 lengthened=variant.lengthened, kernel=variant.kernel, watched=True,
             ),
         )  # fmt: skip
-    fit_s = time.monotonic() - began
-    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
-    give_back(peak=False)
-    seen = before_test(carrier)
-    panel, windows, parts = judged(trained, seen, spec)
-    ham = "mixer" not in row.options
+
+
+def read(
+    trained: Trained, seen: Carrier, variant: Variant, *, gpu: bool
+) -> tuple[dict[str, list[Point]], dict[str, np.ndarray]]:
+    """Points of every way to read, and which windows each part of them holds."""
+    panel, windows, parts = judged(trained, seen, SETS[variant.set])
     told: dict[str, Any] = {"timed": (), "device": "cuda" if gpu else "cpu", "seed": SEED}
-    if ham:
+    if "mixer" not in MODELS[variant.model].options:
         told |= {"shares": (0.0, 0.02, TENTH, 1.0), "memories": ("model", "random", "recency")}
         told |= {"control_shares": (TENTH,)}
     try:
         points = {"": measure_points(trained, panel, windows, **told)}
     except RuntimeError as error:
         # a fit is not lost for it, and what it was read with is written down
-        print(f"{name}: thresholds that follow the scores: {error}", flush=True)
+        print(f"{variant}: thresholds that follow the scores: {error}", flush=True)
         trained.network.memory_config = replace(trained.network.memory_config, threshold="fixed")
         points = {"": measure_points(trained, panel, windows, **told)}
     if variant.model == "attention":
@@ -192,6 +185,26 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
             points[label] = measure_points(fresh, panel, windows, **told)
             for layer, (reference, patches) in zip(trained.network.backbone.layers(), before, strict=True):
                 layer.exact.read_reference, layer.patches = reference, patches
+    return points, parts
+
+
+def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
+    """Fit one variant, read, and write what came of it."""
+    name, folder, how, gpu_share = task
+    warnings.simplefilter("ignore")
+    torch.set_float32_matmul_precision("high")
+    give_back()
+    gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
+    if gpu and gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    variant, began = VARIANTS[name], time.monotonic()
+    carrier, row = load(variant.set), MODELS[variant.model]
+    trained = fitted(name, folder, how, carrier)
+    fit_s = time.monotonic() - began
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    give_back(peak=False)
+    points, parts = read(trained, before_test(carrier), variant, gpu=gpu)
+    ham = "mixer" not in row.options
     history = trained.report.history
     said = {
         "name": name, "set": variant.set, "model": variant.model, "backbone": variant.backbone,
@@ -203,8 +216,8 @@ def perform(task: tuple[str, Path, dict[str, Any], float]) -> str:
         "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
         "points": [
             {"reading": label, **point_of(point, parts, TENTH if row.sized else None, rival=not ham)}
-            for label, read in points.items()
-            for point in read
+            for label, found in points.items()
+            for point in found
         ],
     }  # fmt: skip
     (folder / f"{file_of(name)}.json").write_text(json.dumps(said, indent=1) + "\n")

@@ -144,14 +144,18 @@ def measure(network: HAMNetwork, unit: str, *, entries: Sequence[int], items: in
 
 
 def _undisturbed_ms(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
-    """Lower tenth of the wall-clock milliseconds of each call, timed in turn after a few to warm up."""
+    """Lower tenth of the milliseconds of each call, timed in turn after a few to warm up."""
+
+    # on one thread of a processor the time that it computed: others may have had the core in between
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
 
     def once(run: Callable[[], None]) -> float:
-        start = time.perf_counter()
+        start = clock()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     for _ in range(WARM_RUNS):
         for run in runs:
