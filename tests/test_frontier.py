@@ -404,12 +404,15 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
 # --- several budgets at once
 
 
-@pytest.mark.parametrize("seed", [0, 2])
-def test_budgets_read_side_by_side_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "threshold"), [(0, "fixed"), (2, "fixed"), (0, "quantile")])
+def test_budgets_read_side_by_side_give_what_each_gives_alone(
+    monkeypatch: pytest.MonkeyPatch, seed: int, threshold: str
+) -> None:
     from hamts import frontier
 
     tagged = sine_frame(items=2, steps=200).assign(event=lambda rows: (np.arange(len(rows)) % 37 == 0).astype(float))
-    fitted = quick(tagged, 6, router="surprise+tags", event_cols=["event"], patch_steps=3, max_steps=2)
+    options: dict[str, Any] = {"event_cols": ["event"], "patch_steps": 3, "max_steps": 2}
+    fitted = quick(tagged, 6, router="surprise+tags", routing={"threshold": threshold}, **options)
     panel = fitted._panel_of(tagged, None, None)
     windows = windows_at(panel, 6, [np.array([60, 100, 150]), np.array([90, 100])])
     asked: Any = {"shares": (0.0, 0.1, 0.3, 1.0), "memories": ("model", "random", "shuffled", "recency"), "timed": ()}
