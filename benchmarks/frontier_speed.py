@@ -27,7 +27,9 @@ class Clock:
     """When each batch was drawn; profiles some of the short steps."""
 
     def __init__(self, steps: int, *, gpu: bool) -> None:
-        self.gpu, self.at, self.long = gpu, [], []
+        self.gpu = gpu
+        self.at: list[float] = []
+        self.long: list[bool] = []
         self.begin = int(LENGTHENED[0] * steps) - PROFILED - 1
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         self.profile = torch.profiler.profile(activities=kinds[: 1 + gpu])
