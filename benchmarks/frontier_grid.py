@@ -94,12 +94,13 @@ class Cell:
 
 
 def _place(cell: Cell) -> tuple[Any, ...]:
-    """The positive control with all its seeds; what the claims rest on, routers first; the rest, seed by seed."""
+    """The positive control with all its seeds; what the claims rest on, routers first; the rest, routers first again,
+    for they take longest, seed by seed."""
     if cell.model in CONTROL:
         return (0, cell.seed)
     if cell.model in CLAIMED:
         return (1, cell.model in LARGE, cell.share == CONTROL_SHARES[0], cell.seed)
-    return (2, cell.seed, MODELS[cell.model].controls == (), cell.share != TENTH)
+    return (2, MODELS[cell.model].controls == (), cell.seed, cell.share != TENTH)
 
 
 def grid(*, core: bool, family: str = "recent") -> list[Cell]:

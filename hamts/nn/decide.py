@@ -128,7 +128,9 @@ def _asked(
     """Tokens that each score router asks for, [B, L, C, S], by thresholds that stand or move."""
     fixed = fixed.to(local.scores.dtype)  # [B, S]
     asked = local.routable[..., None] & (local.scores >= fixed[:, None, None])  # [B, L, C, S]
-    if policy.threshold == "fixed" or local.asked is None or not router.names:
+    # where something else decides there is nothing to track
+    told = policy.control is not None and not frozen
+    if policy.threshold == "fixed" or local.asked is None or not router.names or told:
         return asked, None, carried
     assert carried.threshold is not None and carried.block is not None
     window = local.position.shape[1] - tokens.position.shape[1]
