@@ -36,6 +36,8 @@ DRAWS, MARGIN = 2000, 0.02
 # memories are of the same size up to this share
 SAME_SIZE = 0.1
 SHOWN = (0.0, 0.02, TENTH, 1.0)
+# in the plot
+SHOWN_CONTROLS = {"random": "x--", "recency": "+--"}
 ROUTERS = [label for label, model in MODELS.items() if model.controls]
 
 
@@ -366,12 +368,14 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def draw(folder: Path, path: Path) -> None:
-    """One panel for each set and part: error against bytes; a line for each router, dashes for each rival."""
+    """One panel for each set and part: error against bytes; a line for each router, dots for each rival, and what two
+    controls keep with the weights of one router."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     lines = lines_of(read_cells(folder))
-    lines = lines[(lines["memory"] == "model") & lines["part"].isin(["all", "events"])]
+    lines = lines[lines["part"].isin(["all", "events"])]
+    controls, lines = lines[lines["model"] == REFERENCE], lines[lines["memory"] == "model"]
     sets, models = list(lines["set"].unique()), [name for name in MODELS if name in set(lines["model"])]
     figure = Figure(figsize=(10, 3.6 * len(sets) + 0.7), layout="constrained")
     panels = figure.subplots(len(sets), 2, squeeze=False)
@@ -384,6 +388,11 @@ def draw(folder: Path, path: Path) -> None:
                     own["bytes"], own["WQL"], "o-" if router else "D:", color=colormaps["tab20"](place % 20), ms=4,
                     lw=1.3, label=model,
                 )  # fmt: skip
+            for control, style in SHOWN_CONTROLS.items():
+                own = controls[(controls["set"] == name) & (controls["part"] == part) & (controls["memory"] == control)]
+                own = own.sort_values("bytes")
+                label = f"{REFERENCE}, {control}"
+                axes.plot(own["bytes"], own["WQL"], style, color="0.35", ms=5, lw=1.0, label=label)
             axes.set_xscale("log")
             axes.set_title(f"{name}, {part}", fontsize="medium")
             axes.set_xlabel("bytes of one item's memory")
