@@ -1,0 +1,124 @@
+"""The tables that ``frontier.md`` shows of a folder of cells: routers with their controls, rivals, and ages of echoes.
+
+``python -m benchmarks.frontier_short --folder benchmarks/results/frontier/eighth``; errors are means over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.frontier_claims import (
+    ROUTERS,
+    best_router,
+    cores_of,
+    difference,
+    lines_of,
+    markdown,
+    parts_of,
+    read_cells,
+)
+from benchmarks.frontier_grid import CONTROL_SHARES, CONTROLS, TENTH
+
+SHOWN = (0.0, *CONTROL_SHARES, 1.0)
+
+
+def _one(lines: pd.DataFrame, name: str, model: str, memory: str, share: float | None, part: str) -> pd.Series | None:
+    own = lines[(lines["set"] == name) & (lines["model"] == model) & (lines["memory"] == memory)]
+    own = own[(own["part"] == part) & (own["share"].isna() if share is None else own["share"] == share)]
+    return own.iloc[0] if len(own) else None
+
+
+def _error(row: pd.Series | None) -> str:
+    return "" if row is None else f"{row['WQL']:.4f}" if row["WQL"] < 0.2 else f"{row['WQL']:.3f}"
+
+
+def routers(lines: pd.DataFrame, name: str, part: str = "events") -> pd.DataFrame:
+    """Error of every router at each budget, and of its controls; what it took of what was asked."""
+    rows = []
+    for model in [model for model in ROUTERS if model in set(lines.loc[lines["set"] == name, "model"])]:
+        row: dict[str, Any] = {"set": name, "router": model}
+        at = {share: _one(lines, name, model, "model", share, part) for share in SHOWN}
+        row["seeds"] = int(at[TENTH]["seeds"]) if at[TENTH] is not None else 0
+        row |= {f"{100 * share:g} %": _error(found) for share, found in at.items()}
+        for share in CONTROL_SHARES:
+            for control in CONTROLS:
+                row[f"{control} {100 * share:g} %"] = _error(_one(lines, name, model, control, share, part))
+        row["took"] = ", ".join(f"{at[share]['usage_share']:.3f}" for share in CONTROL_SHARES if at[share] is not None)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def sizes(lines: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Error, bytes and milliseconds of rivals, and of the best router at each budget."""
+    rows: list[tuple[str, float | None]] = []
+    here = lines[(lines["set"] == name) & (lines["memory"] == "model") & (lines["part"] == "events")]
+    for share in CONTROL_SHARES:
+        best = best_router(here[here["share"] == share])
+        rows.append((best, share))
+    rivals = [model for model in dict.fromkeys(here["model"]) if model not in ROUTERS]
+    rows += [
+        (model, None if pd.isna(share) else share)
+        for model in rivals
+        for share in sorted(set(here.loc[here["model"] == model, "share"]))
+    ]
+    found = []
+    for model, share in rows:
+        events, whole = (_one(lines, name, model, "model", share, part) for part in ("events", "all"))
+        if events is not None and whole is not None:
+            size = "" if share is None else f"{100 * share:g} %"
+            found.append(
+                {"set": name, "model": model, "size": size, "seeds": int(events["seeds"]), "events": _error(events)}
+                | {"all rows": _error(whole), "MB": f"{events['bytes'] / 1e6:.2f}"}
+                | {"ms a step": f"{events['ms_per_step']:.2f}"}
+            )
+    return pd.DataFrame(found)
+
+
+def ages(cells: list[dict[str, Any]], name: str) -> pd.DataFrame:
+    """Against ``recurrent``, in percent with intervals, by age of echo: routers and the newest at a tenth, rivals."""
+    rows = []
+    shown: list[tuple[str, str, float | None]]
+    shown = [(model, memory, TENTH) for model in ROUTERS for memory in ("model", "recency")]
+    shown += [(model, "model", TENTH) for model in ("recurrent_wide", "neighbours", "window", "pooled")]
+    shown += [(model, "model", None) for model in ("attention", "gdn_gsa")]
+    for model, memory, share in shown:
+        moved = _as_whole(cells, model, share)
+        row: dict[str, Any] = {"set": name, "model": model if memory == "model" else f"{model}, {memory}"}
+        for part in parts_of(cells):
+            found = difference(moved, name, (model, memory), ("recurrent", "model"), None, part)
+            if found is None:
+                break
+            row["seeds"] = found["seeds"]
+            row[part] = f"{100 * found['difference']:+.1f} [{100 * found['low']:+.0f}, {100 * found['high']:+.0f}]"
+        else:
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _as_whole(cells: list[dict[str, Any]], model: str, share: float | None) -> list[dict[str, Any]]:
+    """The same cells, where one model has one size only, as ``recurrent`` has."""
+    return [
+        {**cell, "points": [{**point, "share": None} for point in cell["points"] if point["share"] == share]}
+        if cell["model"] == model
+        else cell
+        for cell in cells
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    told = parser.parse_args()
+    cells = read_cells(told.folder)
+    lines = lines_of(cells)
+    for name in cores_of(cells):
+        for frame in (routers(lines, name), sizes(lines, name), ages(cells, name)):
+            print(markdown(frame), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
