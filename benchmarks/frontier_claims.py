@@ -383,7 +383,7 @@ def draw(folder: Path, path: Path) -> None:
         for axes, part in zip(row, ("all", "events"), strict=True):
             for model in models:
                 own = lines[(lines["set"] == name) & (lines["part"] == part) & (lines["model"] == model)]
-                own, place, router = own.sort_values("bytes"), list(MODELS).index(model), model in ROUTERS
+                own, place, router = own.sort_values("bytes"), models.index(model), model in ROUTERS
                 axes.plot(
                     own["bytes"], own["WQL"], "o-" if router else "D:", color=colormaps["tab20"](place % 20), ms=4,
                     lw=1.3, label=model,
