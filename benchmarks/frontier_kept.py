@@ -2,7 +2,10 @@
 
 ``python -m benchmarks.frontier_kept --set epf-old --model learned --weights FILE`` reads the first item with the
 weights of a network of the grid (half precision, a ``state_dict``), thresholds set as a cell sets them, and prints for
-some budgets which share of each kind of token was kept. A shape lies in the target token of a patch with an event.
+some budgets which share of each kind of token was kept, and the error inside events of what was chosen and of the
+newest in as many bytes. A shape lies in the target token of a patch with an event. ``--allocation pooled`` gives all
+layers one threshold, so that one with more to keep keeps more; it stands still then, for each layer would follow its
+own share.
 
 I items · C channels · N patches
 """
@@ -24,6 +27,7 @@ from benchmarks.frontier_grid import CONTROL_SHARES, MODELS
 from benchmarks.frontier_sets import EVENT, SETS, Carrier, Set, load
 from hamts.evaluation import policies_for
 from hamts.fitting import Trained
+from hamts.frontier import measure_points
 from hamts.frontier_read import Histories
 
 
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument("--model", default="learned", choices=[name for name, row in MODELS.items() if row.controls])
     parser.add_argument("--size", default="1M", choices=list(SIZES))
     parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--allocation", default="uniform", choices=["uniform", "pooled"])
     told = parser.parse_args()
     warnings.simplefilter("ignore")
     spec, whole = SETS[told.set], load(told.set)
@@ -82,10 +87,20 @@ def main() -> None:
     )  # fmt: skip
     stored = torch.load(told.weights, map_location="cpu")
     trained.network.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in stored.items()})
+    network = trained.network
+    if told.allocation == "pooled":
+        network.config = replace(network.config, allocation="pooled")
+        network.memory_config = replace(network.memory_config, threshold="fixed")
     calibrate(trained, np.full(trained.panel.n_items, whole.rows - whole.test_rows), gpu=False)
+    once = replace(spec, stride=whole.rows)
+    panel, windows, parts = judged(trained, carrier, once)
     for share in CONTROL_SHARES:
-        print(f"{told.set}, {told.model}")
-        print(markdown(kept(trained, carrier, replace(spec, stride=whole.rows), share)), flush=True)
+        print(f"{told.set}, {told.model}, {told.allocation}")
+        print(markdown(kept(trained, carrier, once, share)), flush=True)
+        found = measure_points(trained, panel, windows, shares=(share,), memories=("model", "recency"), timed=())
+        for point in found:
+            error = point.losses.wql(parts["events"][point.losses.rows])
+            print(f"{point.memory}: {error:.4f} inside events, {point.scratchpad_bytes / 1e6:.2f} MB", flush=True)
 
 
 if __name__ == "__main__":
