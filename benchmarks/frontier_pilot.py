@@ -245,7 +245,14 @@ def table(folder: Path) -> str:
             row = {"variant": ", ".join(filter(None, label)), "share": "" if share is None else share}
             row |= {part: scores["WQL"] for part, scores in point["parts"].items()}
             against = f"{100 * (events / base[one['set']] - 1):+.1f}" if one["set"] in base else ""
-            rows.append({**row, "events, against recurrent": against, "attention": point["scratchpad_attention"]})
+            rows.append(
+                {
+                    **row,
+                    "events, against recurrent": against,
+                    "attention": point["scratchpad_attention"],
+                    "took": point["usage_share"],
+                }
+            )
     return markdown(pd.DataFrame(rows).fillna(""))
 
 
