@@ -9,7 +9,7 @@ B items · C channels · G targets · N patches · P steps in a patch · Q quant
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -46,6 +46,11 @@ class StreamMemory:
         """Memories of some items, copied; rows may repeat."""
         there = sent(rows, self.scale.sums.device)  # [B]
         return map_tensors(self, lambda tensor: tensor.index_select(0, there))
+
+    def side_by_side(self) -> StreamMemory:
+        """The same memories, entries out of the pool that they share: what is read of them writes into no pool."""
+        layers = [layer.side_by_side() if isinstance(layer, LayerMemory) else layer for layer in self.layers]
+        return replace(self, layers=layers)
 
     def detach(self) -> StreamMemory:
         return map_tensors(self, lambda tensor: tensor.detach())

@@ -154,9 +154,9 @@ def forecast_remembered(
     for low in range(0, items_in_all, side):
         items = torch.arange(low, min(low + side, items_in_all))  # [B]
         policy = network.policy(torch.full((len(items),), share))
-        quantiles, _ = forecast_from(
-            network, store, items, store.lengths[items], remembered.memory.select(items), F, policy, reveal_events=True
-        )
+        # a pass of one patch would write what it keeps into the pool that these items share with others
+        memory = remembered.memory.select(items).side_by_side()
+        quantiles, _ = forecast_from(network, store, items, store.lengths[items], memory, F, policy, reveal_events=True)
         parts.append(quantiles.cpu().numpy())
     answer = np.concatenate(parts)  # [I, G, F, Q]
     answer[~remembered.seen] = np.nan

@@ -155,6 +155,7 @@ class PooledEntries(PaddedEntries):
             number = found.get(f"{pad}.rows")
             if number is None:
                 number = pool.hold(_inside(found, pad), alive)  # [B, M]
+                pool.settle()
             used = in_use(alive)  # [B]
             self.lists[pad].write(rows, torch.where(alive, number, 0), self.used[pad], used)
             self.used[pad][rows] = used

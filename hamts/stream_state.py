@@ -165,7 +165,7 @@ class MemoryStore:
 
     def lend(self, rows: np.ndarray) -> StreamMemory:
         """``select``, but for entries of a pool: a pass of one patch reads them where they lie, and writes into it; one
-        of several patches takes them out for the items that it has.
+        of several patches, or of a forecast, takes them out for the items that it has.
         """
         entries = self.entries
         if not isinstance(entries, PooledEntries):

@@ -139,6 +139,7 @@ class HAMLayer(nn.Module):
             advance: False where the memory after the chunk is not wanted, as in a forecast; the old one comes back.
         """
         (B, C, N, _), H = x.shape, self.heads
+        used = None if memory.pool is None else memory.pool.used()
         policy = replace(policy, use_tags=policy.use_tags and self.router.uses_tags)
         types = len(policy.tags.channels) if policy.use_tags and policy.tags is not None else 0
         after = memory
@@ -167,6 +168,8 @@ class HAMLayer(nn.Module):
                 recurrent.state, inputs.tail, scores.error_mean, decision, entries, until, origin, N, policy
             )
             after = after if memory.pool is None else replace(after, pool=memory.pool)
+        elif memory.pool is not None and used is not None:
+            memory.pool.give_back(used)
         trace = layer_trace(scores, decision, read, entries, until, origin, policy)
         return LayerOutput(output, after, trace)
 

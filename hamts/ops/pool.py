@@ -69,9 +69,19 @@ class RowPool:
             self.grow(count - self.left)
         number = self.free[self.taken : self.taken + count]  # [count]
         self.taken += count
-        if not self.left:
-            self.free, self.taken = self.free.new_zeros(0), 0
         return number
+
+    def used(self) -> int:
+        """Rows that were taken since they were last looked for, whether anybody names them or not."""
+        return self.rows - self.left
+
+    def give_back(self, used: int) -> None:
+        """What was taken since ``used`` was asked for is free again."""
+        self.taken -= self.used() - used
+
+    def settle(self) -> None:
+        """What was taken is not given back any more: its numbers need no room."""
+        self.free, self.taken = self.free[self.taken :].clone(), 0
 
     # a step may ask for more in inference mode, whose tensors nobody could write into later
     @torch.inference_mode(False)
