@@ -9,13 +9,17 @@ R items · B items of a call · M entries · P rows of a pool
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hamts.data.constants import sent
 from hamts.ops.pool import RowPool
+
+if TYPE_CHECKING:
+    from hamts.reader import StreamMemory
 
 __all__ = ["STORES", "PaddedEntries", "PooledEntries", "pad_of", "place_of"]
 
@@ -72,8 +76,16 @@ class PaddedEntries:
         self.leaves = {name: leaf[index] for name, leaf in self.leaves.items()}
         self.used = {pad: used[rows] for pad, used in self.used.items()}
 
-    def tidy(self) -> None:
-        """Find room that nobody uses any more; called where no update is under way."""
+    def short(self) -> bool:
+        """Whether there may be too little room for the next step; ``tidy`` finds some."""
+        return False
+
+    def tidy(self, under_way: Sequence[StreamMemory] = ()) -> None:
+        """Find room that nobody uses any more.
+
+        Args:
+            under_way: memories of an update that is not stored yet.
+        """
 
     def nbytes(self) -> int:
         """Bytes of all the room there is."""
@@ -161,21 +173,36 @@ class PooledEntries(PaddedEntries):
             self.used[pad][rows] = used
 
     def keep(self, rows: np.ndarray) -> None:
-        for pad, pool in self.pools.items():
-            left = self.lists[pad].read(rows, self.used[pad][rows])  # [B, M]
-            # what the others held is given up: rows are numbered anew, in the order of items
-            pool.keep(left[left > 0])
-            left[left > 0] = torch.arange(1, pool.rows, device=left.device)
-            self.used[pad] = self.used[pad][rows]
-            self.lists[pad] = RowLists(pool.device, self.most)
-            self.lists[pad].reserve(len(rows))
-            self.lists[pad].write(np.arange(len(rows)), left, self.used[pad] * 0, self.used[pad])
+        for pad in self.pools:
+            self._keep(pad, rows)
 
-    def tidy(self) -> None:
+    def _keep(self, pad: str, rows: np.ndarray) -> None:
+        """Only these items' entries; what the others held is given up, and rows are numbered anew."""
+        pool, lists = self.pools[pad], self.lists[pad]
+        used = self.used[pad][rows]  # [B]
+        number = lists.named(rows, used)  # [n]
+        alive = number > 0
+        pool.keep(number[alive])
+        number = torch.where(alive, alive.cumsum(0), 0)  # [n]
+        self.used[pad] = used
+        self.lists[pad] = RowLists(pool.device, self.most)
+        self.lists[pad].begin_anew(number, used)
+
+    def short(self) -> bool:
+        return any(pool.short(pool.latest) for pool in self.pools.values())
+
+    def tidy(self, under_way: Sequence[StreamMemory] = ()) -> None:
         for pad, pool in self.pools.items():
-            if pool.short():
-                every = np.arange(len(self.used[pad]))
-                pool.sweep(self.lists[pad].read(every, self.used[pad]))
+            if not pool.short(pool.latest):
+                continue
+            layer = int(pad.split(".")[1]) if under_way else 0
+            pads = [memory.layers[layer].scratchpad for memory in under_way]
+            fresh = [torch.where(pad.alive, pad.rows, 0).flatten() for pad in pads if pad.rows is not None]
+            every = np.arange(len(self.used[pad]))
+            pool.sweep(torch.cat([self.lists[pad].named(every, self.used[pad]), *fresh]), pool.latest)
+            # numbers that an update goes by must stay what they are
+            if not under_way and pool.sparse():
+                self._keep(pad, every)
 
     def nbytes(self) -> int:
         return sum(pool.nbytes() for pool in self.pools.values()) + sum(x.numbers.nbytes for x in self.lists.values())
@@ -199,6 +226,21 @@ class RowLists:
         place, there = self._places(rows, used, int(used.max(initial=0)))
         return torch.where(there, self.numbers[place], 0).long()
 
+    def named(self, rows: np.ndarray, used: np.ndarray) -> torch.Tensor:
+        """Numbers of some items' rows one behind the other, [n] int64: no more than there are, however long one is."""
+        return self.numbers[self._flat(rows, used)].long()
+
+    def begin_anew(self, number: torch.Tensor, used: np.ndarray) -> None:
+        """Lists of ``used`` [R] numbers each, one behind the other in ``number`` [n]."""
+        self.reserve(len(used))
+        self._lay_out(np.arange(len(used)), used * 0, used)
+        self.numbers[self._flat(np.arange(len(used)), used)] = number.int()
+
+    def _flat(self, rows: np.ndarray, used: np.ndarray) -> torch.Tensor:
+        """Where the numbers of some items lie, those of one behind those of the other, [n] int64."""
+        entry = np.arange(int(used.sum())) - np.repeat(np.cumsum(used) - used, used)  # [n] in its list
+        return sent(torch.from_numpy(np.repeat(self.begin[rows], used) + entry), self.numbers.device)
+
     def write(self, rows: np.ndarray, number: torch.Tensor, before: np.ndarray, used: np.ndarray) -> None:
         """Numbers [B, M] in place of some items' lists; ``before``: length of every list [R], ``used`` [B] of these."""
         if (used > self.room[rows]).any():
@@ -221,13 +263,11 @@ class RowLists:
         capped = wanted + spare if self.most is None else np.maximum(wanted, np.minimum(wanted + spare, self.most))
         room = np.maximum(self.room, capped)  # [R]
         begin = np.cumsum(room) - room  # [R]
-        item = np.repeat(np.arange(len(before)), before)  # [n] whose each number is
-        entry = np.arange(len(item)) - np.repeat(np.cumsum(before) - before, before)  # [n]
         larger = self.numbers.new_zeros(int(room.sum()) + 1)
-        device = larger.device
-        old = torch.from_numpy(self.begin[item] + entry).to(device)
-        larger[torch.from_numpy(begin[item] + entry).to(device)] = self.numbers[old]
+        every = np.arange(len(before))
+        kept = self.numbers[self._flat(every, before)]  # [n]
         self.numbers, self.begin, self.room = larger, begin, room
+        self.numbers[self._flat(every, before)] = kept
 
 
 STORES: dict[str, Any] = {"padded": PaddedEntries, "paged": PooledEntries}

@@ -78,7 +78,7 @@ class Advance:
     def compute(self, arrived: Arrived) -> Scored:
         """Run all complete patches; nothing is stored. Raises DataError E-NUMERIC."""
         table, P = self.items.table, self.stepper.network.config.patch_steps
-        self.items.memory.entries.tidy()
+        self.items.memory.entries.tidy()  # nothing is under way yet
         n = len(arrived.slots)
         scored = Scored(np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1), np.zeros(n, dtype=bool))
         touched = arrived.touched
@@ -99,9 +99,16 @@ class Advance:
                 now = at_round[mine] == number
                 work.take(arrived, scored, mine[now], local[now], grid[mine[now]] % P)
                 if number < total[group[0]]:
+                    self._tidy(work)
                     work.complete()
             self.staged.append(work.stage())
         return scored
+
+    def _tidy(self, work: _Block) -> None:
+        """Room for what a patch keeps. What the items held, and what was computed for them, stays till it is stored."""
+        entries = self.items.memory.entries
+        if entries.short():
+            entries.tidy([work.memory, *(staged.memory for staged in self.staged if staged.memory is not None)])
 
     def _light(
         self, arrived: Arrived, scored: Scored, rows: np.ndarray, place: np.ndarray, touched: np.ndarray

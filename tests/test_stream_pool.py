@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from model_frames import sine_frame
 from streams import begin, plain_model
 
+from hamts.errors import DataError
 from hamts.ops.pool import RowPool
 from hamts.stream import Stream
 
@@ -17,12 +20,11 @@ OPEN_STEPS = 126
 
 
 @pytest.fixture(params=["asking", "not asking"])
-def asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the number of rows is asked for; on a GPU it is not, and every candidate takes a row."""
     hold = RowPool.hold
     if request.param == "not asking":
         monkeypatch.setattr(RowPool, "hold", lambda pool, rows, alive, asks=True: hold(pool, rows, alive, asks=False))
-    return request.param == "asking"
 
 
 def room(stream: Stream) -> tuple[int, list[int], list[int]]:
@@ -50,6 +52,61 @@ def test_forecasts_at_once_are_those_of_one_alone() -> None:
     with ThreadPoolExecutor(4) as workers:
         for answer in workers.map(lambda _: stream.forecast(1).quantiles, range(60)):
             assert np.array_equal(answer, one)
+
+
+@pytest.mark.usefixtures("asks")
+def test_one_large_update_takes_rows_for_what_is_kept() -> None:
+    """Not for what was kept on the way; in two blocks, of which the first waits to be stored while the second runs."""
+    model, df = plain_model(), sine_frame(items=2, steps=720)
+    padded, rest = begin(model, df, 120, items_side_by_side=1)
+    paged, _ = begin(model, df, 120, store="paged", items_side_by_side=1)
+    for stream in (padded, paged):
+        stream.update(rest)
+    assert padded.state_hash() == paged.state_hash()
+    for pad, pool in paged._items.memory.entries.pools.items():
+        named = int(paged._items.memory.entries.used[pad].sum())
+        assert named > 60 and pool.rows < 2 * named
+
+
+@pytest.mark.usefixtures("asks")
+def test_an_update_that_fails_after_rows_were_looked_for_leaves_the_stream_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream, rest = begin(plain_model(), sine_frame(items=2, steps=720), 240, store="paged", items_side_by_side=1)
+    before, forecast = stream.state_hash(), stream.forecast(12).quantiles
+    sweep, swept, step = RowPool.sweep, [0], type(stream._stepper).step
+
+    def counted(pool: RowPool, named: torch.Tensor, coming: int = 0) -> None:
+        swept[0] += 1
+        sweep(pool, named, coming)
+
+    monkeypatch.setattr(RowPool, "sweep", counted)
+
+    def late(self: Any, rows: Any, memory: Any, ids: Any) -> Any:
+        # while the first item's memory waits to be stored
+        if ids == ["i1"] and swept[0]:
+            raise DataError("E-NUMERIC", "It is late.", fix="Come earlier.")
+        return step(self, rows, memory, ids)
+
+    monkeypatch.setattr(type(stream._stepper), "step", late)
+    with pytest.raises(DataError, match="late"):
+        stream.update(rest)
+    assert stream.state_hash() == before
+    assert np.array_equal(stream.forecast(12).quantiles, forecast)
+
+
+def test_rows_are_given_up_where_few_of_many_are_named() -> None:
+    stream, rest = begin(plain_model(), sine_frame(items=2, steps=240), 120, store="paged")
+    entries = stream._items.memory.entries
+    before, hashed = entries.nbytes(), stream.state_hash()
+    for pool in entries.pools.values():
+        # what was taken by an update that failed
+        pool.take(1000)
+        pool.latest = 1
+    assert entries.nbytes() > 20 * before
+    entries.tidy()
+    assert entries.nbytes() < 2 * before and stream.state_hash() == hashed
+    stream.update(rest)
 
 
 @pytest.mark.usefixtures("asks")

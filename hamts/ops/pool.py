@@ -17,6 +17,8 @@ __all__ = ["RowPool"]
 
 # lists are looked through once less than such a part of the rows is free, and rows are added if more is not found
 FEW, ENOUGH, MORE = 16, 8, 4
+# of so many rows one is named where rows are given up
+SPARSE = 4
 
 
 class RowPool:
@@ -30,6 +32,8 @@ class RowPool:
         self.parts = {name: torch.zeros_like(part[:1]) for name, part in parts.items()}
         self.free = torch.zeros(0, dtype=torch.int64, device=self.device)  # [F] numbers, and how many of them are taken
         self.taken = 0
+        # how many were taken at once, the last time
+        self.latest = 0
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +73,7 @@ class RowPool:
             self.grow(count - self.left)
         number = self.free[self.taken : self.taken + count]  # [count]
         self.taken += count
+        self.latest = count
         return number
 
     def used(self) -> int:
@@ -96,18 +101,25 @@ class RowPool:
         fresh = torch.arange(have, have + more, device=self.device)  # [more]
         self.free, self.taken = torch.cat([self.free[self.taken :], fresh]), 0
 
-    def short(self) -> bool:
-        """Whether it is time to ``sweep``."""
-        return self.left < self.rows // FEW
+    def short(self, coming: int = 0) -> bool:
+        """Whether it is time to ``sweep``: few are left, or less than are to come before it can be asked again."""
+        return self.left < max(self.rows // FEW, coming)
 
-    def sweep(self, named: torch.Tensor) -> None:
+    def sweep(self, named: torch.Tensor, coming: int = 0) -> None:
         """Every row but these, [n] numbers, is free again. Asks the device how many those are."""
         used = torch.zeros(self.rows, dtype=torch.bool, device=self.device)  # [P]
         used[named] = True
         used[0] = True
         self.free, self.taken = (~used).nonzero()[:, 0], 0
-        if self.left < self.rows // ENOUGH:
-            self.grow(self.rows // MORE)
+        if self.left < max(self.rows // ENOUGH, 2 * coming):
+            self.grow(max(self.rows // MORE, 2 * coming))
+
+    def sparse(self) -> bool:
+        """Whether so few of the rows are named that the others are worth giving up; to be asked after ``sweep``.
+
+        An update needs twice what is named, since until it is stored the lists from before stay whole.
+        """
+        return self.rows > SPARSE * max(self.rows - self.left, self.latest)
 
     def keep(self, named: torch.Tensor) -> None:
         """Nothing but these rows, [n] numbers, which are 1, 2, ... from now on."""
