@@ -162,6 +162,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ({"--source": "kafka://only-a-host"}, "kafka://host:port/topic"),
         ({"--correction": "maybe"}, "correction must be one of"),
         ({"--device": "tpu"}, "device must be 'cpu', 'cuda'"),
+        ({"--device": "cuda:01"}, "device must be 'cpu', 'cuda'"),
         ({"--device": "cuda:99"}, "The device of a stream must be there"),
         ({"--model": "nowhere"}, "nowhere"),
         ({"--source": None}, "--state and --source are needed"),

@@ -201,6 +201,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         plain_model().stream(device="tpu")
     with pytest.raises(DataError, match=r"E-OPTION.*Got device='cuda:99'; there are \['cpu'"):
         plain_model().stream(device="cuda:99")
+    for strange in (torch.device("cpu"), 0, None, "cuda:01", "cuda:" + 20 * "9", "cuda:\u0661", "cuda:", " cpu", ""):
+        with pytest.raises(DataError, match="E-OPTION.*device must be 'cpu', 'cuda' or 'cuda:' and a number. Got"):
+            plain_model().stream(device=strange)
     stream = plain_model().stream()
     assert stream.kernel == "torch" and "device" not in stream.state()[1]["config"]
 
@@ -215,6 +218,16 @@ def test_items_that_are_dropped_leave_their_rows() -> None:
     before = streams[1]._items.memory.entries.nbytes()
     streams[1].drop(["i0"])
     assert streams[1]._items.memory.entries.nbytes() < before
+
+
+@pytest.mark.parametrize("store", ["padded", "paged"])
+def test_tables_of_a_stream_whose_items_are_all_on_disk_are_empty(store: str, tmp_path: Path) -> None:
+    stream, _ = begin(plain_model(), sine_frame(items=2, steps=120), 120, store=store)
+    before = [stream.usage(), stream.memory_bytes(), stream.routes()]
+    stream.spill(tmp_path, items=stream.item_ids)
+    for table, whole in zip([stream.usage(), stream.memory_bytes(), stream.routes()], before, strict=True):
+        assert len(table) == 0 and list(table.columns) == list(whole.columns)
+    assert stream.stats()["rows"] == 0 and len(stream) == 2
 
 
 def test_an_unknown_store_is_refused() -> None:
