@@ -254,7 +254,7 @@ def _add_layer_bytes(layer: Any, parts: dict[str, np.ndarray]) -> None:
 
 def _bytes_per_item(container: Any) -> int:
     tensors = flatten_tensors(container).values()
-    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
 
 
 # --- trees of tensors as flat names, for storage

@@ -80,7 +80,8 @@ def open_stream(
             commit writes the whole state and waits for the disk: choose it by the state's size.
         sink: where forecasts and alerts come out with each commit.
         read_only: look at the last commit, even while another process writes; nothing can be committed.
-        options: of ``HAMForecaster.stream`` for a new stream; ``device`` also for one that goes on.
+        options: of ``HAMForecaster.stream`` for a new stream. One that goes on keeps those that it was started with,
+            ``store`` among them, and ignores these; but for ``device``, which no state knows of.
 
     Raises StateFolderError: E-STATE-LOCKED, E-STATE-READONLY, E-STATE-FOREIGN, E-STATE-MODEL, E-STATE-VERSION,
         E-STATE-DAMAGED, E-STATE-EMPTY (read_only, or no model, and nothing was ever committed).
@@ -98,8 +99,9 @@ def open_stream(
             return DurableStream(stream, store, commit_every=commit_every, sink=sink)
         if read_only:
             raise _empty(store.folder)
-        fitted.save(store.folder / MODEL)
+        # what is refused, an option or the history, leaves no model behind
         stream = fitted.stream(history, **options)
+        fitted.save(store.folder / MODEL)
         return DurableStream(stream, store, commit_every=commit_every, sink=sink)
     except BaseException:
         store.close()

@@ -42,6 +42,20 @@ def pieces(df: pd.DataFrame, size: int) -> list[pd.DataFrame]:
     return [df.iloc[low : low + size].reset_index(drop=True) for low in range(0, len(df), size)]
 
 
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"store": "heap"}, {"history": sine_frame(steps=0)}])
+def test_a_new_stream_that_is_refused_leaves_no_model_behind(
+    model: hamts.HAMForecaster, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError):
+        Stream.open(tmp_path / "state", model, **options)
+    assert not (tmp_path / "state" / "model").exists()
+    with Stream.open(tmp_path / "state", model, store="paged") as stream:
+        assert stream.stream.config.store == "paged"
+    # what it was started with, it keeps
+    with Stream.open(tmp_path / "state", store="padded") as stream:
+        assert stream.stream.config.store == "paged"
+
+
 def test_a_stream_goes_on_where_it_was_closed(model: hamts.HAMForecaster, ahead: pd.DataFrame, tmp_path: Path) -> None:
     whole = model.stream()
     for piece in pieces(ahead, 20):
