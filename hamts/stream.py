@@ -325,10 +325,11 @@ class Stream:
             raise DataError("E-STATE", found, fix="Load the model that the stream was started with.")
         try:
             stream._items.load(meta["item_ids"], dict(arrays))
+        except DataError:
+            raise
         except (KeyError, ValueError) as error:
-            raise DataError(
-                "E-STATE", f"The state does not fit the model: {error}.", fix="Use another copy."
-            ) from error
+            found = f"The state does not fit the model: {error}."
+            raise DataError("E-STATE", found, fix="Use another copy.") from error
         stream._pins = [Pin(**pin) for pin in meta["pins"]]
         return stream
 
@@ -349,12 +350,8 @@ class Stream:
     def _begin(self, ids: list[Any], rows: dict[str, np.ndarray], memory: Any) -> None:
         known = [each for each in ids if each in self._items.slot or (self._spill and each in self._spill)]
         if known:
-            raise DataError(
-                "E-ITEM",
-                f"{len(known)} items are in the stream already.",
-                series=known[:5],
-                fix="Pass update their rows.",
-            )
+            found = f"{len(known)} items are in the stream already."
+            raise DataError("E-ITEM", found, series=known[:5], fix="Pass update their rows.")
         self._items.append(ids, rows, memory)
 
     def _open_rows(self, slots: np.ndarray) -> PatchRows:

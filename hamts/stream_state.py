@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hamts.errors import DataError
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors, unflatten_tensors
 from hamts.stream_entries import STORES, PaddedEntries, PooledEntries, pad_of, place_of
@@ -245,7 +246,10 @@ class StreamItems:
         return found | {f"items.{name}": self.table[name].copy() for name in self.table.columns}
 
     def load(self, ids: Sequence[Any], arrays: dict[str, torch.Tensor | np.ndarray]) -> None:
-        """Add items from what ``arrays`` gave. Raises KeyError and ValueError where names or shapes differ."""
+        """Add items from what ``arrays`` gave.
+
+        Raises KeyError and ValueError where names or shapes differ, DataError E-STATE where a memory holds no numbers.
+        """
         kinds = self.memory.kinds()
         leaves = {name: as_tensor(arrays[f"memory.{name}"]) for name in kinds}
         rows = {name: as_numpy(arrays[f"items.{name}"]) for name in self.table.columns}
@@ -261,6 +265,15 @@ class StreamItems:
                 raise ValueError(
                     f"memory.{name} must be {dtype}, rows of {shape}, for {len(ids)} items."
                     f" Got {leaf.dtype} {tuple(leaf.shape)}."
+                )
+            # an update says so of what it leaves behind, and of entries in a pool it looks at the new ones alone
+            if name.startswith("layers.") and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                bad = ~torch.isfinite(leaf.flatten(1)).all(1)  # [I]
+                raise DataError(
+                    "E-STATE",
+                    f"The state holds values in memory.{name} that are not numbers.",
+                    series=ids[int(bad.nonzero()[0])],
+                    fix="Use another copy, or start the item again from its history.",
                 )
         self.append(list(ids), rows, unflatten_tensors(self.memory.template, leaves))
 

@@ -155,9 +155,17 @@ class Stepper:
     def _refuse_non_finite(self, memory: StreamMemory, rows: PatchRows, ids: list[object]) -> None:
         found = flatten_tensors(memory.layers, "layers").items()
         leaves = {name: leaf for name, leaf in found if leaf.is_floating_point() and leaf.numel()}
+        # of entries in a pool, what this patch wrote; those from before were asked about when they came
+        pools = {n: layer.pool for n, layer in enumerate(memory.layers) if layer.pool is not None}
+        written = [pool.written for pool in pools.values() if pool.written is not None]
         # one question for all: each would wait for the device
-        if bool(torch.stack([torch.isfinite(leaf.sum()) for leaf in leaves.values()]).all()):
+        if bool(torch.stack([torch.isfinite(each) for each in (*(x.sum() for x in leaves.values()), *written)]).all()):
             return
+        for number, pool in pools.items():
+            pad = memory.layers[number].scratchpad
+            if pad.rows is not None and pad.alive.numel():
+                entries = {name: part[torch.where(pad.alive, pad.rows, 0)] for name, part in pool.parts.items()}
+                leaves |= {f"layers.{number}.scratchpad.{n}": x for n, x in entries.items() if x.is_floating_point()}
         for name, leaf in leaves.items():
             bad = ~torch.isfinite(leaf.flatten(1)).all(1)  # [B]
             if not bool(bad.any()):

@@ -143,6 +143,7 @@ def test_a_step_of_a_pool_never_waits_for_the_device(generator: torch.Generator)
     memory = in_pool(layer.empty_memory(2, 3, layer.conv))
     assert memory.pool is not None
     memory.pool.grow(200)
+    before = sizes(memory.pool)
     tokens = map_tensors(random_tokens(generator, patches=1, dtype=torch.float32), lambda leaf: leaf.cuda())
     x = torch.randn(2, 3, 1, 32, generator=generator).cuda()
     with torch.no_grad():
@@ -154,5 +155,4 @@ def test_a_step_of_a_pool_never_waits_for_the_device(generator: torch.Generator)
                 memory = layer(x, tokens=tokens, memory=memory, policy=policy).memory
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            before = sizes(memory.pool)
     assert sizes(memory.pool) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ from model_frames import quick, sine_frame
 from streams import assert_like, begin, by_item, feed, plain_model, rich_frames, rich_model
 
 from hamts.errors import DataError
+from hamts.nn import ham
+from hamts.ops.pool import RowPool
 from hamts.stream import Stream
 
 
@@ -153,7 +157,13 @@ def test_a_state_of_another_model_or_a_newer_version_is_refused() -> None:
 @pytest.mark.parametrize("store", ["padded", "paged"])
 def test_a_memory_that_is_no_number_is_refused_before_anything_is_stored(store: str, monkeypatch: Any) -> None:
     stream, rest = begin(plain_model(), sine_frame(items=2, steps=120), 50, store=store)
+    arrays, meta = stream.state()
     before = stream.state_hash()
+    for name, leaf in arrays.items():
+        # also of what no pass has looked at yet
+        if name.startswith("memory.layers.") and leaf.is_floating_point() and leaf.numel():
+            with pytest.raises(DataError, match=f"E-STATE.*values in {re.escape(name)} that are not"):
+                Stream.from_state(stream.model, arrays | {name: torch.full_like(leaf, torch.nan)}, meta)
     step = type(stream._network).forward
 
     def broken(self: Any, chunk: Any, *args: Any, **options: Any) -> Any:
@@ -167,3 +177,34 @@ def test_a_memory_that_is_no_number_is_refused_before_anything_is_stored(store: 
         stream.update(rest.iloc[:50])
     assert caught.value.series == "i1"
     assert stream.state_hash() == before
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("store", ["padded", "paged"])
+@pytest.mark.parametrize("part", ["keys", "values", "marks", "bias"])
+def test_an_entry_that_is_no_number_is_refused_before_anything_is_stored(
+    part: str, store: str, asks: bool, monkeypatch: Any
+) -> None:
+    """A token that leaves the window, and is kept, of which a part is no number."""
+    hold, as_entries = RowPool.hold, ham.as_entries
+    stream, rest = begin(plain_model(), sine_frame(items=2, steps=240), 120, store=store)
+    before, broken = stream.state_hash(), [True]
+
+    def entries(*given: Any) -> Any:
+        found = as_entries(*given)
+        if not broken[0] or len(found.alive) < 2:
+            return found
+        leaf = getattr(found, part).clone()
+        leaf[1][found.alive[1]] = torch.nan
+        # what is not kept nobody reads
+        leaf[~found.alive] = torch.inf
+        return replace(found, **{part: leaf})
+
+    monkeypatch.setattr(ham, "as_entries", entries)
+    monkeypatch.setattr(RowPool, "hold", lambda pool, rows, alive, **_: hold(pool, rows, alive, asks=asks))
+    with pytest.raises(DataError, match=rf"E-NUMERIC.*layers.0.scratchpad.{part}") as caught:
+        stream.update(rest)
+    assert caught.value.series == "i1"
+    assert stream.state_hash() == before
+    broken[0] = False
+    stream.update(rest)

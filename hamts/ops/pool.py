@@ -32,6 +32,8 @@ class RowPool:
         self.parts = {name: torch.zeros_like(part[:1]) for name, part in parts.items()}
         self.free = torch.zeros(0, dtype=torch.int64, device=self.device)  # [F] numbers, and how many of them are taken
         self.taken = 0
+        # sum of all that the latest ``hold`` wrote: no number where any of it is none; None once it was asked for
+        self.written: torch.Tensor | None = None
         # how many were taken at once, the last time
         self.latest = 0
 
@@ -58,6 +60,7 @@ class RowPool:
             number = self.take(alive.numel())  # [B J]
             for name, part in self.parts.items():
                 part[number] = rows[name].flatten(0, 1).to(part.dtype)
+            self._note(number, alive.flatten())
             return torch.where(alive, number.view(alive.shape), 0)  # [B, J]
         found = torch.zeros(alive.numel(), dtype=torch.int64, device=alive.device)  # [B J]
         place = alive.flatten().nonzero()[:, 0]  # [n]
@@ -65,7 +68,17 @@ class RowPool:
             number = found[place] = self.take(len(place))  # [n]
             for name, part in self.parts.items():
                 part[number] = rows[name].flatten(0, 1)[place].to(part.dtype)
+            self._note(number, None)
         return found.view(alive.shape)
+
+    def _note(self, number: torch.Tensor, alive: torch.Tensor | None) -> None:
+        """Sum up what was written; of rows that are not alive, [n], nobody reads what they hold."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in self.parts.values():
+            if part.is_floating_point():
+                sums = part[number].flatten(1).sum(1) if part.dim() > 1 else part[number]  # [n]
+                total = total + (sums if alive is None else torch.where(alive, sums, 0)).sum()
+        self.written = total
 
     def take(self, count: int) -> torch.Tensor:
         """Numbers of so many rows that nobody names, [count]."""
