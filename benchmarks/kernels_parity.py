@@ -15,7 +15,7 @@ __all__ = ["parity"]
 
 def parity(only: str, processes: int = 12) -> None:
     """The tests under the marker ``gpu``, or those of them whose name fits, dealt out to some processes."""
-    files = ["tests/test_attend_triton.py", "tests/test_compact.py"]
+    files = ["tests/test_attend_triton.py", "tests/test_decode_triton.py", "tests/test_compact.py"]
     ran = pytest_on_device([*files, "--collect-only", *(["-k", only] if only else [])]).stdout.splitlines()
     tests = [line for line in ran if "::" in line]
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
