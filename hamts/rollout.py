@@ -18,6 +18,7 @@ import torch
 from hamts.data.patches import Chunk, PatchStore
 from hamts.nn.ham import LayerTrace
 from hamts.nn.tokens import Policy, map_tensors
+from hamts.ops.kernels import launched_on
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.rollout_room import LateRoom
 
@@ -116,7 +117,8 @@ def roll(
     for group in _groups(stop - begin, mixed=memory is None):
         items = torch.from_numpy(group).to(network.unit.device)
         before = network.empty_memory(len(group)) if memory is None else memory.select(items)
-        parts.append((group, reader.read(group, begin[group], stop[group], before)))
+        with launched_on(network.unit.device):
+            parts.append((group, reader.read(group, begin[group], stop[group], before)))
     result.memory = join_memories(parts)
     result.kept, result.heard = (int(torch.stack(x).sum()) if x else 0 for x in (reader.kept, reader.heard))
     return result
@@ -311,7 +313,8 @@ def forecast_from(
     """
     reveal = torch.full((len(items),), reveal_events)
     chunk = store.horizon(items, cutoffs, steps, reveal)
-    reading = network(chunk, memory, [_uncapped(p) for p in _per_layer(network, policies)], advance=False)
+    with launched_on(network.unit.device):
+        reading = network(chunk, memory, [_uncapped(p) for p in _per_layer(network, policies)], advance=False)
     assert chunk.horizon is not None
     values = reading.unscaled().flatten(2, 3)  # [B, G, N P, Q]
     wanted = chunk.horizon.flatten(1).to(values.device)  # [B, N P]; F steps of each

@@ -39,7 +39,8 @@ class _Told:
         pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)  # [L]
         pinned.copy_(counts, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        # the copy's stream, which the current device's need not be
+        arrived.record(torch.cuda.current_stream(counts.device))
         return _Told(pinned, arrived)
 
     def read(self) -> list[int]:

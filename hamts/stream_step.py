@@ -18,6 +18,7 @@ from hamts.data.panel import Schema
 from hamts.data.patches import Chunk, future_tags
 from hamts.errors import DataError
 from hamts.nn.tokens import Policy
+from hamts.ops.kernels import launched_on
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors
 
@@ -76,7 +77,8 @@ class Stepper:
         """Read one complete patch of each item. Raises DataError E-NUMERIC: the memory would hold no numbers."""
         chunk = self.chunk(rows, complete=True)
         policy, _ = self.policies(len(rows.patch))
-        reading = self.network(chunk, memory, policy, stepwise=True, decode=False)
+        with launched_on(self.network.unit.device):
+            reading = self.network(chunk, memory, policy, stepwise=True, decode=False)
         self._refuse_non_finite(reading.memory, rows, ids)
         heard = reading.heard > 0  # [B, C, 1]
         kept = torch.stack([(trace.routed & heard).sum((1, 2)) for trace in reading.traces], 1)  # [B, L]
@@ -89,7 +91,8 @@ class Stepper:
         _, policy = self.policies(len(rows.patch))
         # the library's op for chunks would be compiled, and tuned, for the one patch
         stepwise = self.network.kernels.recurrence != "torch"
-        reading = self.network(chunk, memory, policy, stepwise=stepwise, advance=False)
+        with launched_on(self.network.unit.device):
+            reading = self.network(chunk, memory, policy, stepwise=stepwise, advance=False)
         return Ahead(
             quantiles=reading.unscaled()[:, :, 0].cpu().numpy(),
             mean=reading.mean[:, :, 0].cpu().numpy(),

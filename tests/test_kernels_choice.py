@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hamts.nn.compiled import COMPILED, compile_parts
 from hamts.ops import kernels, naive
 from hamts.ops.attend import attend
 from hamts.ops.gated_delta import gated_delta
-from hamts.ops.kernels import KernelError, Kernels, fla_problem, resolve_kernels, triton_problem
+from hamts.ops.kernels import KernelError, Kernels, fla_problem, launched_on, resolve_kernels, triton_problem
 from hamts.resolve import Plan
 
 
@@ -196,3 +197,8 @@ def test_plans_of_earlier_versions_load() -> None:
     machine = content.pop("machine")
     earlier = Plan.from_dict({**content, "accelerator": machine["accelerator"], "precision": machine["precision"]})
     assert earlier == plan
+
+
+def test_kernels_are_launched_where_the_tensors_are() -> None:
+    assert isinstance(launched_on(torch.device("cuda", 1)), torch.cuda.device)
+    assert isinstance(launched_on(torch.device("cpu")), nullcontext)

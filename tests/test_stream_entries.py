@@ -196,6 +196,22 @@ def test_a_stream_on_a_gpu_is_the_stream_on_a_cpu(kind: str, tmp_path: Path) -> 
     assert len(paged) == len(cpu) - 1
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("first_choices")
+@pytest.mark.parametrize("store", ["padded", "paged"])
+def test_a_stream_runs_on_a_device_that_is_not_the_current_one(store: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    model, df = plain_model(), sine_frame(items=2, steps=240)
+    streams = [begin(model, df, 150, device=device, store=store) for device in ("cuda:0", "cuda:1")]
+    assert torch.cuda.current_device() == 0
+    for stream, rest in streams:
+        stream.add(df.assign(unique_id=df["unique_id"] + "b"))
+        feed(stream, rest, [53])
+    (one, _), (other, _) = streams
+    assert_like(by_item(one.forecast(12)), by_item(other.forecast(12)), tolerance=1e-5)
+
+
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(DataError, match=r"device must be 'cpu', 'cuda' or 'cuda:' and a number. Got 'tpu'."):
         plain_model().stream(device="tpu")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -19,7 +21,16 @@ from hamts.ops.attend import attend
 from hamts.ops.gated_delta import gated_delta
 from hamts.ops.types import Attended, GatedDelta
 
-__all__ = ["KERNELS", "TORCH", "KernelError", "Kernels", "fla_problem", "resolve_kernels", "triton_problem"]
+__all__ = [
+    "KERNELS",
+    "TORCH",
+    "KernelError",
+    "Kernels",
+    "fla_problem",
+    "launched_on",
+    "resolve_kernels",
+    "triton_problem",
+]
 
 KERNELS = ("auto", "torch", "fla", "triton", "fla+triton")
 INSTALL = "pip install 'hamts[gpu]'"
@@ -201,3 +212,8 @@ def _version(package: str) -> tuple[int, ...]:
             break
         numbers.append(int(part))
     return tuple(numbers)
+
+
+def launched_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be the tensors'; nothing to do on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
