@@ -158,7 +158,8 @@ class Stepper:
     def _refuse_non_finite(self, memory: StreamMemory, rows: PatchRows, ids: list[object]) -> None:
         found = flatten_tensors(memory.layers, "layers").items()
         leaves = {name: leaf for name, leaf in found if leaf.is_floating_point() and leaf.numel()}
-        # of entries in a pool, what this patch wrote; those from before were asked about when they came
+        # of entries in a pool the widest parts are not among the leaves: what this patch wrote of them; what was there
+        # before was asked about when it came
         pools = {n: layer.pool for n, layer in enumerate(memory.layers) if layer.pool is not None}
         written = [pool.written for pool in pools.values() if pool.written is not None]
         # one question for all: each would wait for the device

@@ -32,7 +32,7 @@ class RowPool:
         self.parts = {name: torch.zeros_like(part[:1]) for name, part in parts.items()}
         self.free = torch.zeros(0, dtype=torch.int64, device=self.device)  # [F] numbers, and how many of them are taken
         self.taken = 0
-        # sum of all that the latest ``hold`` wrote: no number where any of it is none; None once it was asked for
+        # sum of all that is wide of what the latest ``hold`` wrote: no number where any of it is none
         self.written: torch.Tensor | None = None
         # how many were taken at once, the last time
         self.latest = 0
@@ -56,6 +56,7 @@ class RowPool:
         Args:
             asks: whether it is asked how many there are, which waits for a GPU; else the others take rows as well.
         """
+        self.written = None
         if not asks:
             number = self.take(alive.numel())  # [B J]
             for name, part in self.parts.items():
@@ -72,13 +73,11 @@ class RowPool:
         return found.view(alive.shape)
 
     def _note(self, number: torch.Tensor, alive: torch.Tensor | None) -> None:
-        """Sum up what was written; of rows that are not alive, [n], nobody reads what they hold."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in self.parts.values():
-            if part.is_floating_point():
-                sums = part[number].flatten(1).sum(1) if part.dim() > 1 else part[number]  # [n]
-                total = total + (sums if alive is None else torch.where(alive, sums, 0)).sum()
-        self.written = total
+        """Sum up what is wide of rows that were written, [n]; what those hold that are not alive nobody reads."""
+        wide = [part for part in self.parts.values() if part.dim() > 1 and part.is_floating_point()]
+        if wide:
+            sums = torch.stack([part[number].flatten(1).sum(1) for part in wide]).sum(0)  # [n]
+            self.written = (sums if alive is None else torch.where(alive, sums, 0)).sum()
 
     def take(self, count: int) -> torch.Tensor:
         """Numbers of so many rows that nobody names, [count]."""
