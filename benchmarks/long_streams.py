@@ -76,9 +76,11 @@ def first_choices(device: str) -> Iterator[None]:
     from hamts.ops.gated_delta_trial import untuned
 
     tiles.use({kernel: candidates[0] for kernel, candidates in tiles.CANDIDATES.items()})
-    with untuned():
-        yield
-    tiles.use({})
+    try:
+        with untuned():
+            yield
+    finally:
+        tiles.use({})
 
 
 def wait(device: str) -> None:

@@ -78,7 +78,7 @@ class Advance:
     def compute(self, arrived: Arrived) -> Scored:
         """Run all complete patches; nothing is stored. Raises DataError E-NUMERIC."""
         table, P = self.items.table, self.stepper.network.config.patch_steps
-        self.items.memory.entries.tidy()  # nothing is under way yet
+        self.items.memory.entries.tidy()
         n = len(arrived.slots)
         scored = Scored(np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1), np.zeros(n, dtype=bool))
         touched = arrived.touched
