@@ -1,8 +1,9 @@
 """Where a stream keeps the scratchpads of its items: padded to the longest, or in rows of a pool that all items share.
 
 Padded, every item has room for as many entries as the longest scratchpad of all, doubled as it grows, up to the cap; a
-step reads a copy of them and writes it back. Paged, an item holds as many rows as it has entries, and a page is a row:
-what leaves does so one by one, and a step changes numbers of rows. What comes out is the same.
+step reads those of neighbours where they lie and those of others in a copy, closes them up in a copy, and writes it
+back. Paged, an item holds as many rows as it has entries, and a page is a row: what leaves does so one by one, and a
+step changes numbers of rows. What comes out is the same.
 
 R items · B items of a call · M entries · P rows of a pool
 """
