@@ -172,8 +172,12 @@ def read(
     try:
         points = {"": measure_points(trained, panel, windows, **told)}
     except RuntimeError as error:
+        # memory that ran out, or a device that failed, is no matter of thresholds
+        fixed = trained.network.memory_config.threshold == "fixed"
+        if fixed or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
         # a fit is not lost for it, and what it was read with is written down
-        print(f"{variant}: thresholds that follow the scores: {error}", flush=True)
+        print(f"{variant}: read with thresholds that stand still, for others failed: {error}", flush=True)
         trained.network.memory_config = replace(trained.network.memory_config, threshold="fixed")
         points = {"": measure_points(trained, panel, windows, **told)}
     if variant.model == "attention":
