@@ -29,8 +29,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.frontier_cell import BACKBONE, NO_CAP, SIZES, equal_bytes, finite, fit, give_back, measure
+from benchmarks.frontier_cell import (
+    BACKBONE,
+    NO_CAP,
+    REGISTRATION,
+    SIZES,
+    equal_bytes,
+    finite,
+    fit,
+    give_back,
+    measure,
+)
 from benchmarks.frontier_claims import draw, markdown, table
+from benchmarks.frontier_files import refuse_others, write
 from benchmarks.frontier_grid import MODELS, REFERENCE, SEEDS, Cell, Model, grid
 from benchmarks.frontier_sets import SETS, SMOKE, Carrier, Set, load, smoke_carrier
 from benchmarks.side_by_side import Job, run_jobs
@@ -94,6 +105,17 @@ class Task:
             else trial_path(self.folder, self.cell, self.rate)
         )
 
+    def asked(self) -> dict[str, Any]:
+        """How a file of it must have been measured; of a rate that trials decide, what those there say."""
+        steps = self.how.get("max_steps") or self.specs[self.cell.set].steps
+        if self.rate is not None:
+            steps = self.how.get("trial_steps") or steps
+        rate = self.rate or self.how.get("rate")
+        if rate is None and all(trial_path(self.folder, trial_of(self.cell), one).exists() for one in RATES):
+            rate = best_rate(self.cell, self.folder)
+        known = {} if rate is None else {"rate": rate}
+        return {"registration": REGISTRATION, "size": self.how["size"], "steps": steps, **known}
+
 
 @functools.lru_cache(maxsize=2)
 def loaded(name: str) -> Carrier:
@@ -127,9 +149,9 @@ def _perform(task: Task) -> str:
         began = time.perf_counter()
         trained = fit(carrier, spec, row, rate=task.rate, seed=0, budget=budget, **how)
         said = {
-            "set": cell.set, "model": cell.model, "equal_to_share": cell.share, "rate": task.rate, "size": how["size"],
-            "steps": trained.report.steps, "validation": finite(trained.report.best_score),
-            "s": round(time.perf_counter() - began, 1),
+            "registration": REGISTRATION, "set": cell.set, "model": cell.model, "equal_to_share": cell.share,
+            "rate": task.rate, "size": how["size"], "steps": trained.report.steps,
+            "validation": finite(trained.report.best_score), "s": round(time.perf_counter() - began, 1),
         }  # fmt: skip
         write(task.path, said)
         return f"{said['s']} s, validation {said['validation']} at rate {task.rate:g}"
@@ -143,23 +165,26 @@ def _perform(task: Task) -> str:
 
 
 def jobs_of(cells: list[Cell], task: Callable[..., Task], *, again: bool) -> list[Job]:
-    """What is missing, in the order of the cells, with what it waits for before it."""
+    """What is missing, in the order of the cells, with what it waits for before it; what is there must be as asked."""
     jobs: dict[str, Job] = {}
 
+    def there(one: Task) -> bool:
+        if again or not one.path.exists():
+            return False
+        refuse_others(one.path, one.asked())
+        return True
+
     def needed(one: Task, needs: list[str]) -> str:
-        if one.path.name not in jobs and (again or not one.path.exists()):
+        if one.path.name not in jobs and not there(one):
             jobs[one.path.name] = Job(one.path.name, one, tuple(needs), one.cell.room, one.cell.seconds)
         return one.path.name
 
-    def add(cell: Cell) -> str:
-        own = task(cell=cell)
-        if own.path.name in jobs or (own.path.exists() and not again):
-            return own.path.name
-        trials = [] if own.how.get("rate") else [needed(task(cell=trial_of(cell), rate=rate), []) for rate in RATES]
-        return needed(own, trials)
-
     for cell in cells:
-        add(cell)
+        own = task(cell=cell)
+        if own.path.name in jobs or there(own):
+            continue
+        trials = [] if own.how.get("rate") else [needed(task(cell=trial_of(cell), rate=rate), []) for rate in RATES]
+        needed(own, trials)
     return list(jobs.values())
 
 
@@ -183,14 +208,6 @@ def run(
         job = next(job for job in waiting if not set(job.needs) & names)
         waiting.remove(job)
         print(f"{job.name}: {perform(job.payload)}", flush=True)
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def describe(sets: list[str]) -> str:

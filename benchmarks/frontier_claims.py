@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.frontier_files import read_cells
 from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, REFERENCE, SEEDS, TENTH, grid
 from benchmarks.frontier_sets import SETS
 
@@ -27,7 +27,6 @@ __all__ = [
     "parts_of",
     "positive_control",
     "recalled",
-    "read_cells",
     "table",
     "verdict",
 ]
@@ -39,10 +38,6 @@ SHOWN = (0.0, 0.02, TENTH, 1.0)
 # in the plot
 SHOWN_CONTROLS = {"random": "x--", "recency": "+--"}
 ROUTERS = [label for label, model in MODELS.items() if model.controls]
-
-
-def read_cells(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*--seed*.json"))]
 
 
 def cores_of(cells: list[dict[str, Any]]) -> list[str]:

@@ -367,9 +367,10 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from benchmarks.frontier import run, smoke
-    from benchmarks.frontier_claims import draw, read_cells, table
+    from benchmarks.frontier_claims import draw, table
+    from benchmarks.frontier_files import read_cells
     from benchmarks.frontier_grid import Cell
-    from benchmarks.frontier_sets import smoke_carrier
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
 
     smoke(tmp_path)
     cells = read_cells(tmp_path)
@@ -385,14 +386,12 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
     draw(tmp_path, tmp_path / "front.svg")
     assert (tmp_path / "front.svg").stat().st_size > 1000
     before = (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns
-    run(
-        [Cell("smoke", "window", 0, 0.1)],
-        tmp_path,
-        again=False,
-        most_s=60.0,
-        load_set=lambda _: smoke_carrier(),
-        how={},
-    )
+    told = {"again": False, "most_s": 60.0, "load_set": lambda _: smoke_carrier(), "specs": {"smoke": SMOKE}}
+    run([Cell("smoke", "window", 0, 0.1)], tmp_path, how={"size": "tiny", "max_steps": 2}, **told)
+    # what was measured otherwise is not taken for what is asked
+    for other in ({"size": "64", "max_steps": 2}, {"size": "tiny", "max_steps": 5}):
+        with pytest.raises(DataError, match=r"otherwise than is asked: (size|steps) must be"):
+            run([Cell("smoke", "window", 0, 0.1)], tmp_path, how=other, **told)
     # a rate was tried as often for one as for the other
     trials = [json.loads(path.read_text()) for path in tmp_path.glob("*--lr*.json")]
     assert sorted((trial["model"], trial["rate"]) for trial in trials) == [
@@ -520,7 +519,9 @@ def test_a_job_that_fails_costs_those_that_need_it_and_no_other(
 
 def test_cells_wait_for_their_trials(tmp_path: Path) -> None:
     from benchmarks.frontier import Task, jobs_of
+    from benchmarks.frontier_cell import REGISTRATION
     from benchmarks.frontier_grid import Cell
+    from benchmarks.frontier_sets import SETS
 
     cells = [Cell("epf", "window", 1, 0.02), Cell("epf", "tags", 0), Cell("epf", "learned", 1)]
     task = functools.partial(Task, folder=tmp_path, how={"size": "tiny"})
@@ -531,6 +532,7 @@ def test_cells_wait_for_their_trials(tmp_path: Path) -> None:
     assert set(jobs["epf--tags--seed0.json"]) == {"epf--learned--lr0.001.json", "epf--learned--lr0.003.json"}
     order = list(jobs)
     assert order.index("epf--learned--lr0.001.json") < order.index("epf--tags--seed0.json")
-    (tmp_path / "epf--tags--seed0.json").write_text("{}")
+    done = {"registration": REGISTRATION, "size": "tiny", "steps": SETS["epf"].steps, "rate": 1e-3}
+    (tmp_path / "epf--tags--seed0.json").write_text(json.dumps(done))
     left = jobs_of(cells, task, again=False)
     assert not any("tags" in job.name for job in left)

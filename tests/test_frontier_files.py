@@ -1,0 +1,79 @@
+"""Cells of the frontier as files: those of other settings are refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.frontier import Task, jobs_of, trial_path
+from benchmarks.frontier_cell import REGISTRATION
+from benchmarks.frontier_files import read_cells
+from benchmarks.frontier_grid import Cell
+from hamts.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"size": "10M"}, "size must be '10M' and is 'tiny'"),
+        ({"max_steps": 5}, "steps must be 5 and is 640"),
+        ({"rate": 0.1}, "rate must be 0.1 and is 0.003"),
+    ],
+)
+def test_cells_of_other_settings_are_not_taken_for_those_asked(tmp_path: Path, asked: dict, message: str) -> None:
+    cell, path = Cell("epf-old", "mix", 0), tmp_path / "epf-old--mix--seed0.json"
+    done = {"registration": REGISTRATION, "size": "tiny", "steps": 640, "rate": 0.003}
+    path.write_text(json.dumps(done))
+
+    def left(**how: object) -> list:
+        task = functools.partial(Task, folder=tmp_path, how={"size": "tiny", "rate": 0.003, **how})
+        return jobs_of([cell], task, again=bool(how.get("again")))
+
+    assert left() == []
+    with pytest.raises(DataError, match=message):
+        left(**asked)
+    assert [job.name for job in left(**asked, again=True)] == [path.name]
+    path.write_text(json.dumps({**done, "registration": REGISTRATION - 1}))
+    with pytest.raises(DataError, match=f"registration must be {REGISTRATION} and is {REGISTRATION - 1}"):
+        left()
+    # where trials decide the rate, what they say counts
+    path.write_text(json.dumps(done))
+    for rate, validation in ((1e-3, 0.1), (3e-3, 0.2)):
+        trial_path(tmp_path, Cell("epf", "learned", 0), rate).write_text(json.dumps({"validation": validation}))
+    assert left() == []
+    with pytest.raises(DataError, match=r"rate must be 0.001 and is 0.003"):
+        left(rate=None)
+
+
+def made_up_cell(model: str, seed: int, points: list[tuple[str, float | None, float]], **said: object) -> dict:
+    """A cell of ``epf-old`` with so large an error at each (memory, share)."""
+    costs = {"usage_share": 0.1, "bytes": 1000.0, "scratchpad_attention": 0.5, "ms_per_step": 1.0}
+    parts = ("all", "near", "middle", "far", "events")
+
+    def scores(error: float) -> dict:
+        return {"WQL": error, "MASE": error, "quantile": [error, error], "size": [1.0, 1.0]}
+
+    return {
+        "registration": 8, "set": "epf-old", "model": model, "seed": seed, "size": "1M", "steps": 640, "rate": 0.003,
+        "points": [
+            {"memory": memory, "share": share, **costs, "parts": {part: scores(error) for part in parts}}
+            for memory, share, error in points
+        ],
+        **said,
+    }  # fmt: skip
+
+
+def test_cells_of_two_kinds_are_in_no_table(tmp_path: Path) -> None:
+    points: list[tuple[str, float | None, float]] = [("model", None, 0.1)]
+    one, path = made_up_cell("recurrent", 0, points), tmp_path / "b--seed1.json"
+    (tmp_path / "a--seed0.json").write_text(json.dumps(one))
+    for name, value in (("registration", 7), ("size", "10M"), ("steps", 5)):
+        path.write_text(json.dumps({**one, name: value}))
+        with pytest.raises(DataError, match=f"must be of one {name}"):
+            read_cells(tmp_path)
+    # of each set's own steps, and of each model's own rate
+    path.write_text(json.dumps({**one, "set": "household-old", "steps": 5, "rate": 0.001}))
+    assert len(read_cells(tmp_path)) == 2
