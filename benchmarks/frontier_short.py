@@ -1,4 +1,5 @@
-"""The tables that ``frontier.md`` shows of a folder of cells: routers with their controls, rivals, and ages of echoes.
+"""The tables that ``frontier.md`` shows of a folder of cells: routers with their controls, rivals, HAM against each of
+them on the seeds that both have, and ages of echoes.
 
 ``python -m benchmarks.frontier_short --folder benchmarks/results/frontier/eighth``; errors are means over seeds.
 """
@@ -19,10 +20,12 @@ from benchmarks.frontier_claims import (
     lines_of,
     markdown,
     parts_of,
-    read_cells,
 )
-from benchmarks.frontier_grid import CONTROL_SHARES, CONTROLS, TENTH
+from benchmarks.frontier_files import read_cells
+from benchmarks.frontier_grid import CONTROL_SHARES, CONTROLS, MODELS, TENTH
+from hamts.errors import DataError
 
+SIZED = [name for name, model in MODELS.items() if model.sized and model.core]
 SHOWN = (0.0, *CONTROL_SHARES, 1.0)
 
 
@@ -78,6 +81,28 @@ def sizes(lines: pd.DataFrame, name: str) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def against(cells: list[dict[str, Any]], lines: pd.DataFrame, name: str, part: str = "events") -> pd.DataFrame:
+    """Routers against rivals that have a size, in percent with intervals, on the seeds that both have, with the ratio
+    of their bytes and of their milliseconds: those of other bytes, or of few seeds, are not called."""
+    rows = []
+    for share in CONTROL_SHARES:
+        for model in [model for model in ROUTERS if model in set(lines.loc[lines["set"] == name, "model"])]:
+            for rival in SIZED:
+                found = difference(cells, name, (model, "model"), (rival, "model"), share, part)
+                both = [_one(lines, name, one, "model", share, part) for one in (model, rival)]
+                if found is not None and both[0] is not None and both[1] is not None:
+                    rows.append(
+                        {"set": name, "share": share, "router": model, "rival": rival, "seeds": found["seeds"]}
+                        | {"difference": _percent(found), "bytes": f"{found['bytes_ratio']:.2f}"}
+                        | {"ms": f"{both[0]['ms_per_step'] / both[1]['ms_per_step']:.2f}", "verdict": found["verdict"]}
+                    )
+    return pd.DataFrame(rows)
+
+
+def _percent(found: dict[str, Any]) -> str:
+    return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.0f}, {100 * found['high']:+.0f}]"
+
+
 def ages(cells: list[dict[str, Any]], name: str) -> pd.DataFrame:
     """Against ``recurrent``, in percent with intervals, by age of echo: routers and the newest at a tenth, rivals."""
     rows = []
@@ -93,7 +118,7 @@ def ages(cells: list[dict[str, Any]], name: str) -> pd.DataFrame:
             if found is None:
                 break
             row["seeds"] = found["seeds"]
-            row[part] = f"{100 * found['difference']:+.1f} [{100 * found['low']:+.0f}, {100 * found['high']:+.0f}]"
+            row[part] = _percent(found)
         else:
             rows.append(row)
     return pd.DataFrame(rows)
@@ -109,15 +134,24 @@ def _as_whole(cells: list[dict[str, Any]], model: str, share: float | None) -> l
     ]
 
 
+def tables(folder: Path) -> str:
+    """All of them, for every core set of what a folder holds."""
+    if not (cells := read_cells(folder)):
+        raise DataError(
+            "E-NO-CELLS", f"{folder} must hold cells of the frontier, and has no file *--seed*.json",
+            fix="Name another --folder; python -m benchmarks.frontier writes them.",
+        )  # fmt: skip
+    lines, texts = lines_of(cells), []
+    for name in [name for name in cores_of(cells) if name in set(lines["set"])]:
+        frames = (routers(lines, name), sizes(lines, name), against(cells, lines, name), ages(cells, name))
+        texts += [markdown(frame) for frame in frames if len(frame)]
+    return "\n\n".join(texts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    told = parser.parse_args()
-    cells = read_cells(told.folder)
-    lines = lines_of(cells)
-    for name in cores_of(cells):
-        for frame in (routers(lines, name), sizes(lines, name), ages(cells, name)):
-            print(markdown(frame), end="\n\n")
+    print(tables(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cells of the frontier as files: those of other settings are refused."""
+"""Cells of the frontier as files: those of other settings are refused, and tables are those of what is there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from benchmarks.frontier import Task, jobs_of, trial_path
 from benchmarks.frontier_cell import REGISTRATION
 from benchmarks.frontier_files import read_cells
 from benchmarks.frontier_grid import Cell
+from benchmarks.frontier_short import tables
 from hamts.errors import DataError
 
 
@@ -64,6 +65,25 @@ def made_up_cell(model: str, seed: int, points: list[tuple[str, float | None, fl
         ],
         **said,
     }  # fmt: skip
+
+
+def test_tables_in_short_are_those_of_their_cells(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must hold cells of the frontier"):
+        tables(tmp_path / "nothing")
+    learned = [("model", 0.0, 0.09), ("model", 0.1, 0.06), ("recency", 0.1, 0.08), ("model", 1.0, 0.05)]
+    for cell in (
+        made_up_cell("learned", 0, learned),
+        made_up_cell("recurrent", 0, [("model", None, 0.1)]),
+        made_up_cell("window", 0, [("model", 0.1, 0.08)]),
+    ):
+        (tmp_path / f"{cell['set']}--{cell['model']}--seed0.json").write_text(json.dumps(cell))
+    lines = tables(tmp_path).splitlines()
+    assert "| epf-old | learned | 1 | 0.0900 |  | 0.0600 | 0.0500 |  |  |  |  |  | 0.0800 | 0.100 |" in lines
+    assert "| epf-old | window | 10 % | 1 | 0.0800 | 0.0800 | 0.00 | 1.00 |" in lines
+    few = "1 of 3 seeds: nothing is called"
+    assert f"| epf-old | 0.1 | learned | window | 1 | -25.0 [-25, -25] | 1.00 | 1.00 | {few} |" in lines
+    apart = " | ".join(["-40.0 [-40, -40]"] * 5)
+    assert f"| epf-old | learned | 1 | {apart} |" in lines
 
 
 def test_cells_of_two_kinds_are_in_no_table(tmp_path: Path) -> None:
