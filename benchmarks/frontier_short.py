@@ -55,8 +55,8 @@ def routers(lines: pd.DataFrame, name: str, part: str = "events") -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def sizes(lines: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Error, bytes and milliseconds of rivals, and of the best router at each budget."""
+def sizes(cells: list[dict[str, Any]], lines: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Error, bytes and milliseconds of rivals, and of the best router at each budget; error of each seed, too."""
     rows: list[tuple[str, float | None]] = []
     here = lines[(lines["set"] == name) & (lines["memory"] == "model") & (lines["part"] == "events")]
     for share in CONTROL_SHARES:
@@ -76,9 +76,22 @@ def sizes(lines: pd.DataFrame, name: str) -> pd.DataFrame:
             found.append(
                 {"set": name, "model": model, "size": size, "seeds": int(events["seeds"]), "events": _error(events)}
                 | {"all rows": _error(whole), "MB": f"{events['bytes'] / 1e6:.2f}"}
-                | {"ms a step": f"{events['ms_per_step']:.2f}"}
+                | {
+                    "ms a step": f"{events['ms_per_step']:.2f}",
+                    "events, of each seed": _seeds(cells, name, model, share),
+                }
             )
     return pd.DataFrame(found)
+
+
+def _seeds(cells: list[dict[str, Any]], name: str, model: str, share: float | None) -> str:
+    errors = [
+        f"{cell['seed']}: {_error(pd.Series(point['parts']['events']))}"
+        for cell in cells
+        for point in cell["points"]
+        if (cell["set"], cell["model"], point["memory"], point["share"]) == (name, model, "model", share)
+    ]
+    return ", ".join(errors)
 
 
 def against(cells: list[dict[str, Any]], lines: pd.DataFrame, name: str, part: str = "events") -> pd.DataFrame:
@@ -143,7 +156,7 @@ def tables(folder: Path) -> str:
         )  # fmt: skip
     lines, texts = lines_of(cells), []
     for name in [name for name in cores_of(cells) if name in set(lines["set"])]:
-        frames = (routers(lines, name), sizes(lines, name), against(cells, lines, name), ages(cells, name))
+        frames = (routers(lines, name), sizes(cells, lines, name), against(cells, lines, name), ages(cells, name))
         texts += [markdown(frame) for frame in frames if len(frame)]
     return "\n\n".join(texts)
 

@@ -79,7 +79,7 @@ def test_tables_in_short_are_those_of_their_cells(tmp_path: Path) -> None:
         (tmp_path / f"{cell['set']}--{cell['model']}--seed0.json").write_text(json.dumps(cell))
     lines = tables(tmp_path).splitlines()
     assert "| epf-old | learned | 1 | 0.0900 |  | 0.0600 | 0.0500 |  |  |  |  |  | 0.0800 | 0.100 |" in lines
-    assert "| epf-old | window | 10 % | 1 | 0.0800 | 0.0800 | 0.00 | 1.00 |" in lines
+    assert "| epf-old | window | 10 % | 1 | 0.0800 | 0.0800 | 0.00 | 1.00 | 0: 0.0800 |" in lines
     few = "1 of 3 seeds: nothing is called"
     assert f"| epf-old | 0.1 | learned | window | 1 | -25.0 [-25, -25] | 1.00 | 1.00 | {few} |" in lines
     apart = " | ".join(["-40.0 [-40, -40]"] * 5)
