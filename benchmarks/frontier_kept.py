@@ -1,11 +1,11 @@
 """What a router keeps: of the tokens that store a shape, of those that echo one, and of all others, in every layer.
 
-``python -m benchmarks.frontier_kept --set epf-old --model learned --weights FILE`` reads the first item with the
-weights of a network of the grid (half precision, a ``state_dict``), thresholds set as a cell sets them, and prints for
-some budgets which share of each kind of token was kept, and the error inside events of what was chosen and of the
-newest in as many bytes. A shape lies in the target token of a patch with an event. ``--allocation pooled`` gives all
-layers one threshold, so that one with more to keep keeps more; it stands still then, for each layer would follow its
-own share.
+``python -m benchmarks.frontier_kept --set epf-old --model learned --weights FILE --folder DIR`` reads the first item
+with the weights of a network of the grid (half precision, a ``state_dict``), thresholds set as a cell sets them, and
+writes for some budgets which share of each kind of token was kept, and the error inside events of what was chosen and
+of the newest in as many bytes. A shape lies in the target token of a patch with an event. ``--allocation pooled`` gives
+all layers one threshold, so that one with more to keep keeps more; it stands still then, for each layer would follow
+its own share. ``--table`` prints what is there.
 
 I items · C channels · N patches
 """
@@ -13,22 +13,30 @@ I items · C channels · N patches
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.frontier_cell import NO_CAP, SIZES, Trial, asked_of, calibrate, fit, judged
+import hamts
+from benchmarks.frontier_cell import NO_CAP, SIZES, Trial, asked_of, calibrate, checked_tail, finite, fit, judged
 from benchmarks.frontier_claims import markdown
 from benchmarks.frontier_grid import CONTROL_SHARES, MODELS
 from benchmarks.frontier_sets import EVENT, SETS, Carrier, Set, load
+from hamts.errors import DataError
 from hamts.evaluation import policies_for
 from hamts.fitting import Trained
 from hamts.frontier import measure_points
 from hamts.frontier_read import Histories
+
+RESULTS = Path(__file__).parent / "results" / "frontier" / "kept"
 
 
 def patches_of(carrier: Carrier, spec: Set, item: str, lead: int) -> dict[str, np.ndarray]:
@@ -69,38 +77,81 @@ def kept(trained: Trained, carrier: Carrier, spec: Set, share: float) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def measured(name: str, model: str, weights: Path, *, allocation: str, size: str) -> dict[str, Any]:
+    """What one network keeps of the first item of a set, and the error that comes of it."""
+    began, spec, whole = time.monotonic(), SETS[name], load(name)
+    item = whole.frame["unique_id"].iloc[0]
+    carrier = replace(whole, frame=whole.frame[whole.frame["unique_id"] == item])
+    trained = fit(
+        whole, spec, MODELS[model], rate=3e-3, seed=0, budget=NO_CAP, size=size, max_steps=1,
+        accelerator="cpu", trial=Trial(training={"batch_windows": 2}, watched=True),
+    )  # fmt: skip
+    stored = torch.load(weights, map_location="cpu")
+    trained.network.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in stored.items()})
+    network = trained.network
+    if allocation == "pooled":
+        network.config = replace(network.config, allocation="pooled")
+        network.memory_config = replace(network.memory_config, threshold="fixed")
+    # as a cell does: on what lies before the validation rows
+    ends = checked_tail(trained.panel, trained.plan, whole, spec).ends
+    calibrate(trained, ends, gpu=False)
+    once = replace(spec, stride=whole.rows)
+    panel, windows, parts = judged(trained, carrier, once)
+    layers, points = [], []
+    for share in CONTROL_SHARES:
+        layers += kept(trained, carrier, once, share).to_dict("records")
+        found = measure_points(trained, panel, windows, shares=(share,), memories=("model", "recency"), timed=())
+        points += [
+            {"memory": point.memory, "asked": share, "took": finite(point.usage_share)}
+            | {"events": finite(point.losses.wql(parts["events"][point.losses.rows]))}
+            | {"MB": finite(point.scratchpad_bytes / 1e6)}
+            for point in found
+        ]
+    return {
+        "set": name, "model": model, "allocation": allocation, "size": size, "weights": weights.name,
+        "threshold": network.memory_config.threshold, "item": str(item), "calibrated_rows": int(ends.max()),
+        "versions": {"hamts": hamts.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "s": round(time.monotonic() - began, 1), "layers": layers, "points": points,
+    }  # fmt: skip
+
+
+def table(folder: Path) -> str:
+    """What every layer kept, and the error inside events with the megabytes of scratchpad, of all that is there."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        raise DataError(
+            "E-NO-CELLS", f"{folder} must hold what this script wrote, and has no JSON", fix="Name another --folder."
+        )
+    frames = []
+    for part in ("layers", "points"):
+        rows = [
+            {"set": one["set"], "model": one["model"], "allocation": one["allocation"], **row}
+            for one in found
+            for row in one[part]
+        ]
+        frames.append(markdown(pd.DataFrame(rows)))
+    return "\n\n".join(frames)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", default="epf-old", choices=list(SETS))
     parser.add_argument("--model", default="learned", choices=[name for name, row in MODELS.items() if row.controls])
     parser.add_argument("--size", default="1M", choices=list(SIZES))
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="a state_dict of a network of the grid")
     parser.add_argument("--allocation", default="uniform", choices=["uniform", "pooled"])
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
-    spec, whole = SETS[told.set], load(told.set)
-    item = whole.frame["unique_id"].iloc[0]
-    carrier = replace(whole, frame=whole.frame[whole.frame["unique_id"] == item])
-    trained = fit(
-        whole, spec, MODELS[told.model], rate=3e-3, seed=0, budget=NO_CAP, size=told.size, max_steps=1,
-        accelerator="cpu", trial=Trial(training={"batch_windows": 2}, watched=True),
-    )  # fmt: skip
-    stored = torch.load(told.weights, map_location="cpu")
-    trained.network.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in stored.items()})
-    network = trained.network
-    if told.allocation == "pooled":
-        network.config = replace(network.config, allocation="pooled")
-        network.memory_config = replace(network.memory_config, threshold="fixed")
-    calibrate(trained, np.full(trained.panel.n_items, whole.rows - whole.test_rows), gpu=False)
-    once = replace(spec, stride=whole.rows)
-    panel, windows, parts = judged(trained, carrier, once)
-    for share in CONTROL_SHARES:
-        print(f"{told.set}, {told.model}, {told.allocation}")
-        print(markdown(kept(trained, carrier, once, share)), flush=True)
-        found = measure_points(trained, panel, windows, shares=(share,), memories=("model", "recency"), timed=())
-        for point in found:
-            error = point.losses.wql(parts["events"][point.losses.rows])
-            print(f"{point.memory}: {error:.4f} inside events, {point.scratchpad_bytes / 1e6:.2f} MB", flush=True)
+    if not told.table:
+        if told.weights is None:
+            parser.error("--weights must name a state_dict of a network of the grid, or --table be given")
+        said = measured(told.set, told.model, told.weights, allocation=told.allocation, size=told.size)
+        told.folder.mkdir(parents=True, exist_ok=True)
+        path = told.folder / f"{told.set}--{told.model}--{told.allocation}.json"
+        path.write_text(json.dumps(said, indent=1) + "\n")
+    print(table(told.folder))
 
 
 if __name__ == "__main__":
