@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.frontier import Task, jobs_of, trial_path
+from benchmarks import frontier_kept, frontier_pilot
+from benchmarks.frontier import RESULTS, Task, jobs_of, trial_path
 from benchmarks.frontier_cell import REGISTRATION
 from benchmarks.frontier_files import read_cells
 from benchmarks.frontier_grid import Cell
 from benchmarks.frontier_short import tables
+from hamts.config import MemoryConfig
 from hamts.errors import DataError
 
 
@@ -97,3 +101,40 @@ def test_cells_of_two_kinds_are_in_no_table(tmp_path: Path) -> None:
     # of each set's own steps, and of each model's own rate
     path.write_text(json.dumps({**one, "set": "household-old", "steps": 5, "rate": 0.001}))
     assert len(read_cells(tmp_path)) == 2
+
+
+def test_committed_cells_are_of_one_kind_in_every_folder() -> None:
+    for folder in RESULTS.iterdir():
+        read_cells(folder)
+
+
+def test_what_is_kept_is_printed_of_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no JSON"):
+        frontier_kept.table(tmp_path)
+    said = {"set": "epf-old", "model": "mix", "allocation": "pooled"}
+    rows = {"layers": [{"layer": 0, "asked": 0.1}], "points": [{"memory": "model", "asked": 0.1, "events": 0.5}]}
+    (tmp_path / "epf-old--mix--pooled.json").write_text(json.dumps({**said, **rows}))
+    lines = frontier_kept.table(tmp_path).splitlines()
+    assert "| epf-old | mix | pooled | 0 | 0.1 |" in lines
+    assert "| epf-old | mix | pooled | model | 0.1 | 0.5 |" in lines
+
+
+@pytest.mark.parametrize(("error", "again"), [(RuntimeError, True), (torch.OutOfMemoryError, False)])
+def test_a_pilot_is_read_again_for_thresholds_alone(
+    monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError], again: bool
+) -> None:
+    def points(trained: SimpleNamespace, *_: object, **__: object) -> list:
+        if trained.network.memory_config.threshold != "fixed":
+            raise error("no")
+        return []
+
+    monkeypatch.setattr(frontier_pilot, "judged", lambda *_: (None, None, {}))
+    monkeypatch.setattr(frontier_pilot, "measure_points", points)
+    trained = SimpleNamespace(network=SimpleNamespace(memory_config=MemoryConfig(threshold="quantile")))
+    variant = next(one for one in frontier_pilot.VARIANTS.values() if one.model == "learned")
+    if again:
+        assert frontier_pilot.read(trained, None, variant, gpu=False) == ({"": []}, {})
+        assert trained.network.memory_config.threshold == "fixed"
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            frontier_pilot.read(trained, None, variant, gpu=False)
