@@ -135,39 +135,59 @@ SCHEMES = tuple(_SCHEMES)
 
 # --- nodes
 
-NODE_SCHEMES = ("uniform", "degree", "global")
+NODE_SCHEMES = ("uniform", "degree", "owned", "global")
 
 
 def allocate_nodes(scheme: str, batch: ProbeBatch, score: torch.Tensor, total: int) -> torch.Tensor:
-    """Rows kept where nodes have budgets: score [B, L] -> [B, L] bool, ``total`` of them at most.
+    """Rows kept where nodes have budgets: score [B, L] -> [B, L] bool, ``total`` of them or all that may be kept.
 
-    ``global`` keeps the best rows of all, those that belong to no node too; ``uniform`` gives every node as many,
-    ``degree`` a node with children more: its reading is asked about by them. Within a node the best rows stay.
+    ``global`` keeps the best rows of all, those that belong to no node too. The others are told by the truth which rows
+    belong to a node: ``owned`` keeps the best of these whatever their node, ``uniform`` gives every node as many,
+    ``degree`` a node with children more, as its reading is asked about by them. What a node has no row for goes to the
+    others. Within a node the best rows stay, of equal ones the earlier.
 
     Raises:
         ValueError: an unknown scheme.
     """
     if scheme not in NODE_SCHEMES:
         raise ValueError(f"Unknown scheme {scheme!r}. Available: {list(NODE_SCHEMES)}.")
-    if scheme == "global":
+    owner = batch.extra["node"]  # [B, L]
+    if scheme != "global":
+        score = score.masked_fill(owner < 0, -torch.inf)
+    there = score > -torch.inf  # [B, L]
+    if scheme in ("global", "owned"):
         order = score.argsort(dim=1, descending=True, stable=True)[:, :total]
-        return torch.zeros_like(batch.crit).scatter(1, order, True) & (score > -torch.inf)
+        return torch.zeros_like(batch.crit).scatter(1, order, True) & there
     assert batch.edge_index is not None
-    owner, parent = batch.extra["node"], batch.edge_index[..., 1]  # [B, L], [B, V]
+    parent = batch.edge_index[..., 1]  # [B, V]
     weight = torch.ones_like(parent, dtype=torch.float32)  # [B, V]
     if scheme == "degree":
         weight = weight.scatter_add(1, parent, torch.ones_like(weight))
-    quota = _quotas(weight, total)  # [B, V]
-    mine = (owner[:, None] == owner[..., None]) & (owner >= 0)[..., None]  # [B, L, L] rows of the same node
-    above = (score[:, None] > score[..., None]) & mine  # [B, L, L] the second stands above the first
-    allowed = torch.where(owner >= 0, quota.gather(1, owner.clamp_min(0)), 0)  # [B, L]
-    return (above.sum(-1) < allowed) & (score > -torch.inf)
+    of = owner.clamp_min(0)  # [B, L]
+    quota = _quotas(weight, torch.zeros_like(parent).scatter_add(1, of, there.long()), total)  # [B, V]
+    row = torch.arange(score.shape[1])  # [L]
+    first, second = score[:, None], score[..., None]  # [B, 1, L], [B, L, 1]
+    above = (first > second) | ((first == second) & (row < row[:, None]))  # [B, L, L]
+    above &= (of[:, None] == of[..., None]) & there[:, None]
+    return (above.sum(-1) < quota.gather(1, of)) & there
 
 
-def _quotas(weight: torch.Tensor, total: int) -> torch.Tensor:
-    """Whole shares of a total by weight, [B, V]; what rounding leaves over goes to the largest rests."""
-    exact = total * weight / weight.sum(1, keepdim=True)
-    whole = exact.floor()
-    rest = (total - whole.sum(1, keepdim=True)).long()  # [B, 1]
-    rank = (exact - whole).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [B, V]
-    return (whole + (rank < rest)).long()
+def _quotas(weight: torch.Tensor, room: torch.Tensor, total: int) -> torch.Tensor:
+    """Whole shares of a total by weight, none beyond its room, [B, V]: what one has no room for goes to the others.
+
+    What rounding leaves over goes to the largest rests.
+    """
+    quota = torch.zeros_like(room)
+    # each round spends all that is left or fills one more
+    for _ in range(room.shape[1]):
+        open_ = quota < room  # [B, V]
+        left = torch.minimum(total - quota.sum(1, keepdim=True), (room - quota).sum(1, keepdim=True))  # [B, 1]
+        if not bool(left.any()):
+            break
+        share = weight * open_  # [B, V]
+        exact = left * share / share.sum(1, keepdim=True).clamp_min(1e-9)
+        whole = exact.floor().long()
+        rest = left - whole.sum(1, keepdim=True)  # [B, 1]
+        rank = torch.where(open_, exact - whole, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        quota = torch.minimum(quota + whole + (rank < rest), room)
+    return quota

@@ -346,13 +346,17 @@ def _allocation(case: Case) -> list[dict[str, Any]]:
 
 
 def _nodes(case: Case, seed: int) -> list[dict[str, Any]]:
-    """A total of as many rows as are critical, with budgets of nodes."""
+    """A total of as many rows as are critical, with budgets of nodes.
+
+    The score of ``random`` says what is had by knowing which rows belong to a node, and by how many they are.
+    """
     batch, rows = case.batch, []
-    for router in ("write", "mix"):
+    for router in ("write", "mix", "random"):
         score = t0.scores(router, batch, case.trace, gen=generator(seed + 1))
         for scheme in NODE_SCHEMES:
             kept = allocate_nodes(scheme, batch, score, case.critical)  # [B, L]
             every = kept[:, None].expand(-1, batch.q_index.shape[1], -1)
-            row = scored_row(case, f"nodes:{scheme}:{router}", every, budget=case.critical, rows=case.critical)
-            rows.append({**row, "budget_frac": 1.0})
+            held = float(kept.sum(1).float().mean())
+            row = scored_row(case, f"nodes:{scheme}:{router}", every, budget=case.critical, rows=held)
+            rows.append({**row, "budget_frac": 1.0, "kept_rows": held})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -143,17 +144,39 @@ def test_edges_of_other_relations_and_undirected_graphs_are_what_they_say() -> N
 def test_nodes_share_a_total_of_rows_by_their_budgets() -> None:
     probe, rung = get_probe("topo/topo")
     batch = probe.sample(generator(0), 8, probe.config("small", rung))
+    owner = batch.extra["node"]
     score = torch.rand(batch.crit.shape, generator=generator(1)).masked_fill(batch.query, -torch.inf)
-    for scheme in NODE_SCHEMES:
-        kept = allocate_nodes(scheme, batch, score, 32)
-        assert int(kept.sum(1).max()) <= 32
+    tied = torch.zeros_like(score).masked_fill(batch.query, -torch.inf)
+    # an edge and a reading of each of 16 nodes: a total that not all of them fit in
+    for scheme, total, given in itertools.product(NODE_SCHEMES, (7, 16, 26, 32), (score, tied)):
+        kept = allocate_nodes(scheme, batch, given, total)
+        assert kept.sum(1).tolist() == [total] * 8, (scheme, total)
         if scheme != "global":
-            assert not bool(kept[batch.extra["node"] < 0].any())
-    uniform = allocate_nodes("uniform", batch, score, 32)
-    # every node has an edge and a reading, and room for two rows
-    assert torch.equal(uniform, batch.extra["node"] >= 0)
+            assert not bool(kept[owner < 0].any())
+    assert torch.equal(allocate_nodes("uniform", batch, score, 40), owner >= 0)
     with pytest.raises(ValueError, match="Unknown scheme 'lot'"):
         allocate_nodes("lot", batch, score, 32)
+
+
+def test_the_better_row_of_a_node_stays_and_what_a_node_cannot_use_goes_to_others() -> None:
+    probe, rung = get_probe("topo/topo")
+    batch = probe.sample(generator(0), 8, probe.config("small", rung))
+    owner, row = batch.extra["node"], torch.arange(batch.crit.shape[1])
+    score = torch.rand(batch.crit.shape, generator=generator(1)).masked_fill(batch.query, -torch.inf)
+    uniform = allocate_nodes("uniform", batch, score, 16)
+    tied = allocate_nodes("uniform", batch, torch.zeros_like(score).masked_fill(batch.query, -torch.inf), 16)
+    owned = allocate_nodes("owned", batch, score, 16)
+    degree = allocate_nodes("degree", batch, score, 26)
+    for b in range(8):
+        assert set(row[owned[b]].tolist()) == set(score[b].masked_fill(owner[b] < 0, -1).topk(16).indices.tolist())
+        children = batch.edge_index[b, :, 1].bincount(minlength=16)
+        for node in range(16):
+            mine = row[owner[b] == node]
+            assert row[uniform[b] & (owner[b] == node)].tolist() == [int(mine[score[b, mine].argmax()])]
+            assert row[tied[b] & (owner[b] == node)].tolist() == [int(mine[0])]
+            # a parent's two rows both stay; 26 rows are more than parents alone have
+            held = int(degree[b, mine].sum())
+            assert held == 2 if children[node] > 1 else 0 <= held <= 2
 
 
 # --- streams
