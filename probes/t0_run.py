@@ -190,16 +190,19 @@ def keep_by(case: Case, name: str, budget: int, seed: int) -> torch.Tensor:
 
 
 def _not_free(case: Case, answer: torch.Tensor, free: torch.Tensor | None) -> dict[str, float]:
-    """Skill on what no state of as many bytes answers, and how much that leaves out."""
+    """Skill on what no state of as many bytes answers, how many queries that are, and how much it leaves out.
+
+    The floor's error is that on the same queries: they are not as hard for it as all of them are.
+    """
     if free is None:
         return {}
     asked = case.batch.asked
     hard = asked & ~free  # [B, Q]
-    error = query_error(answer, case.batch)
-    share = float((asked & free).sum()) / float(asked.sum())
+    told = {"free_share": float((asked & free).sum()) / float(asked.sum()), "not_free": float(hard.sum())}
     if not bool(hard.any()):
-        return {"free_share": share}
-    return {"free_share": share, "skill_not_free": 1.0 - float(error[hard].mean()) / case.floor_error}
+        return told
+    error, floor = (float(query_error(a, case.batch)[hard].mean()) for a in (answer, case.floor))
+    return {**told, "skill_not_free": 1.0 - error / floor}
 
 
 def _wide_row(case: Case, budget: int, fraction: float) -> tuple[dict[str, Any], torch.Tensor | None]:

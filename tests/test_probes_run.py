@@ -26,9 +26,9 @@ from probes.models import MODELS, ROUTERS_T1, NetConfig, ProbeNet, kept_rows, me
 from probes.registry import get_probe
 from probes.results import refuse_mixed
 from probes.runner_plan import RunPlan
-from probes.scores import selection
+from probes.scores import query_error, selection
 from probes.summary import score_table
-from probes.t0_run import run_t0_suite
+from probes.t0_run import draw_case, keep_by, run_t0_suite, scored_row
 from probes.train import forward, shuffled_rows
 from probes.transfer import TransferPlan, score_transfer, train_transfer
 
@@ -72,6 +72,25 @@ def test_tier_0_controls_lie_where_they_must(der_rows: list[dict]) -> None:
     assert value(der_rows, "der", "recency", "recall_exact") < 0.1
     full = next(r for r in der_rows if r["model"] == "full")
     assert full["skill"] == pytest.approx(1.0)
+
+
+def test_what_no_state_answers_is_told_against_the_floor_on_the_same_queries() -> None:
+    probe, rung = get_probe("pbc/pbc0")
+    case = draw_case(probe, rung, preset="smoke", seed=0)
+    kept = keep_by(case, "write", case.critical, 0)
+    hard = torch.zeros_like(case.batch.asked)
+    # the queries that the floor answers best: against the floor of all of them nobody would do badly there
+    error = query_error(case.floor, case.batch)
+    hard[:, 0] = error[:, 0] < error.nanmean()
+    row, nobody = (
+        scored_row(case, "write", which, budget=4, rows=4, free=~hard) for which in (kept, torch.zeros_like(kept))
+    )
+    answer = t0.answer(case.batch, case.trace, torch.zeros_like(hard), case.floor, blend=case.blend)
+    own = 1 - float(query_error(answer, case.batch)[hard].mean() / error[hard].mean())
+    assert nobody["skill_not_free"] == pytest.approx(own) and nobody["not_free"] == int(hard.sum()) > 0
+    assert row["skill_not_free"] >= nobody["skill_not_free"]
+    assert row["free_share"] == pytest.approx(1 - int(hard.sum()) / int(case.batch.asked.sum()))
+    assert "skill_not_free" not in scored_row(case, "write", kept, budget=4, rows=4, free=torch.ones_like(hard))
 
 
 def test_services_of_different_noise_share_a_budget() -> None:
