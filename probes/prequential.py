@@ -46,11 +46,17 @@ def windowed_mase(absolute: torch.Tensor, values: torch.Tensor, *, season: int, 
     return model[:, : count * window].reshape(shape).mean(-1) / below
 
 
-def recovery_rows(error: torch.Tensor, drift_rows: torch.Tensor, *, smooth: int = 50) -> torch.Tensor:
+def recovery_rows(
+    error: torch.Tensor, drift_rows: torch.Tensor, *, smooth: int = 50, steady: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows after each drift until the mean error of ``smooth`` rows is within 10 % of the steady level, [B, D].
 
     The steady level is the mean error of the last quarter before the next drift; NaN where it never gets there.
+
+    Args:
+        steady: whose errors, [B, T], make the level: without it one's own, at which whoever learns nothing is at once.
     """
+    level = error if steady is None else steady
     B, T = error.shape
     ends = torch.cat([drift_rows[:, 1:], torch.full((B, 1), T)], 1)  # [B, D]
     out = torch.full(drift_rows.shape, torch.nan)
@@ -60,8 +66,8 @@ def recovery_rows(error: torch.Tensor, drift_rows: torch.Tensor, *, smooth: int 
             low, high = int(drift_rows[b, d]), int(ends[b, d])
             if high - low < 4 * smooth:
                 continue
-            steady = error[b, high - (high - low) // 4 : high].mean()
-            near = (running[b, low : high - smooth] <= RECOVERED * steady).nonzero()
+            least = level[b, high - (high - low) // 4 : high].mean()
+            near = (running[b, low : high - smooth] <= RECOVERED * least).nonzero()
             if len(near):
                 out[b, d] = float(near[0])
     return out
@@ -117,7 +123,10 @@ def _errors(keys: torch.Tensor, values: torch.Tensor, beta: torch.Tensor, log_de
 
 
 def rate_limited(score: torch.Tensor, *, window: int) -> torch.Tensor:
-    """Scores [B, T] of which only the best of each window of rows asks to be kept; -inf for the others."""
+    """Scores [B, T] of which only the best of each window of rows asks to be kept; -inf for the others.
+
+    A window that goes on has the best row so far: what has not come yet must be -inf.
+    """
     B, T = score.shape
     whole = -(-T // window) * window
     parts = torch.nn.functional.pad(score, (0, whole - T), value=-torch.inf).view(B, -1, window)  # [B, W, window]

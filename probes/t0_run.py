@@ -292,7 +292,7 @@ def _prequential(case: Case, budget: int, seed: int) -> list[dict[str, Any]]:
     batch = case.batch
     season = getattr(case.config, "season_rows", 1)
     drifts = batch.extra["drift_rows"]
-    rows = [_error_row(case, "state", case.trace.error, drifts, season)]
+    rows = [_error_row(case, "state, learning", case.trace.error, drifts, season)]
     keys = t0.random_keys(batch.key, case.key_width)  # [B, L, K]
     for kind in CONTROLS:
         # a fit of so many rows, as often
@@ -304,17 +304,15 @@ def _prequential(case: Case, budget: int, seed: int) -> list[dict[str, Any]]:
     rows.append(_error_row(case, "seasonal naive", naive, drifts, season))
     for name in ("surprise", "innovation", "write", "tags", "mix", "recency", *LIMITED):
         score = t0.scores(name.removesuffix(LIMIT), batch, case.trace, gen=generator(seed + 1))
-        if name.endswith(LIMIT):
-            score = rate_limited(score, window=season)
         rows.append(_storm_row(case, name, score, drifts, budget, season))
     return rows
 
 
 def _error_row(case: Case, model: str, error: torch.Tensor, drifts: torch.Tensor, season: int) -> dict[str, Any]:
-    """Errors before each row is read, [B, L, V], and how soon they are small again after drifts."""
-    squared = error.square().mean(-1)  # [B, L]
+    """Errors before each row is read, [B, L, V], and how soon after drifts they are those of a state that learns."""
+    squared, learning = (e.square().mean(-1) for e in (error, case.trace.error))  # 2 x [B, L]
     mase = windowed_mase(error.abs().mean(-1), case.batch.value, season=season, window=10 * season)
-    recovered = recovery_rows(squared, drifts)
+    recovered = recovery_rows(squared, drifts, steady=learning)
     return _row(case, model, "none", fading_error=float(fading_error(squared)[:, -1].mean()),
                 windowed_mase=float(mase.mean()), recovery_rows=float(recovered.nanmedian()),
                 recovered_share=float((~recovered.isnan()).float().mean()))  # fmt: skip
@@ -330,7 +328,11 @@ def _storm_row(
         row = drifts[:, number : number + 1]
         pair = torch.cat([row, (row + 4 * season).clamp_max(batch.x.shape[1])], 1)  # [B, 2]
         before = torch.arange(batch.x.shape[1]) < pair[..., None]  # [B, 2, L]
-        kept = t0._best(torch.where(before, score[:, None], -math.inf), budget)  # [B, 2, L]
+        known = torch.where(before, score[:, None], -math.inf)  # [B, 2, L]
+        if name.endswith(LIMIT):
+            # of what was there then: a later row of the window silences none before it comes
+            known = rate_limited(known.flatten(0, 1), window=season).view(known.shape)
+        kept = t0._best(known, budget)  # [B, 2, L]
         turnover.append(cache_turnover(kept[:, 0], kept[:, 1]))
         # the item that was stored shortly before this drift
         held.append((kept[:, 1] & (batch.crit_item == number)).any(1).float())

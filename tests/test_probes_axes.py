@@ -204,6 +204,16 @@ def test_a_limited_router_asks_for_one_row_of_each_window() -> None:
     kept = limited > -torch.inf
     assert kept[:, :10].sum(1).tolist() == kept[:, 10:20].sum(1).tolist() == kept[:, 20:].sum(1).tolist() == [1] * 3
     torch.testing.assert_close(limited[kept].view(3, 3)[:, 0], score[:, :10].amax(1))
+    # of a window that goes on it is the best row so far: one that comes later silences none before
+    score[:, 3], score[:, 7] = 2.0, 3.0
+    early = score.masked_fill(torch.arange(25) > 5, -torch.inf)
+    assert (rate_limited(early, window=10) > -torch.inf).nonzero().tolist() == [[b, 3] for b in range(3)]
+
+
+def test_a_state_that_learns_nothing_is_not_recovered_at_once() -> None:
+    rows = {r["model"]: r for r in run_t0_suite(get_probe("stream")[0], preset="smoke", rungs=("drift_mean",))}
+    assert rows["state, frozen"]["recovered_share"] == 0.0 and math.isnan(rows["state, frozen"]["recovery_rows"])
+    assert rows["state, learning"]["recovered_share"] > 0.5
 
 
 # --- how often a line does better
