@@ -29,9 +29,25 @@ from probes.runner_plan import Cell
 from probes.stats import mean_interval
 from probes.train import Fitted
 
-__all__ = ["SCHEMA_VERSION", "document", "of_rungs", "read_documents", "start_folder", "tidy", "write_document"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "T0_VERSION",
+    "document",
+    "of_rungs",
+    "read_documents",
+    "remove_stale",
+    "start_folder",
+    "t0_documents",
+    "t0_name",
+    "tidy",
+    "unseen",
+    "write_document",
+]
 
 SCHEMA_VERSION = 1
+# of what tier 0 scores, apart from the suites. 2: what no state answers is told against the floor on the same queries,
+# budgets of nodes are spent, recovery is that of a state that learns, limited routers see no later row
+T0_VERSION = 2
 RUN_FILE, TABLE_FILE = "run.json", "probe_results.parquet"
 LOWER_IS_BETTER = ("mse", "nmse")
 
@@ -113,7 +129,7 @@ def t0_documents(
                 "readout": "query", "model": row["model"] + ("_clipped" if row.get("write_clip") else ""),
                 "router": row["router"], "config_hash": "", "axis": axis,
             },
-            "config": {"preset": preset, "seed": seed, "axis": axis},
+            "config": {"preset": preset, "seed": seed, "axis": axis, "t0_version": T0_VERSION},
             "data_manifest": {"train_seed": seed, "leak_status": "clean"},
             "budget": {"frac": row.get("budget_frac", math.nan), "rows": row.get("budget_rows", 0),
                        **{name: row.get(name, math.nan) for name in ("bytes_state", "bytes_kv", "bytes_total")}},
@@ -123,6 +139,28 @@ def t0_documents(
             "runtime": {"device": "cpu", "status": "ok", **machine()}, "warnings": [],
         })  # fmt: skip
     return found
+
+
+def t0_name(content: dict[str, Any]) -> str:
+    """File name of a document of tier 0: all that tells it from the others of its suite."""
+    identity, config, budget = content["identity"], content["config"], content["budget"]["frac"]
+    sized = "" if math.isnan(budget) else f"b{budget:g}"
+    words = (identity["rung"], identity["model"], identity["router"].replace(":", "-"), sized, config["axis"])
+    return "__".join(("t0", *(word for word in words if word), config["preset"], f"s{config['seed']}.json"))
+
+
+def remove_stale(folder: Path, own: dict[Path, dict[str, Any]]) -> list[Path]:
+    """Remove documents of tier 0 of the same rung, preset, seed and axis that are none of one's own."""
+
+    def kind(content: dict[str, Any]) -> tuple[Any, ...]:
+        identity, config = content["identity"], content["config"]
+        return identity["tier"], identity["rung"], *(config.get(name, "") for name in ("preset", "seed", "axis"))
+
+    written = {kind(content) for content in own.values()}
+    stale = [path for path in sorted(folder.glob("*.json")) if path not in own and kind(_read(path)) in written]
+    for path in stale:
+        path.unlink()
+    return stale
 
 
 def _warnings(fitted: Fitted, scored: Evaluation) -> list[str]:
@@ -158,8 +196,13 @@ def _plain(content: Any) -> Any:
     return content
 
 
-def start_folder(folder: Path, asked: Sequence[str], versions: dict[str, int], *, done: bool) -> None:
+def start_folder(
+    folder: Path, asked: Sequence[str], versions: dict[str, int], *, done: bool, gone: Sequence[str] = ()
+) -> None:
     """Note what a folder is to hold, and whether all of it is there.
+
+    Args:
+        gone: documents that it no longer holds.
 
     Raises:
         DataError: E-PROBE-VERSION, the folder holds results of another contract or of another version of a suite.
@@ -183,7 +226,7 @@ def start_folder(folder: Path, asked: Sequence[str], versions: dict[str, int], *
     content = {
         "family": FAMILY, "contract_version": CONTRACT_VERSION,
         "suite_versions": {**before["suite_versions"], **versions},
-        "documents": sorted({*before["documents"], *asked}), "complete": done,
+        "documents": sorted({*before["documents"], *asked} - set(gone)), "complete": done,
     }  # fmt: skip
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -254,10 +297,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
-    """Refuse results of different versions of a suite or of the contract."""
+    """Refuse results of different versions of a suite, of the contract or of tier 0."""
     seen: dict[str, int] = {}
     for content in documents:
         identity = content["identity"]
+        if identity["tier"] == "T0":
+            own = content["config"].get("t0_version", 1)
+            if seen.setdefault("T0", own) != own:
+                raise DataError(
+                    "E-PROBE-VERSION",
+                    f"'{where}' mixes results of tier 0 in version {seen['T0']} and version {own}, as in"
+                    f" '{content.get('path', '')}'.",
+                    fix="Keep one version a folder: run tier 0 again into another folder.",
+                )
         version, contract = identity["suite_version"], identity["contract_version"]
         first = seen.setdefault(identity["suite"], version), seen.setdefault("", contract)
         if first != (version, contract):

@@ -19,15 +19,15 @@ import torch
 
 from hamts.errors import DataError
 from probes.evaluate import evaluate
-from probes.registry import get_probe, list_probes
-from probes.results import document, start_folder, t0_documents, tidy, write_document
+from probes.registry import Probe, get_probe, list_probes
+from probes.results import document, remove_stale, start_folder, t0_documents, t0_name, tidy, write_document
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, RunPlan, axis_words, budget_rows, critical_rows
 from probes.stacked_run import OutOfTime, run_rung
 from probes.summary import chosen_rates
 from probes.t0_run import run_t0_suite
 from probes.train import Fitted, TrainPlan, train
 
-__all__ = ["run_cell", "run_plan", "run_t0_folder"]
+__all__ = ["check_plan", "run_cell", "run_plan", "run_t0_folder", "t0_rungs"]
 
 Report = Callable[[str, int, int, float], None]
 # each fills about 10 GiB and half of the time of a GPU
@@ -248,29 +248,46 @@ def run_t0_folder(
 ) -> list[Path]:
     """Run tier 0 of some suites into a folder: one document per rung, model, router and budget.
 
+    Other documents of the same rung, preset, seed and axis are removed: they are of an older form of the suite.
+
     Args:
         overrides: values of axes that differ from the preset's; what they say makes lines of their own.
+
+    Raises:
+        ValueError: an unknown suite, preset, axis or value; nothing is run then.
     """
-    root, written = Path(folder), []
-    named = [get_probe(name) for name in probes or tuple(list_probes())]
-    chosen = [(probe, each) for probe, rung in named for each in ((rung,) if rung else probe.rungs)]
-    versions = {probe.name: probe.version for probe, _ in chosen}
+    root, written, gone = Path(folder), list[Path](), list[Path]()
+    chosen = t0_rungs(probes, preset=preset, overrides=overrides)
+    versions = {probe.name: probe.version for probe, _, _ in chosen}
     start_folder(root, [], versions, done=False)
     with bars(len(chosen), progress) as report, one_thread():
-        for probe, rung in chosen:
-            changes = probe.changes(preset, rung, overrides or {})
+        for probe, rung, changes in chosen:
             rows = run_t0_suite(probe, preset=preset, seed=seed, rungs=(rung,), overrides=changes)
             axis = axis_words(changes)
-            for number, content in enumerate(t0_documents(probe.name, rows, preset=preset, seed=seed, axis=axis)):
-                identity = content["identity"]
-                words = (identity["rung"], identity["model"], identity["router"].replace(":", "-"), axis)
-                stem = "__".join(("t0", *(word for word in words if word)))
-                path = root / probe.name / f"{stem}__{preset}__s{seed}__{number}.json"
+            documents = t0_documents(probe.name, rows, preset=preset, seed=seed, axis=axis)
+            own = {root / probe.name / t0_name(content): content for content in documents}
+            assert len(own) == len(documents), f"two documents of {rung} have one name"
+            gone += remove_stale(root / probe.name, own)
+            for path, content in own.items():
                 write_document(path, content)
-                written.append(path)
+            written += own
             report.finish(rung)
-    start_folder(root, [str(path.relative_to(root)) for path in written], versions, done=True)
+    names, old = ([str(path.relative_to(root)) for path in each] for each in (written, gone))
+    start_folder(root, names, versions, done=True, gone=old)
     return written
+
+
+def t0_rungs(
+    probes: tuple[str, ...], *, preset: str, overrides: dict[str, Any] | None = None
+) -> list[tuple[Probe, str, dict[str, Any]]]:
+    """Suites, rungs and what differs from each rung's own configuration.
+
+    Raises:
+        ValueError: an unknown suite, preset, axis or value.
+    """
+    named = [get_probe(name) for name in probes or tuple(list_probes())]
+    rungs = [(probe, each) for probe, rung in named for each in ((rung,) if rung else probe.rungs)]
+    return [(probe, rung, probe.changes(preset, rung, overrides or {})) for probe, rung in rungs]
 
 
 @contextmanager

@@ -326,6 +326,27 @@ def test_tier_0_goes_the_same_way(tmp_path: Path) -> None:
     assert not math.isnan(report.frame[report.frame["metric"] == "recall_corrected"]["value"].iloc[0])
 
 
+def test_tier_0_run_again_holds_what_it_writes_and_nothing_older(tmp_path: Path) -> None:
+    report = run_probes("act/act", tier="T0", preset="smoke", out=tmp_path, progress=False)
+    paths = sorted((tmp_path / "act").glob("*.json"))
+    assert len(paths) == len(report.documents)
+    # of an older form of the suite, or of another hand
+    paths[0].rename(paths[0].with_name("t0__act__kv__write__smoke__s0__7.json"))
+    with pytest.raises(DataError, match="E-PROBE-UNFINISHED"):
+        load_report(tmp_path)
+    again = run_probes("act/act", tier="T0", preset="smoke", out=tmp_path, progress=False)
+    assert sorted((tmp_path / "act").glob("*.json")) == paths
+    assert score_table(again.documents).equals(score_table(report.documents))
+    # lines of an axis stand beside them
+    more = run_probes("act/act", tier="T0", preset="smoke", out=tmp_path, progress=False, axes={"items": (4,)})
+    assert len([d for d in more.documents if not d["identity"]["axis"]]) == len(paths) < len(more.documents)
+    old = json.loads(paths[0].read_text())
+    del old["config"]["t0_version"]
+    paths[0].write_text(json.dumps(old))
+    with pytest.raises(DataError, match="E-PROBE-VERSION.*tier 0 in version"):
+        load_report(tmp_path)
+
+
 def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def call(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
