@@ -370,10 +370,24 @@ def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "--tier", "T0")[0] == 2
     assert call("validate", "nope")[0] == 2
     assert call("report", str(folder / "absent"))[0] == 2
+    assert call("run", "der", "--tier", "T0", "--axis", "items=abc", "--out", str(folder / "none"))[0] == 2
+    code, text = call("validate", "der", "--runs", str(folder / "absent"))
+    assert code == 2 and "pass" not in text
+    code, text = call("table", str(folder), "--lines")
+    assert code == 0 and "| ham · tags |" in text and "kB" in text
 
 
 def test_probes_are_reached_through_hamts() -> None:
     assert hamts.probes is probes
+    # modules too: loaded twice, suites would be registered twice
+    code = (
+        "import hamts.probes.api, probes.api, hamts.probes.suites.der as one\nfrom probes.suites import der\n"
+        "assert hamts.probes.api is probes.api and one is der and der.__spec__.name == 'probes.suites.der'\n"
+        "from hamts.probes.registry import list_probes\nassert len(list_probes()) >= 9\n"
+        "try:\n    import hamts.probes.nothing\nexcept ModuleNotFoundError as error:\n"
+        "    assert 'hamts.probes.nothing' in str(error)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root_folder())
     for name in probes.__all__:
         assert getattr(probes, name) is not None
     with pytest.raises(AttributeError, match="Available: .*run_probes"):
