@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probes.models import SIZELESS
 from probes.plots import lines_svg
 from probes.report_panels import MOST_LINES, folded, html_table
 from probes.stats import PRACTICAL_MARGIN, interquartile_mean
@@ -26,8 +27,9 @@ def runs_of(documents: Sequence[dict[str, Any]], *, budget: float) -> dict[str, 
     """Skills of trained runs, clipped to [-1, 1]: suite -> line -> rung -> one a training seed."""
     found: dict[str, Runs] = {}
     for (tier, rung, line, own), group in seeds_of(documents).items():
-        # a line of one size stands beside every budget
-        if tier != "T1" or on_axis(line) or own not in (budget, 1.0 if line in ("full", "recurrent") else budget):
+        # a line of one size stands beside every budget, whatever it is called in brackets
+        sizeless = line.partition(" [")[0] in SIZELESS
+        if tier != "T1" or on_axis(line) or own != (1.0 if sizeless else budget):
             continue
         skills = [float(np.clip(value(content, "skill"), -1.0, 1.0)) for content in group]
         suite = str(group[0]["identity"]["suite"])

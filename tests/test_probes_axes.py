@@ -22,8 +22,9 @@ from probes.prequential import CONTROLS, control_errors, rate_limited
 from probes.reading import read_context
 from probes.registry import get_probe, list_probes
 from probes.report_axes import axis_table
-from probes.report_frontier import area
-from probes.report_ranks import profile_table, win_rates
+from probes.report_frontier import area, area_differences
+from probes.report_ranks import profile_table, runs_of, win_rates
+from probes.results import axis_of, t0_documents
 from probes.runner import fit_cell, run_plan
 from probes.runner_plan import RunPlan
 from probes.summary import score_table
@@ -229,6 +230,45 @@ def test_win_rates_and_profiles_count_runs() -> None:
     assert table.loc["good", "runs of 0.8 and more"] == 1.0
     assert table.loc["bad", "runs of 0.8 and more"] == 0.5
     assert table.loc["good", "runs"] == 4
+
+
+def test_lines_of_one_size_stand_at_every_budget() -> None:
+    def run(model: str, axis: str, frac: float) -> dict[str, Any]:
+        return {
+            "identity": {"tier": "T1", "suite": "der", "rung": "der", "model": model, "router": "none", "axis": axis,
+                         "readout": "query"},
+            "config": {"learning_rate": 0.001}, "runtime": {"validation": [[1, 0.5]]}, "budget": {"frac": frac},
+            "data_manifest": {"train_seed": 0}, "results": {"skill": {"median": 0.5}},
+        }  # fmt: skip
+
+    documents = [run("full", "", 1.0), run("recurrent", "width64", 1.0), run("block_sparse", "", 1.0)]
+    documents += [run("window", "", frac) for frac in (1.0, 2.0)]
+    lines = [set(runs_of(documents, budget=budget)["der"]) for budget in (1.0, 2.0)]
+    assert lines == [{"full", "recurrent [width64]", "block_sparse", "window"}] * 2
+
+
+def test_areas_of_frontiers_are_compared_seed_by_seed() -> None:
+    def run(model: str, seed: int, frac: float, skill: float) -> dict[str, Any]:
+        return {
+            "identity": {"tier": "T1", "suite": "der", "rung": "der", "model": model, "router": "none", "axis": "",
+                         "readout": "query"},
+            "config": {"learning_rate": 0.001}, "runtime": {"validation": [[1, 0.5]]},
+            "budget": {"frac": frac, "bytes_total": 1_000 * frac},
+            "data_manifest": {"train_seed": seed}, "results": {"skill": {"median": skill}},
+        }  # fmt: skip
+
+    base = [run("recurrent_wide", s, f, 0.1 * s) for s in range(6) for f in (0.5, 1.0, 2.0)]
+    better = [run("window", s, f, 0.1 * s + 0.2) for s in range(6) for f in (0.5, 1.0, 2.0)]
+    mixed = [run("gdn_gsa", s, f, 0.1 * s + 0.2 * (f - 1)) for s in range(6) for f in (0.5, 1.0, 2.0)]
+    few = [run("kda", s, f, 0.0) for s in range(2) for f in (0.5, 2.0)]
+    table = area_differences([*base, *better, *mixed, *few]).set_index("line")
+    # whatever a seed adds to both is not in the difference
+    assert table.loc["window", ["difference of area", "low", "high"]].tolist() == pytest.approx([0.2] * 3)
+    assert table.loc["window", "verdict"] == "beats it"
+    # -.1 at half, 0 at once, .2 at twice: straight between, over log bytes; seed by seed the same
+    assert table.loc["gdn_gsa", "difference of area"] == pytest.approx((-0.05 + 0.1) / 2, abs=1e-3)
+    assert table.loc["kda", "verdict"] == "too few seeds"
+    assert "recurrent_wide" not in table.index
 
 
 def test_a_report_shows_axes_in_a_panel_of_their_own(tmp_path: Path) -> None:
