@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["each_axis", "parse_axes"]
+__all__ = ["each_axis", "parse_axes", "parts_of"]
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """``["items=4,8", "flag=True"]`` as axes and their values; what is no number and no truth value is a word.
+    """``["items=4,8", "flag=True", "noises=(0.05,0.8)"]`` as axes and their values; what is no value is a word.
 
     Raises:
         ValueError: a text without a name or values, or an axis named twice.
@@ -18,7 +19,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         name, equals, values = (part.strip() for part in text.partition("="))
-        words = [word.strip() for word in values.split(",") if word.strip()]
+        words = parts_of(values)
         if not (name and equals and words):
             raise ValueError(f"An axis and its values are needed, such as items=4,8,16. Got {text!r}.")
         if name in found:
@@ -27,10 +28,24 @@ def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def parts_of(text: str) -> list[str]:
+    """What stands between commas that are in no brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts if part.strip()]
+
+
 def _value(word: str) -> Any:
     try:
+        if word.startswith("("):
+            return literal_eval(word)
         return json.loads(word.lower() if word in ("True", "False") else word)
-    except ValueError:
+    except (ValueError, SyntaxError):
         return word
 
 

@@ -34,7 +34,8 @@ def axis_table(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
             varied.append({**row, "axis": axis, "value": told})
         elif name == row["line"]:
             own.append(row)
-    axes = {(row["tier"], row["rung"], row["axis"]) for row in varied}
+    # what differs in several things has no usual value
+    axes = {(row["tier"], row["rung"], row["axis"]) for row in varied if ", " not in row["axis"]}
     for row in own:
         for tier, rung, axis in axes:
             if (tier, rung) == (row["tier"], row["rung"]):

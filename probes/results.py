@@ -21,6 +21,7 @@ import torch
 import hamts
 from hamts.errors import DataError
 from hamts.files import written_whole
+from probes.axes import parts_of
 from probes.contract import CONTRACT_VERSION, EVALUATION_SEED, FAMILY
 from probes.evaluate import Evaluation
 from probes.packed import packed_documents
@@ -334,10 +335,9 @@ def tidy(documents: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def axis_of(identity: dict[str, Any]) -> tuple[str, str]:
-    """Name and value of the axis on which a line differs from its rung; what has no value stands alone."""
-    word = str(identity.get("axis", ""))
-    name, equals, value = word.rpartition(", ")[2].partition("=")
-    return (name, value) if equals else (word, "")
+    """Names and values of what a line differs in from its rung, in two lists; what has no value is a name alone."""
+    pairs = [part.partition("=") for part in parts_of(str(identity.get("axis", "")))]
+    return ", ".join(name for name, _, _ in pairs), ", ".join(value for _, equals, value in pairs if equals)
 
 
 def _rows(content: dict[str, Any]) -> Iterable[dict[str, Any]]:
