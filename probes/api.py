@@ -17,8 +17,8 @@ from hamts.errors import DataError
 from probes.axes import each_axis
 from probes.packed import sequence_errors
 from probes.registry import list_probes
-from probes.results import RUN_FILE, TABLE_FILE, read_documents, refuse_mixed, tidy
-from probes.runner import run_plan, run_t0_folder, write_table
+from probes.results import RUN_FILE, TABLE_FILE, read_documents, refuse_mixed, tidy, unseen
+from probes.runner import check_plan, run_plan, run_t0_folder, t0_rungs, write_table
 from probes.runner_plan import DEFAULT_BUDGETS, DEFAULT_ROUTERS, RunPlan
 from probes.stats import holm, paired_difference
 from probes.summary import best_rates
@@ -243,18 +243,22 @@ def load_report(folder: str | Path, *, partial: bool = False, also: Sequence[str
     """Read a folder of results, and write its table beside them.
 
     Args:
-        also: further folders: their runs, gates and labelled sets are reported with those of the first.
+        also: further folders: their runs, gates and labelled sets are reported with those of the first. A run that
+            lies in two of them, a packed copy say, is told once.
 
     Raises:
-        DataError: E-FILE, E-PROBE-UNFINISHED, E-PROBE-VERSION, E-PROBE-DAMAGED.
+        DataError: E-FILE, E-PROBE-UNFINISHED, E-PROBE-VERSION, E-PROBE-DAMAGED; E-PROBE-TWICE, a run has one result in
+            one folder and another in the next.
     """
     own = read_documents(folder, partial=partial)
-    documents, others = list(own), tuple(Path(other) for other in also)
+    documents = list(own)
+    named = {Path(other).resolve(): Path(other) for other in also}
+    others = tuple(other for place, other in named.items() if place != Path(folder).resolve())
     for other in others:
         if not other.is_dir():
             raise DataError("E-FILE", f"'{other}' is no folder.", fix="Name folders of results.")
         if (other / RUN_FILE).is_file():
-            documents += read_documents(other, partial=partial)
+            documents += unseen(read_documents(other, partial=partial), documents)
     refuse_mixed(documents, ", ".join(str(each) for each in (folder, *others)))
     report = ProbeReport(Path(folder), documents, tidy(documents), others)
     if own:

@@ -322,6 +322,31 @@ def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
             )
 
 
+def unseen(documents: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of some documents whose run is not among those before.
+
+    Raises:
+        DataError: E-PROBE-TWICE, a run is there with other results.
+    """
+
+    def key(content: dict[str, Any]) -> str:
+        # a size in brackets is a list once it is read
+        return json.dumps([content["identity"], content["config"], content["budget"]], sort_keys=True, default=list)
+
+    known = {key(content): content for content in before}
+    found = []
+    for content in documents:
+        same = known.get(key(content))
+        if same is None:
+            found.append(content)
+        elif json.dumps(same["results"], sort_keys=True) != json.dumps(content["results"], sort_keys=True):
+            raise DataError(
+                "E-PROBE-TWICE", f"'{same['path']}' and '{content['path']}' are the same run with different results.",
+                fix="Report them apart, or remove one of the two.",
+            )  # fmt: skip
+    return found
+
+
 # --- the table
 
 

@@ -23,6 +23,7 @@ from probes.contract import generator
 from probes.evaluate import permute_flags
 from probes.exact import exact_checks
 from probes.models import MODELS, ROUTERS_T1, NetConfig, ProbeNet, kept_rows, memory_bytes, without_rows
+from probes.packed import pack_folder
 from probes.registry import get_probe
 from probes.results import refuse_mixed
 from probes.runner_plan import RunPlan
@@ -258,6 +259,20 @@ def test_a_run_goes_on_where_it_stopped(folder: Path) -> None:
     assert set(after) == set(before)
     # one cell has both budgets, the others were left alone
     assert sum(after[path] != before[path] for path in before) <= 2
+
+
+def test_a_run_that_lies_in_two_folders_is_told_once(folder: Path, tmp_path: Path) -> None:
+    own = load_report(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    pack_folder(folder, tmp_path / "packed")
+    twice = load_report(folder, also=[folder, tmp_path / "copy", tmp_path / "packed"])
+    assert len(twice.documents) == len(own.documents) and len(twice.gates) == len(own.gates)
+    path = next((tmp_path / "copy").glob("der/*.json"))
+    content = json.loads(path.read_text())
+    content["results"]["skill"]["value"] += 0.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="E-PROBE-TWICE"):
+        load_report(folder, also=[tmp_path / "copy"])
 
 
 def test_mixed_versions_are_refused(folder: Path) -> None:
