@@ -217,6 +217,9 @@ def run_probes(
         raise ValueError("Axes are varied in tiers 0 and 1. Pass overrides={name: value} to tier 2.")
     if tier == "T0":
         for changes in each_axis(axes):
+            # every suite, before anything is run
+            t0_rungs(names, preset=preset, overrides=changes)
+        for changes in each_axis(axes):
             run_t0_folder(names, folder, preset=preset, progress=progress, overrides=changes)
     elif tier == "T1":
         plan = RunPlan(
@@ -224,9 +227,11 @@ def run_probes(
             seeds=seeds, **options,
         )  # fmt: skip
         until = None if max_time_s is None else time.monotonic() + max_time_s
-        for changes in each_axis(axes):
+        plans = [replace(plan, overrides={**plan.overrides, **changes}) for changes in each_axis(axes)]
+        for each in plans:
+            check_plan(each)
+        for each in plans:
             left = None if until is None else until - time.monotonic()
-            each = replace(plan, overrides={**plan.overrides, **changes})
             run_plan(each, folder, device=device, workers=workers, progress=progress, max_time_s=left)
     elif tier == "T2":
         from probes.adapter import run_external

@@ -148,15 +148,17 @@ def validate(
     def show(result: GateResult) -> None:
         console().print(str(result), markup=False, soft_wrap=True)
 
-    failed = 0
-    for name in chosen(names, everything):
+    failed, asked = 0, chosen(names, everything)
+    # read first: a folder that cannot be read is told before minutes of gates
+    of_runs = gates_in_runs(runs, asked)
+    for name in asked:
         with usage(), one_thread():
             results = run_gates(
                 name, preset=preset, trained=trained, gates=words(gates) or None, device=device, seed=seed, folder=out,
                 workers=workers, report=show,
             )  # fmt: skip
         failed += sum(result.passed is False for result in results)
-    for result in gates_in_runs(runs, chosen(names, everything)):
+    for result in of_runs:
         show(result)
         failed += result.passed is False
     if failed:
@@ -343,6 +345,9 @@ def table(
     folder: Folder,
     into: Annotated[Path | None, typer.Option(help="A page with <!-- table:begin --> and <!-- table:end -->.")] = None,
     rungs: Annotated[str, typer.Option(metavar="A,B", help="Of the folder; else all of them.")] = "",
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Every line with its skill, recall and bytes, however few seeds it has.")
+    ] = False,
     partial: Partial = False,
 ) -> None:
     """What the results say about the open questions, with intervals; of networks asked again, their scores."""
@@ -352,7 +357,7 @@ def table(
 
     with usage():
         found = of_rungs(read_documents(folder, partial=partial), words(rungs))
-    text = again_markdown(found) if asked_again(found) else answers_markdown(found)
+    text = again_markdown(found) if lines or asked_again(found) else answers_markdown(found)
     if into is None:
         console().print(text, markup=False, soft_wrap=True)
         return

@@ -36,6 +36,17 @@ GROWN_ROWS = 256
 TARGET_WEIGHT = 0.2
 GROWTH = ((0.4, 4), (0.25, 2), (0.35, 1))
 
+# what an axis takes, by how it is declared
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a word"),
+    "bool": (bool, "True or False"),
+    "int | None": ((int, type(None)), "a whole number"),
+    "tuple[int, ...]": ((tuple, list), "numbers in brackets, such as (1,2)"),
+    "tuple[float, ...]": ((tuple, list), "numbers in brackets, such as (0.1,0.8)"),
+}
+
 
 class Probe:
     """One suite: a generator with truth, floors and an oracle. Subclass it, then ``register_probe`` it.
@@ -105,6 +116,11 @@ class Probe:
         unknown = sorted(set(content) - known)
         if unknown:
             raise ValueError(f"Suite {self.name!r} has no axis {unknown[0]!r}. Available: {sorted(known)}.")
+        kinds = {f.name: str(f.type) for f in fields(self.Config)}
+        for axis, value in overrides.items():
+            kind, plain = _KINDS.get(kinds[axis], (None, ""))
+            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ValueError(f"The axis {axis!r} of suite {self.name!r} takes {plain}. Got {value!r}.")
         return self.Config(**content)
 
     def changes(self, preset: str, rung: str, overrides: Mapping[str, Any], **usual: Any) -> dict[str, Any]:

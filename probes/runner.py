@@ -62,16 +62,7 @@ def run_plan(
     check_device(device)
     root = Path(folder)
     deadline = None if max_time_s is None else time.time() + max_time_s
-    trials = plan.trial_cells()
-    if not trials:
-        raise DataError(
-            "E-OPTION", f"None of {list(plan.probes)} is trained: they are scored without training.",
-            fix="hamts probes run stream --tier T0",
-        )  # fmt: skip
-    for cell in {(cell.probe, cell.rung): cell for cell in trials}.values():
-        # before anything is trained
-        least = min(plan.budgets)
-        budget_rows(least, critical_rows(get_probe(cell.probe)[0], cell.config))
+    check_plan(plan)
     written = []
     if device.startswith("cuda") if in_step is None else in_step:
         own, rest = plan.split(STACKED_MODELS, STACKED_ROUTERS)
@@ -87,6 +78,24 @@ def run_plan(
     return sorted({*written, *_run_cells(
         plan.main_cells(rates), root, device=device, workers=workers, progress=progress, deadline=deadline, done=True
     )})  # fmt: skip
+
+
+def check_plan(plan: RunPlan) -> None:
+    """Refuse before anything is trained what cannot be run.
+
+    Raises:
+        DataError: E-OPTION, no suite is trained; E-PROBE-BUDGET, a budget is less than one entry.
+        ValueError: an unknown axis or value.
+    """
+    trials = plan.trial_cells()
+    if not trials:
+        raise DataError(
+            "E-OPTION", f"None of {list(plan.probes)} is trained: they are scored without training.",
+            fix="hamts probes run stream --tier T0",
+        )  # fmt: skip
+    for cell in {(cell.probe, cell.rung): cell for cell in trials}.values():
+        least = min(plan.budgets)
+        budget_rows(least, critical_rows(get_probe(cell.probe)[0], cell.config))
 
 
 def read_each(paths: list[Path]) -> list[dict[str, Any]]:

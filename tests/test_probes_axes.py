@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def test_values_of_an_axis_are_lines_of_their_own_and_the_usual_one_is_the_usual
     assert parse_axes(["items=4,8", "flag=True", "variant=grid,sphere"]) == {
         "items": (4, 8), "flag": (True,), "variant": ("grid", "sphere")
     }  # fmt: skip
+    # a value of several numbers stands in brackets
+    assert parse_axes(["noises=(0.05, 0.8),(0.1,0.4)"]) == {"noises": ((0.05, 0.8), (0.1, 0.4))}
     for wrong, text in ((["items"], "Got 'items'"), (["=3"], "Got '=3'"), (["a=1", "a=2"], "named twice")):
         with pytest.raises(ValueError, match=text):
             parse_axes(wrong)
@@ -53,6 +56,45 @@ def test_values_of_an_axis_are_lines_of_their_own_and_the_usual_one_is_the_usual
     assert (cell.axis, dict(cell.overrides)["items"]) == ("items=4, missed_tags=0.0", 4)
     usual = RunPlan(probes=("der/der",), models=("full",), overrides={"items": 12}).trial_cells()
     assert usual == RunPlan(probes=("der/der",), models=("full",)).trial_cells()
+
+
+def test_lines_that_differ_in_several_things_are_told_apart() -> None:
+    told = {
+        "": ("", ""), "items=8": ("items", "8"), "int8": ("int8", ""), "noises=(0.05, 0.8)": ("noises", "(0.05, 0.8)"),
+        "items=8, noise=0.1": ("items, noise", "8, 0.1"), "items=4, noise=0.1": ("items, noise", "4, 0.1"),
+        "width16, items=8": ("width16, items", "8"),
+    }  # fmt: skip
+    assert {word: axis_of({"axis": word}) for word in told} == told
+    rows = run_t0_suite(get_probe("der")[0], preset="smoke", rungs=("der",))
+    documents = [
+        content
+        for axis in ("", "items=8, noise=0.1", "items=4, noise=0.1")
+        for content in t0_documents("der", rows, preset="smoke", seed=0, axis=axis)
+    ]
+    assert set(axis_table(documents)["value"]) == {"8, 0.1", "4, 0.1"}
+
+
+def test_noises_of_services_are_an_axis(tmp_path: Path) -> None:
+    noises = ", ".join(["0.05", "0.8"] * 4)
+    found = parse_axes([f"noises=({noises})"])
+    report = run_probes("frontier", tier="T0", preset="smoke", out=tmp_path, progress=False, axes=found)
+    assert set(report.frame["axis_value"]) == {f"({noises})"}
+
+
+@pytest.mark.parametrize("tier", ["T0", "T1"])
+def test_axes_are_read_before_anything_is_run(tmp_path: Path, tier: str) -> None:
+    def run(*names: str, **axes: tuple[object, ...]) -> None:
+        run_probes(names, tier=tier, preset="smoke", out=tmp_path / "out", progress=False, axes=axes)
+
+    for value in ("abc", 4.5, True):
+        with pytest.raises(ValueError, match="'items' of suite 'der' takes a whole number. Got "):
+            run("der", items=(4, value))
+    with pytest.raises(ValueError, match="'noise' of suite 'der' takes a number. Got 'loud'"):
+        run("der", noise=("loud",))
+    # the second suite has no such axis
+    with pytest.raises(ValueError, match="'rrr' has no axis 'updates'"):
+        run("der", "rrr", updates=(4,))
+    assert not (tmp_path / "out").exists()
 
 
 # --- budgets of layers
