@@ -75,7 +75,7 @@ def test_lines_that_differ_in_several_things_are_told_apart() -> None:
 
 
 def test_noises_of_services_are_an_axis(tmp_path: Path) -> None:
-    noises = ", ".join(["0.05", "0.8"] * 4)
+    noises = ", ".join(["0.1", "0.9"] * 4)
     found = parse_axes([f"noises=({noises})"])
     report = run_probes("frontier", tier="T0", preset="smoke", out=tmp_path, progress=False, axes=found)
     assert set(report.frame["axis_value"]) == {f"({noises})"}
