@@ -14,7 +14,7 @@ from probes.train import Fitted, sample
 
 __all__ = ["LAYER_SPLITS", "layer_rows"]
 
-# "learned" is the one of these, of the even split and of those half way between that is best on validation
+# "learned" is the one of these, of the even split and of those between that is best on validation
 LAYER_SPLITS = ("first", "last", "learned")
 VALIDATION_SEQUENCES = 128
 
@@ -43,10 +43,13 @@ def concentrated(total: int, layers: int, place: int, share: float = 1.0) -> tup
 
 @torch.no_grad()
 def learned(fitted: Fitted, rows: int) -> tuple[int, ...]:
-    """The split with the least error on validation sequences; of equal ones the most even."""
+    """The split with the least error on validation sequences; of equal ones the most even.
+
+    Tried are the even one, and of each layer one that gives it all and one half way between.
+    """
     net, plan, layers = fitted.net, fitted.plan, fitted.net.config.layers
     batch = sample(plan, generator(VALIDATION_SEED), VALIDATION_SEQUENCES).to(plan.device)
-    tried = [(rows,) * layers]
-    tried += [concentrated(rows * layers, layers, place, share) for share in (0.75, 1.0) for place in range(layers)]
+    tried, half = [(rows,) * layers], (1.0 + 1.0 / layers) / 2
+    tried += [concentrated(rows * layers, layers, place, share) for share in (half, 1.0) for place in range(layers)]
     errors = {each: float(query_error(answer_batch(net, batch, each)[0], batch).nanmean()) for each in tried}
     return min(errors, key=lambda each: errors[each])

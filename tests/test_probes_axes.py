@@ -113,6 +113,8 @@ def test_a_total_of_entries_is_shared_by_layers_as_asked() -> None:
         kept = [kept_rows(memory, 72) for memory in read_context(fitted.net, batch, rows).memory]
         assert [int(layer.sum(1).max()) for layer in kept if layer is not None] == list(most)
     assert sum(layer_rows("learned", fitted, rows=12)) == 24
+    # half way from the even split to all in one layer, however many layers there are
+    assert [concentrated(24, n, 0, (1 + 1 / n) / 2) for n in (2, 3, 4)] == [(18, 6), (16, 4, 4), (15, 3, 3, 3)]
     with pytest.raises(ValueError, match="Unknown split of layers 'even'"):
         layer_rows("even", fitted, rows=12)
 
