@@ -27,8 +27,9 @@ def effect_scores(answer: torch.Tensor, batch: ProbeBatch) -> dict[str, float]:
     ``effect_tau_t``: error t rows ahead, over that of assuming no effect. ``pehe``: root mean squared error of the
     effect summed over the horizon, over the same of assuming none. ``sign_accuracy``: of that sum. ``effect_slope``:
     of predicted on true effects; 1 without bias, below it too small. ``consistency``: size of the effect of doing
-    nothing, and ``additivity``: of what both actions do beyond the sum of each, where effects are linear; over the
-    usual size of an effect, 0 is right. ``regret_*``: value lost by choosing plans on the answers.
+    nothing (masked out of the loss: no network was taught that it is 0), and ``additivity``: of what both actions do
+    beyond the sum of each, where effects are linear; over the usual size of an effect, 0 is right. ``regret_*``: value
+    lost by choosing plans on the answers.
     """
     horizon = batch.extra["baseline"].shape[1]
     size = horizon * CHANNELS

@@ -22,7 +22,8 @@ __all__ = ["effects", "layers", "prequential", "raster", "real_series", "residua
 EFFECTS = {
     "regret_cost": "plan regret by cost", "regret_reward": "plan regret by reward", "pehe": "PEHE over that of none",
     "sign_accuracy": "signs right", "effect_slope": "slope (1: no bias)", "placebo_effect": "effect of placebos",
-    "consistency": "effect of doing nothing", "additivity": "both beyond the sum", "factual_nmse": "factual NMSE",
+    "consistency": "effect of doing nothing, untaught", "additivity": "both beyond the sum",
+    "factual_nmse": "factual NMSE",
     "causal_use": "causal use",
 }  # fmt: skip
 RASTER_ROUTERS = ("surprise", "innovation", "write", "tags", "mix", "random", "oracle")

@@ -318,10 +318,13 @@ def test_kept_rows_in_windows_are_near_and_far_ones_are_not() -> None:
     far[[250, 550, 900]] = True
     away = detection(far, windows)
     assert away.recall == 0.0 and away.precision_distance > 0.8
-    # by lot: as near as chance has it
-    lot = np.zeros_like(kept)
-    lot[np.random.default_rng(5).choice(1_000, size=300, replace=False)] = True
-    assert detection(lot, windows).reach == pytest.approx(1.0, abs=0.35)
+    # by lot: as near as chance has it, in the mean of forty draws
+    reach = []
+    for seed in range(40):
+        lot = np.zeros_like(kept)
+        lot[np.random.default_rng(seed).choice(1_000, size=100, replace=False)] = True
+        reach.append(detection(lot, windows).reach)
+    assert np.mean(reach) == pytest.approx(1.0, abs=0.1)
     # whole patches are drawn where whole patches are kept: two of a hundred touch a window by chance, but not often
     patch = np.arange(1_000) // 10
     held = detection(np.isin(patch, [10, 40]), windows, patch=patch)
