@@ -20,7 +20,8 @@ import torch
 from hamts.errors import DataError
 from probes.evaluate import evaluate
 from probes.registry import Probe, get_probe, list_probes
-from probes.results import document, remove_stale, start_folder, t0_documents, t0_name, tidy, write_document
+from probes.results import document, start_folder, tidy, write_document
+from probes.results_t0 import remove_stale, t0_documents, t0_name
 from probes.runner_plan import STACKED_MODELS, STACKED_ROUTERS, Cell, RunPlan, axis_words, budget_rows, critical_rows
 from probes.stacked_run import OutOfTime, run_rung
 from probes.summary import chosen_rates

@@ -25,7 +25,8 @@ from probes.registry import get_probe, list_probes
 from probes.report_axes import axis_table
 from probes.report_frontier import area, area_differences
 from probes.report_ranks import profile_table, runs_of, win_rates
-from probes.results import axis_of, t0_documents
+from probes.results import axis_of
+from probes.results_t0 import t0_documents
 from probes.runner import fit_cell, run_plan
 from probes.runner_plan import RunPlan
 from probes.summary import score_table
