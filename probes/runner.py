@@ -72,10 +72,13 @@ def run_plan(
         if rest is None:
             return written
         plan = rest
-    written += _run_cells(
-        plan.trial_cells(), root, device=device, workers=workers, progress=progress, deadline=deadline, done=False
-    )
-    rates = chosen_rates(read_each(written))
+    # of one rate there is nothing to try: all networks at once, and no worker waits for the last trial
+    rates = plan.only_rates()
+    if not rates:
+        written += _run_cells(
+            plan.trial_cells(), root, device=device, workers=workers, progress=progress, deadline=deadline, done=False
+        )
+        rates = chosen_rates(read_each(written))
     return sorted({*written, *_run_cells(
         plan.main_cells(rates), root, device=device, workers=workers, progress=progress, deadline=deadline, done=True
     )})  # fmt: skip

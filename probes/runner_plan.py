@@ -199,6 +199,16 @@ class RunPlan:
                 found[rung, model] = place
         return [self._cell(*place, 0, rate) for rate in rates for place in found.values()]
 
+    def only_rates(self) -> dict[tuple[str, ...], float]:
+        """What trials would choose where there is one learning rate; nothing where there are several."""
+        rates = self.learning_rates or PRESETS[self.preset].learning_rates
+        if len(rates) > 1:
+            return {}
+        return {
+            ("T1", rung, model, self.readout, self.axis(probe, rung)): rates[0]
+            for probe, rung, model, _, _ in self._places()
+        }
+
     def main_cells(self, rates: Mapping[tuple[str, ...], float]) -> list[Cell]:
         """All seeds, each architecture at the rate that was best on validation (``summary.chosen_rates``).
 

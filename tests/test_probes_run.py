@@ -463,3 +463,11 @@ def test_learning_rates_are_tried_with_the_first_seed_and_the_best_serves_the_ot
     assert set(rates[1]) == set(rates[2]) == {best}
     line = score_table(report.documents)
     assert line["seeds"].tolist() == [3]
+
+
+def test_one_learning_rate_needs_no_trials() -> None:
+    plan = RunPlan(probes=("der/der",), models=("ham", "full"), routers=("tags", "learned"), seeds=2)
+    # what trials would have run is among the others, to the last number
+    cells = plan.main_cells(plan.only_rates())
+    assert len(cells) == 6 and {cell.hash for cell in plan.trial_cells()} < {cell.hash for cell in cells}
+    assert replace(plan, learning_rates=(1e-3, 2e-3)).only_rates() == {}
