@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,10 +41,10 @@ def parts_of(text: str) -> list[str]:
 
 def _value(word: str) -> Any:
     try:
-        if word.startswith("("):
-            return literal_eval(word)
+        if word.startswith("(") and word.endswith(")"):
+            return tuple(json.loads(f"[{word[1:-1]}]"))
         return json.loads(word.lower() if word in ("True", "False") else word)
-    except (ValueError, SyntaxError):
+    except ValueError:
         return word
 
 

@@ -242,7 +242,7 @@ def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
     seen: dict[str, int] = {}
     for content in documents:
         identity = content["identity"]
-        if identity["tier"] == "T0":
+        if identity.get("tier") == "T0":
             own = content["config"].get("t0_version", 1)
             if seen.setdefault("T0", own) != own:
                 raise DataError(
