@@ -31,6 +31,7 @@ FILES = (
     "tests/test_attend_triton.py",
     "tests/test_stores.py",
     "tests/test_stream_entries.py",
+    "tests/test_stream_recorded.py",
     "tests/test_pool.py",
     "tests/test_rollout_room.py",
     "tests/test_no_waits.py",

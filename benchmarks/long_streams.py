@@ -7,7 +7,7 @@ there. Preset base, patches of 4 steps, float32; weights hardly trained.
 rolls: 4 items of 4 channels and 16,384 patches, nothing capped. In every chunk the device is asked how many entries
 there are, or a chunk late, or never.
 steps: a patch of 256 and of 1,024 items whose scratchpads are drawn, ragged, up to 4,096 entries in each of 4 layers;
-padded, and in rows that all items share.
+padded, and in rows that all items share; these also with steps that are recorded and replayed.
 reads: the read of a step alone, in a CUDA graph: entries padded, in shared pages of 64, and in shared rows.
 """
 
@@ -48,7 +48,7 @@ PATCH, GIB = 4, 2**30
 # entries of a scratchpad: on average, and at most
 MEAN, MOST = 1_365, 4_096
 # rows that an item has read before, updates that are not timed, and that are
-HOURS, WARM, TURNS = 400, 2, 5
+HOURS, WARM, TURNS = 400, 3, 5
 
 
 def model_of(channels: int, preset: str, folder: Path | None) -> hamts.HAMForecaster:
@@ -241,6 +241,8 @@ def fed(stream: Stream, names: np.ndarray, device: str) -> dict[str, Any]:
     entries = stream._items.memory.entries
     cell |= {"store_gib": entries.nbytes() / GIB, "peak_gib": peak_gib(device)}
     cell["entries_after"] = sum(int(used.sum()) for used in entries.used.values())
+    if stream._stepper.recorder is not None:
+        cell["replayed"] = stream._stepper.recorder.replayed
     if device != "cpu":
         frame = frame_of(WARM + TURNS, names)
         traced = busy(lambda: stream.update(frame), 1)
@@ -257,19 +259,22 @@ def steps(device: str, model: hamts.HAMForecaster, *, small: bool) -> Iterator[t
         counts = np.clip(draws / draws.mean() * mean, 1, min(3 * mean, MOST)).astype(np.int64)
         many = {name: torch.as_tensor(x).repeat(items, *[1] * (x.ndim - 1)) for name, x in arrays.items()}
         names = np.array([f"item {k}" for k in range(items)], dtype=object)
-        for store in ("paged", "padded"):
-            config = {**meta["config"], "store": store, "items_side_by_side": side}
+        for store in ("paged, recorded", "paged", "padded"):
+            recorded = store.endswith("recorded")
+            if recorded and device == "cpu":
+                continue
+            config = {**meta["config"], "store": store.split(",")[0], "items_side_by_side": side}
             facts = {**meta, "config": config, "item_ids": names.tolist()}
             cell: dict[str, Any] = {"items": items, "store": store, "side_by_side": side, "layers": model.config.layers}
             cell |= {"entries_mean": float(counts.mean()), "entries_most": int(counts.max())}
             try:
-                stream = Stream.from_state(model, many, facts, device=device)
+                stream = Stream.from_state(model, many, facts, device=device, recorded=recorded)
                 filled(stream, counts)
                 cell |= fed(stream, names, device)
             except torch.OutOfMemoryError as problem:
                 cell["does_not_fit"] = str(problem)[:120]
             stream = None  # type: ignore[assignment]
-            yield f"steps--{items}--{side}--{store}", cell
+            yield f"steps--{items}--{side}--{store.replace(', ', '-')}", cell
 
 
 # --- the read alone

@@ -301,6 +301,7 @@ class StreamConfig:
         store: where scratchpads lie: ``padded``, each with room for the longest of all, or ``paged``, in rows that all
             items share, which takes less where they differ in length. Results and saved states are the same.
         device: where it runs, ``cpu``, ``cuda`` or ``cuda:0`` and so on. A saved state knows nothing of it.
+        recorded: whether a step of each size is recorded once and replayed, as a CUDA graph; of ``paged`` on a GPU.
     """
 
     late: str = "reopen"
@@ -316,6 +317,7 @@ class StreamConfig:
     items_side_by_side: int = 128
     store: str = "padded"
     device: str = "cpu"
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         choices = {

@@ -20,13 +20,14 @@ from hamts.config import StreamConfig
 from hamts.data.frame import future_frame
 from hamts.errors import DataError
 from hamts.forecast import Forecast
-from hamts.stream_device import network_on
+from hamts.stream_device import HERE, network_on
 from hamts.stream_forecast import Scenario, forecast_stream, remembered_items, run_scenario
 from hamts.stream_frames import read_rows
 from hamts.stream_hash import hash_model, hash_state
 from hamts.stream_history import check_streamable, history_rows, saved_rows
 from hamts.stream_operator import forget_span, pin_span
 from hamts.stream_pins import Pin
+from hamts.stream_recorded import recorder_of
 from hamts.stream_report import UpdateReport, notes_of
 from hamts.stream_rows import judge_rows
 from hamts.stream_spill import Spill
@@ -93,7 +94,7 @@ class Stream:
         check_streamable(model)
         self.model, self.config, self.share = model, config, share
         self._network = network_on(model, config.device)
-        self._stepper = Stepper(self._network, self.schema, share)
+        self._stepper = Stepper(self._network, self.schema, share, recorder=recorder_of(self._network, config))
         columns = item_columns(
             self._network,
             recent_rows=max(config.recent_rows, self._network.config.patch_steps),
@@ -302,7 +303,7 @@ class Stream:
             "model": self.model_hash,
             "item_ids": list(self._items.ids),
             "share": self.share,
-            "config": {name: value for name, value in asdict(self.config).items() if name != "device"},
+            "config": {name: value for name, value in asdict(self.config).items() if name not in HERE},
             "pins": self.pins,
         }
         # a commit does not bring idle items back to memory for good
@@ -311,15 +312,16 @@ class Stream:
         return arrays, meta
 
     @classmethod
-    def from_state(
-        cls, model: HAMForecaster, arrays: Arrays, meta: Mapping[str, Any], *, device: str = "cpu"
-    ) -> Stream:
-        """The stream that ``state`` was taken of. Raises DataError E-STATE: another model's, a newer one, damaged."""
+    def from_state(cls, model: HAMForecaster, arrays: Arrays, meta: Mapping[str, Any], **here: Any) -> Stream:
+        """The stream that ``state`` was taken of; ``here``: device, recorded.
+
+        Raises DataError E-STATE: another model's, a newer one, damaged.
+        """
         if meta["version"][0] > STATE_VERSION[0]:
             found = f"This state has version {meta['version']}, newer than {list(STATE_VERSION)}."
             raise DataError("E-STATE", found, fix="Upgrade.")
         known = {name: value for name, value in meta["config"].items() if name in StreamConfig.__dataclass_fields__}
-        stream = cls(model, StreamConfig(**{**known, "device": device}), float(meta["share"]))
+        stream = cls(model, StreamConfig(**known, **here), float(meta["share"]))
         if meta["model"] != stream.model_hash:
             found = f"This state belongs to model {meta['model'][:16]}, not to {stream.model_hash[:16]}."
             raise DataError("E-STATE", found, fix="Load the model that the stream was started with.")

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from hamts.forecaster import HAMForecaster
     from hamts.reader import HAMNetwork
 
-__all__ = ["check_device", "network_on"]
+__all__ = ["HERE", "check_device", "network_on"]
+
+# options of a stream that are the machine's, which no state knows of
+HERE = ("device", "recorded")
 
 # as torch writes them: of a number with zeros before it, or of one beyond a byte, torch knows nothing
 NAMES = re.compile(r"cpu|cuda(?::(?P<number>0|[1-9][0-9]{0,3}))?", re.ASCII)

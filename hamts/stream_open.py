@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hamts.errors import DataError, StateFolderError
+from hamts.stream_device import HERE
 from hamts.stream_generations import Commit
 from hamts.stream_store import MODEL, StateStore, reached
 
@@ -81,7 +82,7 @@ def open_stream(
         sink: where forecasts and alerts come out with each commit.
         read_only: look at the last commit, even while another process writes; nothing can be committed.
         options: of ``HAMForecaster.stream`` for a new stream. One that goes on keeps those that it was started with,
-            ``store`` among them, and ignores these; but for ``device``, which no state knows of.
+            ``store`` among them, and ignores these; but for ``device`` and ``recorded``, which no state knows of.
 
     Raises StateFolderError: E-STATE-LOCKED, E-STATE-READONLY, E-STATE-FOREIGN, E-STATE-MODEL, E-STATE-VERSION,
         E-STATE-DAMAGED, E-STATE-EMPTY (read_only, or no model, and nothing was ever committed).
@@ -95,7 +96,8 @@ def open_stream(
         fitted = _fitted(store, model)
         loaded = store.load(Stream(fitted, StreamConfig(), fitted.plan.memory.budget_share).model_hash)
         if loaded is not None:
-            stream = Stream.from_state(fitted, loaded.arrays, loaded.meta, device=options.get("device", "cpu"))
+            here = {name: options[name] for name in HERE if name in options}
+            stream = Stream.from_state(fitted, loaded.arrays, loaded.meta, **here)
             return DurableStream(stream, store, commit_every=commit_every, sink=sink)
         if read_only:
             raise _empty(store.folder)

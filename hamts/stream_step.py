@@ -21,6 +21,7 @@ from hamts.nn.tokens import Policy
 from hamts.ops.kernels import launched_on
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors
+from hamts.stream_recorded import Pass, Recorder
 
 __all__ = ["Ahead", "PatchRows", "Stepped", "Stepper"]
 
@@ -61,8 +62,8 @@ class Ahead:
 class Stepper:
     """The network as a stream runs it."""
 
-    def __init__(self, network: HAMNetwork, schema: Schema, share: float) -> None:
-        self.network, self.schema, self.share = network, schema, share
+    def __init__(self, network: HAMNetwork, schema: Schema, share: float, *, recorder: Recorder | None = None) -> None:
+        self.network, self.schema, self.share, self.recorder = network, schema, share, recorder
         self.zone = schema.dialect.time_zone
         self.clock = effective_clock(schema.frequency, self.zone)
         self.integer = schema.frequency.kind == "integer"
@@ -75,29 +76,42 @@ class Stepper:
     @torch.inference_mode()
     def step(self, rows: PatchRows, memory: StreamMemory, ids: list[object]) -> Stepped:
         """Read one complete patch of each item. Raises DataError E-NUMERIC: the memory would hold no numbers."""
-        chunk = self.chunk(rows, complete=True)
         policy, _ = self.policies(len(rows.patch))
-        with launched_on(self.network.unit.device):
-            reading = self.network(chunk, memory, policy, stepwise=True, decode=False)
-        self._refuse_non_finite(reading.memory, rows, ids)
+        after, (sound, kept, heard) = self._run(self._stepped, self.chunk(rows, complete=True), memory, policy)
+        assert after is not None
+        if not bool(sound):
+            self._refuse_non_finite(after, rows, ids)
+        return Stepped(after, kept.cpu().numpy(), heard.cpu().numpy())
+
+    def _stepped(self, chunk: Chunk, memory: StreamMemory, policy: Policy) -> tuple[StreamMemory, list[torch.Tensor]]:
+        """The memory after a patch; also whether it holds numbers alone [], tokens routed [B, L] and observed [B]."""
+        reading = self.network(chunk, memory, policy, stepwise=True, decode=False)
         heard = reading.heard > 0  # [B, C, 1]
         kept = torch.stack([(trace.routed & heard).sum((1, 2)) for trace in reading.traces], 1)  # [B, L]
-        return Stepped(reading.memory, kept.cpu().numpy(), heard.sum((1, 2)).cpu().numpy())
+        return reading.memory, [_holds_numbers(reading.memory), kept, heard.sum((1, 2))]
+
+    def _run(
+        self, what: Pass, chunk: Chunk, memory: StreamMemory, policy: Policy
+    ) -> tuple[StreamMemory | None, list[torch.Tensor]]:
+        with launched_on(self.network.unit.device):
+            if self.recorder is not None and all(layer.pool is not None for layer in memory.layers):
+                return self.recorder(what, chunk, memory, policy)
+            return what(chunk, memory, policy)
 
     @torch.inference_mode()
     def ahead(self, rows: PatchRows, memory: StreamMemory) -> Ahead:
         """Forecast the patch that begins now from what came before it, nothing of it known."""
-        chunk = self.chunk(rows, complete=False)
         _, policy = self.policies(len(rows.patch))
+        _, found = self._run(self._foreseen, self.chunk(rows, complete=False), memory, policy)
+        quantiles, mean, scale = (leaf.cpu().numpy() for leaf in found)
+        return Ahead(quantiles=quantiles, mean=mean, scale=scale)
+
+    def _foreseen(self, chunk: Chunk, memory: StreamMemory, policy: Policy) -> tuple[None, list[torch.Tensor]]:
+        """Quantiles [B, G, P, Q] in the user's units, mean and scale [B, G] of a patch; nothing is left behind."""
         # the library's op for chunks would be compiled, and tuned, for the one patch
         stepwise = self.network.kernels.recurrence != "torch"
-        with launched_on(self.network.unit.device):
-            reading = self.network(chunk, memory, policy, stepwise=stepwise, advance=False)
-        return Ahead(
-            quantiles=reading.unscaled()[:, :, 0].cpu().numpy(),
-            mean=reading.mean[:, :, 0].cpu().numpy(),
-            scale=reading.scale[:, :, 0].cpu().numpy(),
-        )
+        reading = self.network(chunk, memory, policy, stepwise=stepwise, advance=False)
+        return None, [reading.unscaled()[:, :, 0], reading.mean[:, :, 0], reading.scale[:, :, 0]]
 
     def policies(self, items: int) -> tuple[Policy, Policy]:
         """What scratchpads may do for so many items: in reading; in a forecast, whose tokens live outside the cap."""
@@ -156,15 +170,9 @@ class Stepper:
         return np.stack([self._calendar[stamp] for stamp in stamps])
 
     def _refuse_non_finite(self, memory: StreamMemory, rows: PatchRows, ids: list[object]) -> None:
-        found = flatten_tensors(memory.layers, "layers").items()
-        leaves = {name: leaf for name, leaf in found if leaf.is_floating_point() and leaf.numel()}
-        # of entries in a pool the widest parts are not among the leaves: what this patch wrote of them; what was there
-        # before was asked about when it came
+        """Say which of an item's values is no number."""
+        leaves = _numbers(memory)
         pools = {n: layer.pool for n, layer in enumerate(memory.layers) if layer.pool is not None}
-        written = [pool.written for pool in pools.values() if pool.written is not None]
-        # one question for all: each would wait for the device
-        if bool(torch.stack([torch.isfinite(each) for each in (*(x.sum() for x in leaves.values()), *written)]).all()):
-            return
         for number, pool in pools.items():
             pad = memory.layers[number].scratchpad
             if pad.rows is not None and pad.alive.numel():
@@ -181,3 +189,18 @@ class Stepper:
                 series=ids[item],
                 fix="Look for values of extreme size in these rows. The state is as it was before them.",
             )
+
+
+def _numbers(memory: StreamMemory) -> dict[str, torch.Tensor]:
+    found = flatten_tensors(memory.layers, "layers").items()
+    return {name: leaf for name, leaf in found if leaf.is_floating_point() and leaf.numel()}
+
+
+def _holds_numbers(memory: StreamMemory) -> torch.Tensor:
+    """Whether a memory holds nothing else, []; not asked for, so that all is waited for once."""
+    # of entries in a pool the widest parts are not among the leaves: what this patch wrote of them; what was there
+    # before was asked about when it came
+    pools = [layer.pool for layer in memory.layers if layer.pool is not None]
+    sums = [leaf.sum() for leaf in _numbers(memory).values()]
+    sums += [pool.written for pool in pools if pool.written is not None]
+    return torch.stack([torch.isfinite(each) for each in sums]).all()

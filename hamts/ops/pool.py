@@ -92,6 +92,12 @@ class RowPool:
         """Rows that were taken since they were last looked for, whether anybody names them or not."""
         return self.rows - self.left
 
+    def borrowed(self, numbers: torch.Tensor) -> RowPool:
+        """The same rows for a reader that takes these, [n], which were taken of this pool for it."""
+        other = object.__new__(RowPool)
+        other.parts, other.free, other.taken, other.written, other.latest = self.parts, numbers, 0, None, 0
+        return other
+
     def give_back(self, used: int) -> None:
         """What was taken since ``used`` was asked for is free again."""
         self.taken -= self.used() - used
