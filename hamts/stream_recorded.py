@@ -10,7 +10,7 @@ B items · M entries, padded · n rows that a pass takes
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,7 +134,7 @@ class _Graphs:
         # forecasts may run in other threads meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             run()
-        return graph.replay  # type: ignore[no-any-return]
+        return graph.replay
 
 
 def _recorded(
@@ -200,8 +200,7 @@ def _roomy(layer: LayerMemory) -> LayerMemory:
     def longer(leaf: torch.Tensor) -> torch.Tensor:
         return torch.cat([leaf, leaf.new_zeros(len(leaf), room - leaf.shape[1], *leaf.shape[2:])], 1)
 
-    pad = map_tensors(layer.scratchpad, longer)
-    return replace(map_tensors(replace(layer, scratchpad=None), torch.clone), scratchpad=pad)
+    return replace(map_tensors(layer, torch.clone), scratchpad=map_tensors(layer.scratchpad, longer))
 
 
 def _fill(memory: StreamMemory, still: StreamMemory) -> None:
@@ -221,7 +220,7 @@ def _copy(sources: Tensors, targets: Tensors) -> None:
         torch._foreach_copy_([target for _, target in mine], [source for source, _ in mine])
 
 
-def _copies(tensors: list[torch.Tensor | None]) -> list[Any]:
+def _copies(tensors: Sequence[torch.Tensor | None]) -> list[Any]:
     there = [tensor for tensor in tensors if tensor is not None]
     made = [torch.empty_like(tensor) for tensor in there]
     _copy(there, made)

@@ -33,6 +33,8 @@ def replayed(run: Callable[[], list[torch.Tensor]]) -> Callable[[], None]:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked for on the way, so that shapes do not depend on what is kept."""
+    # models that other tests share are made as they are
+    plain_model(), rich_model()
     hold = RowPool.hold
     monkeypatch.setattr(RowPool, "hold", lambda pool, rows, alive, asks=True: hold(pool, rows, alive, asks=False))
 
