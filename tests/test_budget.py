@@ -30,7 +30,7 @@ from networks import (
     take_items,
 )
 from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
-from test_layer import make_entries
+from test_layer_parts import make_entries
 
 from hamts.config import EVICTIONS, THRESHOLDS, MemoryConfig, TagType
 from hamts.nn.controllers import Tracked, track_thresholds

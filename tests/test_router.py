@@ -22,7 +22,7 @@ from networks import (
     take_items,
 )
 from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
-from test_layer import make_entries
+from test_layer_parts import make_entries
 
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
