@@ -130,6 +130,8 @@ class _Graphs:
 
     def __call__(self, run: Callable[[], Tensors]) -> Callable[[], None]:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
+        # what these sizes have kernels compiled, or tuned, for cannot wait while it is recorded
+        run()
         graph = torch.cuda.CUDAGraph()
         # forecasts may run in other threads meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -151,7 +153,7 @@ def _recorded(
         for pool in borrowed:
             pool.taken = 0
         after, asked = what(own, still, policy)
-        made.append((after, asked))
+        made[:] = [(after, asked)]
         return [
             *([] if after is None else _leaves(after)),
             *asked,
