@@ -1,4 +1,4 @@
-"""Tier 0, exact tests, small trainings, the runner, and what is refused."""
+"""The runner, its documents, the report, the commands, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,199 +20,14 @@ from probes import t0
 from probes.api import load_report, run_probes
 from probes.cli import main
 from probes.contract import generator
-from probes.evaluate import permute_flags
-from probes.exact import exact_checks
-from probes.models import MODELS, ROUTERS_T1, NetConfig, ProbeNet, kept_rows, memory_bytes, without_rows
+from probes.models import NetConfig
 from probes.packed import pack_folder
 from probes.registry import get_probe
 from probes.results import refuse_mixed
 from probes.runner_plan import RunPlan
-from probes.scores import query_error, selection
 from probes.summary import score_table
-from probes.t0_run import draw_case, keep_by, run_t0_suite, scored_row
-from probes.train import forward, shuffled_rows
-from probes.transfer import TransferPlan, score_transfer, train_transfer
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def der_rows() -> list[dict]:
-    return run_t0_suite(get_probe("der")[0], preset="small")
-
-
-def value(rows: list[dict], rung: str, router: str, name: str, fraction: float = 1.0) -> float:
-    found = [
-        r for r in rows
-        if (r["rung"], r["router"], r.get("budget_frac"), r["model"]) == (rung, router, fraction, "kv")
-        and not r.get("write_clip")
-    ]  # fmt: skip
-    return found[0][name]
-
-
-# --- tier 0
-
-
-def test_tier_0_is_deterministic(der_rows: list[dict]) -> None:
-    again = run_t0_suite(get_probe("der")[0], preset="small")
-    assert json.dumps(again, sort_keys=True) == json.dumps(der_rows, sort_keys=True)
-
-
-def test_tier_0_shows_that_decoys_take_the_place_of_items(der_rows: list[dict]) -> None:
-    assert value(der_rows, "der", "write", "recall_exact") > 0.6
-    # with as many decoys as items, error routing keeps the decoys; a tag does not
-    assert value(der_rows, "derD", "write", "recall_exact") < 0.1
-    assert value(der_rows, "derD", "write", "decoy_share") > 0.6
-    assert value(der_rows, "derD", "tags", "recall_exact") == 1.0
-    assert value(der_rows, "derD", "mix", "skill") > 0.9
-
-
-def test_tier_0_controls_lie_where_they_must(der_rows: list[dict]) -> None:
-    assert value(der_rows, "der", "oracle", "skill") == pytest.approx(1.0)
-    assert abs(value(der_rows, "der", "random", "recall_corrected")) < 0.05
-    assert value(der_rows, "der", "recency", "recall_exact") < 0.1
-    full = next(r for r in der_rows if r["model"] == "full")
-    assert full["skill"] == pytest.approx(1.0)
-
-
-def test_what_no_state_answers_is_told_against_the_floor_on_the_same_queries() -> None:
-    probe, rung = get_probe("pbc/pbc0")
-    case = draw_case(probe, rung, preset="smoke", seed=0)
-    kept = keep_by(case, "write", case.critical, 0)
-    hard = torch.zeros_like(case.batch.asked)
-    # the queries that the floor answers best: against the floor of all of them nobody would do badly there
-    error = query_error(case.floor, case.batch)
-    hard[:, 0] = error[:, 0] < error.nanmean()
-    row, nobody = (
-        scored_row(case, "write", which, budget=4, rows=4, free=~hard) for which in (kept, torch.zeros_like(kept))
-    )
-    answer = t0.answer(case.batch, case.trace, torch.zeros_like(hard), case.floor, blend=case.blend)
-    own = 1 - float(query_error(answer, case.batch)[hard].mean() / error[hard].mean())
-    assert nobody["skill_not_free"] == pytest.approx(own) and nobody["not_free"] == int(hard.sum()) > 0
-    assert row["skill_not_free"] >= nobody["skill_not_free"]
-    assert row["free_share"] == pytest.approx(1 - int(hard.sum()) / int(case.batch.asked.sum()))
-    assert "skill_not_free" not in scored_row(case, "write", kept, budget=4, rows=4, free=torch.ones_like(hard))
-
-
-def test_services_of_different_noise_share_a_budget() -> None:
-    rows = run_t0_suite(get_probe("frontier")[0], preset="smoke")
-    schemes = {r["router"]: r for r in rows if r["router"].startswith("alloc:")}
-    assert schemes["alloc:oracle"]["recall_worst"] == 1.0
-    for scheme in ("uniform", "raw", "z", "floor+z", "greedy", "learned"):
-        assert schemes[f"alloc:{scheme}"]["recall_micro"] < 1.0
-
-
-def test_a_drift_flushes_caches_that_follow_the_error() -> None:
-    rows = run_t0_suite(get_probe("stream")[0], preset="smoke", rungs=("drift_mean", "drift_none"))
-    turnover = {(r["rung"], r["router"]): r["drift_turnover"] for r in rows if "drift_turnover" in r}
-    assert turnover["drift_mean", "write"] > turnover["drift_none", "write"]
-    assert turnover["drift_mean", "tags"] == 0.0
-
-
-@pytest.mark.parametrize("router", ["write", "tags", "recency", "random", "oracle"])
-def test_the_cache_at_once_is_the_cache_row_by_row(router: str) -> None:
-    probe, _ = get_probe("der")
-    batch = probe.sample(generator(2), 3, probe.config("smoke", distractors=6))
-    score = t0.scores(router, batch, t0.read_state(batch), gen=generator(1))
-    kept = t0.keep(score, batch, 5)
-    for b in range(3):
-        history, left = t0.keep_online(score[b], 5)
-        assert int(history.sum(1).max()) <= 5
-        assert torch.equal(history[batch.context_rows - 1], kept[b, 0])
-        assert not bool((kept[b, 0] & ~torch.isinf(left)).any())
-
-
-def test_a_budget_below_one_entry_is_refused(tmp_path: Path) -> None:
-    probe, _ = get_probe("der")
-    batch = probe.sample(generator(2), 2, probe.config("smoke"))
-    with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
-        t0.keep(torch.rand(batch.crit.shape), batch, 0)
-    with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
-        NetConfig(budget_rows=0)
-    with pytest.raises(DataError, match="0.01 x 12 critical rows is less than one entry"):
-        run(tmp_path / "small", budgets=(0.01,))
-    assert not (tmp_path / "small").exists()
-    with pytest.raises(ValueError, match="above 0"):
-        RunPlan(probes=("der",), budgets=(0.0,))
-
-
-# --- exact tests of streams
-
-
-@pytest.mark.parametrize("router", ["innovation", "tags"])
-def test_streams_are_exact_on_random_weights(router: str) -> None:
-    failed = [str(result) for result in exact_checks(router=router, dtype=torch.float64) if result.passed is False]
-    assert failed == []
-
-
-# --- networks
-
-
-def make_net(batch, **config: object) -> ProbeNet:  # noqa: ANN001
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return ProbeNet(
-            NetConfig(budget_rows=12, **config), inputs=batch.inputs().shape[-1], channels=batch.x.shape[-1],
-            answers=batch.y.shape[-1],
-        )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def batch():  # noqa: ANN201
-    probe, _ = get_probe("der")
-    return probe.sample(generator(0), 4, probe.config("smoke", missed_tags=0.2, false_tags=1))
-
-
-@pytest.mark.parametrize("router", sorted(ROUTERS_T1))
-def test_every_router_reads_and_keeps_within_its_budget(batch, router: str) -> None:  # noqa: ANN001
-    net = make_net(batch, router=router).eval()
-    with torch.no_grad():
-        for rows in (1, 6):
-            answer, context, _ = forward(net, batch, rows)
-            assert answer.shape == batch.y.shape
-            assert bool(torch.isfinite(answer).all())
-            for memory in context.memory:
-                kept = kept_rows(memory, batch.x.shape[1])
-                assert kept is not None
-                assert int(kept.sum(1).max()) <= rows
-                assert not bool((kept & batch.query).any())
-
-
-@pytest.mark.parametrize("model", sorted(set(MODELS) - {"ham"}))
-def test_every_rival_reads_and_stays_within_the_same_bytes(batch, model: str) -> None:  # noqa: ANN001
-    net, ham = make_net(batch, model=model), make_net(batch, router="oracle")
-    with torch.no_grad():
-        answer, context, _ = forward(net, batch, 12)
-        assert answer.shape == batch.y.shape
-        if model in ("full", "gdn_gsa", "block_sparse", "recurrent"):
-            return
-        limit = sum(memory_bytes(forward(ham, batch, 12)[1].memory))
-        assert sum(memory_bytes(context.memory)) <= limit * 1.05
-
-
-def test_the_oracle_keeps_the_critical_rows_and_the_shuffled_control_does_not(batch) -> None:  # noqa: ANN001
-    net = make_net(batch, router="oracle")
-    with torch.no_grad():
-        memory = forward(net, batch, 12)[1].memory[0]
-    kept = kept_rows(memory, batch.x.shape[1])
-    assert selection(kept, batch).recall(batch.asked) == 1.0
-    nothing = kept_rows(without_rows(memory, batch.crit), batch.x.shape[1])
-    assert not bool(nothing.any())
-    other = make_net(batch, router="shuffled")
-    given = shuffled_rows(other, batch, 12)
-    assert other.config.router == "shuffled"
-    with torch.no_grad():
-        plain = replace(other.config, router="learned")
-        other.config = plain
-        own = forward(other, batch, 12)[1].traces[0].routed[:, 0]
-    assert torch.equal(given[0], own.roll(1, 0))
-
-
-def test_flags_are_permuted_and_codes_are_not(batch) -> None:  # noqa: ANN001
-    other = permute_flags(batch)
-    assert not torch.equal(other.events[..., :3], batch.events[..., :3])
-    assert torch.equal(other.events[..., :3].sum(-1), batch.events[..., :3].sum(-1))
-    assert torch.equal(other.events[..., 3:], batch.events[..., 3:])
 
 
 # --- runner, report, command line
@@ -409,21 +224,18 @@ def test_probes_are_reached_through_hamts() -> None:
         _ = probes.nothing
 
 
-# --- a router of other suites
-
-
-def test_suites_share_a_layout_and_the_tested_one_teaches_no_router() -> None:
-    plan = TransferPlan(steps=6, teach=("der/derD", "act/actS"), test="pbc/pbcD")
-    plans = plan.plans()
-    widths = {part.probe.sample(generator(0), 1, part.config).inputs().shape[-1] for part in plans}
-    assert len(widths) == 1
-    aligned = plans[1].probe.sample(generator(0), 2, plans[1].config)
-    assert aligned.y.shape[-1] == 2
-    assert not bool(aligned.y_mask[..., 1].any())
-    fitted = train_transfer(plan)
-    scored = score_transfer(fitted, budget=1.0, streams=1, sequences=8)
-    assert math.isfinite(scored.metrics["skill"])
-    assert fitted.plan is not None and fitted.plan.critical_rows == plans[-1].critical_rows
+def test_a_budget_below_one_entry_is_refused(tmp_path: Path) -> None:
+    probe, _ = get_probe("der")
+    batch = probe.sample(generator(2), 2, probe.config("smoke"))
+    with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
+        t0.keep(torch.rand(batch.crit.shape), batch, 0)
+    with pytest.raises(ValueError, match="one entry at least. Got 0 rows"):
+        NetConfig(budget_rows=0)
+    with pytest.raises(DataError, match="0.01 x 12 critical rows is less than one entry"):
+        run(tmp_path / "small", budgets=(0.01,))
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(ValueError, match="above 0"):
+        RunPlan(probes=("der",), budgets=(0.0,))
 
 
 # --- the package

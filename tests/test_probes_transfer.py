@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,18 @@ import pytest
 import torch
 
 from hamts.errors import DataError
+from probes.contract import generator
 from probes.stacked_data import Rows, joined_rows
 from probes.train import Stream
-from probes.transfer import TransferPlan, read_transfers, run_transfers, transfer_plans, transfer_table
+from probes.transfer import (
+    TransferPlan,
+    read_transfers,
+    run_transfers,
+    score_transfer,
+    train_transfer,
+    transfer_plans,
+    transfer_table,
+)
 from probes.transfer_train import TransferTrainer
 
 torch.set_num_threads(1)
@@ -124,3 +134,17 @@ def test_turns_that_were_captured_are_the_turns(router: str) -> None:
         stream.synchronize()
         torch.testing.assert_close(captured.one.losses, launched.one.losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(captured.stack.flat, launched.stack.flat, rtol=1e-3, atol=1e-4)
+
+
+def test_suites_share_a_layout_and_the_tested_one_teaches_no_router() -> None:
+    plan = TransferPlan(steps=6, teach=("der/derD", "act/actS"), test="pbc/pbcD")
+    plans = plan.plans()
+    widths = {part.probe.sample(generator(0), 1, part.config).inputs().shape[-1] for part in plans}
+    assert len(widths) == 1
+    aligned = plans[1].probe.sample(generator(0), 2, plans[1].config)
+    assert aligned.y.shape[-1] == 2
+    assert not bool(aligned.y_mask[..., 1].any())
+    fitted = train_transfer(plan)
+    scored = score_transfer(fitted, budget=1.0, streams=1, sequences=8)
+    assert math.isfinite(scored.metrics["skill"])
+    assert fitted.plan is not None and fitted.plan.critical_rows == plans[-1].critical_rows
