@@ -252,9 +252,13 @@ def load_report(folder: str | Path, *, partial: bool = False, also: Sequence[str
             lies in two of them, a packed copy say, is told once.
 
     Raises:
-        DataError: E-FILE, E-PROBE-UNFINISHED, E-PROBE-VERSION, E-PROBE-DAMAGED; E-PROBE-TWICE, a run has one result in
+        DataError: E-FILE, a further folder that holds nothing to report among others, E-PROBE-UNFINISHED,
+            E-PROBE-VERSION, E-PROBE-DAMAGED; E-PROBE-TWICE, a run has one result in
             one folder and another in the next.
     """
+    from probes.gates import GATE_FOLDER
+    from probes.real_run import REAL_FOLDER
+
     own = read_documents(folder, partial=partial)
     documents = list(own)
     named = {Path(other).resolve(): Path(other) for other in also}
@@ -264,6 +268,11 @@ def load_report(folder: str | Path, *, partial: bool = False, also: Sequence[str
             raise DataError("E-FILE", f"'{other}' is no folder.", fix="Name folders of results.")
         if (other / RUN_FILE).is_file():
             documents += unseen(read_documents(other, partial=partial), documents)
+        elif not any(other.glob(f"{GATE_FOLDER}/*/*.json")) and not any(other.glob(f"{REAL_FOLDER}/*.json")):
+            raise DataError(
+                "E-FILE", f"'{other}' holds neither runs nor gates nor labelled sets.",
+                fix=f"Name a folder that has a {RUN_FILE}, a folder '{GATE_FOLDER}' or a folder '{REAL_FOLDER}' in it.",
+            )  # fmt: skip
     refuse_mixed(documents, ", ".join(str(each) for each in (folder, *others)))
     report = ProbeReport(Path(folder), documents, tidy(documents), others)
     if own:

@@ -90,6 +90,16 @@ def test_a_run_that_lies_in_two_folders_is_told_once(folder: Path, tmp_path: Pat
         load_report(folder, also=[tmp_path / "copy"])
 
 
+def test_a_further_folder_that_holds_nothing_to_report_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "real" / "sets").mkdir(parents=True)
+    (tmp_path / "real" / "sets" / "one__tiny__s0.json").write_text('{"set": "one"}')
+    assert load_report(folder, also=[tmp_path]).real == [{"set": "one"}]
+    # one folder too deep: nothing would be found there, and nothing would be said
+    with pytest.raises(DataError, match="holds neither runs nor gates nor labelled sets") as refusal:
+        load_report(folder, also=[tmp_path / "real"])
+    assert "'real/sets' in it" in refusal.value.fix
+
+
 def test_mixed_versions_are_refused(folder: Path) -> None:
     path = sorted(folder.glob("der/*.json"))[0]
     text = path.read_text(encoding="utf-8")
