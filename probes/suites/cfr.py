@@ -118,6 +118,9 @@ class CounterfactualRollout(Probe):
     echo_rows = 1
     # with the minutes of a GPU that there were when it was first trained at small
     quick = ("cfr", "cfrC")
+    cannot: ClassVar[Mapping[str, str]] = {
+        "cfr G1": "seeds learn half of the effects or a tenth of them in 1,500 steps; more were not tried",
+    }
 
     def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
         """Two actions at least: one is asked, another is the other plan's."""

@@ -93,6 +93,7 @@ class TopologyLookup(Probe):
     quick = ("topoG",)
     cannot: ClassVar[Mapping[str, str]] = {
         "topo2 G1": "the seed decides whether the second lookup is found; topo2H tells each hop where it happens",
+        "topo2H G1": "one seed of five does not find the second lookup; the other four answer",
         "topo G2": "some seeds of a state never learn the question: its skill says little about room",
     }
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
