@@ -61,7 +61,7 @@ LENGTHENED = (0.6, 768)
 REGULAR_CHECKS, ECHO_CHECKS = 8, 16
 BLOCKS = 20
 # by which a cell was fitted and judged; those of others are not compared with it
-REGISTRATION = 8
+REGISTRATION = 9
 NO_CAP = 1 << 40
 
 

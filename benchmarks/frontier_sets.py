@@ -40,7 +40,7 @@ EVENT = "event"
 AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
 # of sets whose echoes are old, in patches, and of their fits
 OLD = {"near": 60, "middle": 200, "far": 700}
-OLD_STEPS = 640
+OLD_STEPS = 960
 OLD_LENGTHS, OLD_STREAMS, OLD_REACH, OLD_EARLY = (48, 192, 832, 832), 24, (16, 900), (2, 64)
 
 

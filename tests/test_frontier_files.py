@@ -24,13 +24,13 @@ from hamts.errors import DataError
     ("asked", "message"),
     [
         ({"size": "10M"}, "size must be '10M' and is 'tiny'"),
-        ({"max_steps": 5}, "steps must be 5 and is 640"),
+        ({"max_steps": 5}, "steps must be 5 and is 960"),
         ({"rate": 0.1}, "rate must be 0.1 and is 0.003"),
     ],
 )
 def test_cells_of_other_settings_are_not_taken_for_those_asked(tmp_path: Path, asked: dict, message: str) -> None:
     cell, path = Cell("epf-old", "mix", 0), tmp_path / "epf-old--mix--seed0.json"
-    done = {"registration": REGISTRATION, "size": "tiny", "steps": 640, "rate": 0.003}
+    done = {"registration": REGISTRATION, "size": "tiny", "steps": 960, "rate": 0.003}
     path.write_text(json.dumps(done))
 
     def left(**how: object) -> list:
