@@ -38,6 +38,7 @@ from benchmarks.frontier_cell import (
     finite,
     fit,
     give_back,
+    live_window_bytes,
     measure,
 )
 from benchmarks.frontier_claims import draw, markdown, table
@@ -61,7 +62,10 @@ USED_GPU = 0.93
 
 def budget_of(cell: Cell, carrier: Carrier, spec: Set, config: ModelConfig) -> int:
     """Bytes that a rival gets: what a scratchpad takes that keeps the share asked for."""
-    return NO_CAP if cell.share is None else equal_bytes(carrier, spec, cell.share, config)
+    if cell.share is None:
+        return NO_CAP
+    budget = equal_bytes(carrier, spec, cell.share, config)
+    return live_window_bytes(carrier, spec, budget, config) if cell.model == "window" else budget
 
 
 # --- the grid

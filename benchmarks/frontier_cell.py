@@ -5,6 +5,7 @@ I items · X windows · T steps
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import platform
@@ -20,20 +21,23 @@ import torch
 import hamts
 from benchmarks.frontier_echoes import fresh_echoes
 from benchmarks.frontier_grid import TENTH, Cell, Model
-from benchmarks.frontier_sets import Carrier, Set
+from benchmarks.frontier_sets import Carrier, Set, patch_lead
 from hamts.checks import calibrate_thresholds
 from hamts.config import PRESETS, MachineConfig, ModelConfig
 from hamts.data.frame import to_panel
 from hamts.data.patches import build_store
 from hamts.fitting import Trained, ValidationTail, train_panel, validation_tail
 from hamts.frontier import Point, measure_points, windows_at
+from hamts.nn.budget import ThresholdTable
 from hamts.nn.ham import HAMLayer
+from hamts.nn.mixers_parts import fixed_bytes
 from hamts.resolve import FitOptions, make_plan
 from hamts.windows import StreamWindows
 
 __all__ = [
-    "BACKBONE", "LENGTHENED", "NO_CAP", "SIZES", "TRAINING", "Trial", "asked_of", "blocks_of", "checked_tail",
-    "entry_bytes", "equal_bytes", "finite", "fit", "give_back", "judged", "measure", "point_of",
+    "BACKBONE", "LENGTHENED", "NO_CAP", "SIZES", "TRAINING", "Trial", "asked_of", "blocks_of", "by_parts",
+    "checked_tail", "entry_bytes", "equal_bytes", "finite", "fit", "give_back", "judged", "live_window_bytes",
+    "measure", "point_of",
 ]  # fmt: skip
 
 # presets, one that a CPU can fit, and two sizes of about so many weights
@@ -63,6 +67,8 @@ BLOCKS = 20
 # by which a cell was fitted and judged; those of others are not compared with it
 REGISTRATION = 9
 NO_CAP = 1 << 40
+# memories of a network that is served by parts of the budget
+PARTED = {"model": "parts", "recency": "parts, recency"}
 
 
 def entry_bytes(config: ModelConfig) -> int:
@@ -79,6 +85,20 @@ def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) 
     scored = [names for role, names in carrier.roles.items() if isinstance(names, list) and role != "event_cols"]
     tokens = carrier.rows // spec.patch_steps * sum(map(len, scored))
     return int(share * tokens) * config.layers * entry_bytes(config)
+
+
+def live_window_bytes(carrier: Carrier, spec: Set, budget: int, config: ModelConfig) -> int:
+    """Bytes that a window is built for so that what it holds takes those of HAM: it has room for a token of every
+    column in every patch, and some are absent."""
+    columns = [name for names in carrier.roles.values() if isinstance(names, list) for name in names]
+    present = total = 0
+    for _, own in carrier.frame.groupby("unique_id", sort=False):
+        patch = (np.arange(len(own)) + patch_lead(own, spec)) // spec.patch_steps
+        there = own[columns].notna().groupby(patch).any()
+        present, total = present + int(there.to_numpy().sum()), total + there.size
+    with torch.device("meta"):
+        fixed = config.layers * fixed_bytes(HAMLayer(config).empty_memory(1, len(columns), torch.zeros(1)))
+    return int((budget + fixed) * total / present - fixed)
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,17 @@ def calibrate(trained: Trained, ends: np.ndarray, *, gpu: bool) -> None:
     network.cpu()
 
 
+def by_parts(trained: Trained, carrier: Carrier, spec: Set, *, gpu: bool) -> Trained:
+    """The same weights with one threshold for all layers, and parts of the budget that come of it."""
+    network = copy.deepcopy(trained.network)
+    network.config = replace(network.config, allocation="pooled")
+    for layer in network.backbone.layers():
+        layer.thresholds = ThresholdTable(len(layer.router.names), allocation="pooled")
+    served = replace(trained, network=network)
+    calibrate(served, checked_tail(trained.panel, trained.plan, carrier, spec).ends, gpu=gpu)
+    return served
+
+
 def checked_tail(panel: Any, plan: Any, carrier: Carrier, spec: Set) -> ValidationTail:
     """The validation rows, with forecasts at echoes among the moments that are checked."""
     most = REGULAR_CHECKS * panel.n_items
@@ -217,6 +248,13 @@ def measure(
         trained, panel, windows, shares=row.shares, memories=("model", *row.controls),
         control_shares=row.control_shares, seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
     )  # fmt: skip
+    parted: list[Point] = []
+    if "mixer" not in row.options and row.controls:
+        found = measure_points(
+            by_parts(trained, carrier, spec, gpu=gpu), panel, windows, shares=row.control_shares,
+            memories=("model", "recency"), seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
+        )  # fmt: skip
+        parted = [replace(point, memory=PARTED[point.memory]) for point in found]
     return {
         "registration": REGISTRATION, "set": cell.set, "model": cell.model, "size": size,
         "seed": seed, "rate": rate, "equal_to_share": share,
@@ -230,7 +268,7 @@ def measure(
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
         "versions": {"hamts": hamts.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "s": round(time.perf_counter() - began, 1),
-        "points": [point_of(point, parts, share, rival="mixer" in row.options) for point in points],
+        "points": [point_of(point, parts, share, rival="mixer" in row.options) for point in [*points, *parted]],
     }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ import pandas as pd
 import hamts
 
 __all__ = [
-    "AGES", "EVENT", "LETTERS", "LEVELS", "NAMED_STEPS", "SETS", "SMOKE", "Carrier", "Set", "load", "places_of",
-    "shape_size", "smoke_carrier", "with_echoes",
+    "AGES", "EVENT", "LETTERS", "LEVELS", "NAMED_STEPS", "SETS", "SMOKE", "Carrier", "Set", "load",
+    "patch_lead", "places_of", "shape_size", "smoke_carrier", "with_echoes",
 ]  # fmt: skip
 
 # times the typical step of the target
@@ -135,7 +135,7 @@ def with_echoes(frame: pd.DataFrame, spec: Set, *, freq: Any) -> Carrier:
     for copy in range(spec.copies):
         for number, (item, own) in enumerate(frame.groupby("unique_id", sort=False)):
             one = own.assign(unique_id=f"{item}#{copy}" if spec.copies > 1 else item).reset_index(drop=True)
-            pairs = places_of(len(one), _lead(one, spec), spec, np.random.default_rng([number]))
+            pairs = places_of(len(one), patch_lead(one, spec), spec, np.random.default_rng([number]))
             one, asked = _echo(one, pairs, spec, np.random.default_rng([copy, number]))
             parts.append(one)
             events.append(asked.assign(unique_id=one["unique_id"].iloc[0]))
@@ -155,7 +155,7 @@ def shape_size(values: np.ndarray, spec: Set) -> float:
     return float(WIDEST * (AMPLITUDE if spec.amplitude is None else spec.amplitude) * typical)
 
 
-def _lead(one: pd.DataFrame, spec: Set) -> int:
+def patch_lead(one: pd.DataFrame, spec: Set) -> int:
     """Steps from the midnight at which the grid of patches begins to the first row."""
     first = pd.Timestamp(one["ds"].iloc[0])
     return round((first - first.normalize()) / pd.Timedelta(days=1) * spec.day)

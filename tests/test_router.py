@@ -26,6 +26,7 @@ from test_layer_parts import make_entries
 
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
+from hamts.nn.budget import ThresholdTable
 from hamts.nn.clipped import clipped_delta
 from hamts.nn.ham import HAMLayer
 from hamts.nn.router import loudest_channel
@@ -204,6 +205,49 @@ def test_a_pooled_threshold_lets_layers_differ_and_keeps_the_whole(allocation: s
     # events cannot be kept by their score
     assert np.mean(usage) == pytest.approx(0.25, abs=0.03)
     assert (abs(usage[0] - usage[1]) > 0.03) == (allocation != "uniform")
+
+
+@pytest.mark.parametrize("rule", ["quantile", "feedback", "block"])
+def test_thresholds_that_follow_the_scores_keep_to_each_layer_s_part(rule: str) -> None:
+    """One threshold for all layers gives the first more; the rules that move thresholds must not even that out."""
+    network, store = network_of("surprise", allocation="pooled"), make_store(make_panel((900, 700, 500), seed=5))
+    reading = read_all(network, store, policy_for(network, 3, share=0.25, use_tags=False))
+    samples = [trace.scores[reading.heard >= 0.5] for trace in reading.traces]
+    # where the second layer has less to say, nearly all is the first one's
+    samples[1] = samples[1] - float(samples[0].amax())
+    update_tables(network.backbone.layers(), samples, "pooled", calibrate=True)
+    first, second = (float(layer.thresholds.part(torch.tensor([0.25]))) for layer in network.backbone.layers())
+    assert (first + second) / 2 == pytest.approx(0.25, abs=0.01) and first > 10 * second
+    tracked = read_all(network, store, policy_for(network, 3, share=0.25, use_tags=False, threshold=rule))
+    able = tracked.heard >= 0.5
+    usage = [float((trace.routed & able).sum() / able.sum()) for trace in tracked.traces]
+    assert usage[0] == pytest.approx(first, abs=0.06)
+    # its scores are not those of the sample: the second layer's threshold comes down to them
+    assert usage[1] < 0.3 * usage[0]
+
+
+def test_parts_are_followed_in_a_fit_and_kept_by_a_finer_table() -> None:
+    one, two = (ThresholdTable(1, allocation="pooled") for _ in range(2))
+    scores = torch.linspace(0, 1, 1000)[:, None]
+    halves = scores[500:], scores[:500]
+    counted = torch.ones(500, dtype=torch.bool)
+    for table, own in zip((one, two), halves, strict=True):
+        table.follow(scores, torch.ones(1000, dtype=torch.bool), own=(own, counted))
+    asked = torch.tensor([0.0, 0.1, 0.25, 1.0])
+    assert one.part(asked)[:, 0].tolist() == pytest.approx([0.0, 0.2, 0.5, 1.0], abs=0.01)
+    assert two.part(asked)[:3, 0].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=0.01)
+    finer = one.finer(0.01)
+    assert finer.part(asked)[:, 0].tolist() == pytest.approx(one.part(asked)[:, 0].tolist(), abs=1e-6)
+
+
+def test_tables_of_before_there_were_parts_follow_the_share_itself() -> None:
+    plain, pooled = ThresholdTable(1), ThresholdTable(1, allocation="pooled")
+    assert "parts" in pooled.state_dict() and "parts" not in plain.state_dict()
+    earlier = {name: value for name, value in pooled.state_dict().items() if name != "parts"}
+    pooled.parts.fill_(0.5)  # type: ignore[union-attr]
+    pooled.load_state_dict(earlier)
+    asked = torch.tensor([0.02, 0.1, 0.6])
+    assert torch.allclose(pooled.part(asked), plain.part(asked), atol=1e-6)
 
 
 def test_streams_against_their_own_past_get_alike_shares() -> None:

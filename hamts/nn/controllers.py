@@ -64,7 +64,7 @@ def track_thresholds(
         threshold: of the trained table, [B, S].
         spread: of the trained table on the level scale, [S].
         on_log_scale: [S] bool.
-        share: asked of each router, [B].
+        share: asked of each router, [B, S], or the same of all, [B].
         state, block: from the chunk before.
         frozen: a forecast moves nothing.
     """
@@ -93,7 +93,7 @@ def _moved(
     kind = state.dtype
     count = able.sum(1).to(kind)[:, None]  # [B, 1]
     hits = asked.sum(1).to(kind)  # [B, S]
-    target = share.to(kind)[:, None]  # [B, 1]
+    target = share.to(kind) if share.ndim == 2 else share.to(kind)[:, None]  # [B, S or 1]
     weight = count.clamp_max(MOST_TOKENS_AT_ONCE)  # [B, 1]
     rate = hits / count.clamp_min(1.0)  # [B, S]
     if rule == "quantile":

@@ -141,7 +141,7 @@ def _asked(
         threshold=fixed,
         spread=thresholds.spread(router.on_log_scale).to(fixed.dtype),
         on_log_scale=router.on_log_scale,
-        share=policy.share / len(router.names),
+        share=thresholds.part(policy.share),
         state=carried.threshold,
         block=carried.block,
         rule=policy.threshold,

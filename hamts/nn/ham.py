@@ -80,7 +80,7 @@ class HAMLayer(nn.Module):
         self.kernels: Kernels = TORCH
         self.router = Router(config)
         self.steps = StepEntries(config) if config.resolution == "step" else None
-        self.thresholds = ThresholdTable(len(self.router.names))
+        self.thresholds = ThresholdTable(len(self.router.names), allocation=config.allocation)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
