@@ -41,9 +41,10 @@ from benchmarks.frontier_cell import (
     live_window_bytes,
     measure,
 )
-from benchmarks.frontier_claims import draw, markdown, table
+from benchmarks.frontier_claims import draw, table
 from benchmarks.frontier_files import refuse_others, write
 from benchmarks.frontier_grid import MODELS, REFERENCE, SEEDS, Cell, Model, grid
+from benchmarks.frontier_lines import markdown
 from benchmarks.frontier_sets import SETS, SMOKE, Carrier, Set, load, smoke_carrier
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig

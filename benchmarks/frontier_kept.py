@@ -27,8 +27,8 @@ import torch
 
 import hamts
 from benchmarks.frontier_cell import NO_CAP, SIZES, Trial, asked_of, calibrate, checked_tail, finite, fit, judged
-from benchmarks.frontier_claims import markdown
 from benchmarks.frontier_grid import CONTROL_SHARES, MODELS
+from benchmarks.frontier_lines import markdown
 from benchmarks.frontier_sets import EVENT, SETS, Carrier, Set, load
 from hamts.errors import DataError
 from hamts.evaluation import policies_for

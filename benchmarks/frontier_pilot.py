@@ -27,8 +27,8 @@ import pandas as pd
 import torch
 
 from benchmarks.frontier_cell import LENGTHENED, SIZES, Trial, equal_bytes, finite, fit, give_back, judged, point_of
-from benchmarks.frontier_claims import markdown
 from benchmarks.frontier_grid import MODELS
+from benchmarks.frontier_lines import markdown
 from benchmarks.frontier_sets import SETS, Carrier, load
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig

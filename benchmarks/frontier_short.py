@@ -12,17 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.frontier_claims import (
-    ROUTERS,
-    best_router,
-    cores_of,
-    difference,
-    lines_of,
-    markdown,
-    parts_of,
-)
+from benchmarks.frontier_answers import best_router
 from benchmarks.frontier_files import read_cells
 from benchmarks.frontier_grid import CONTROL_SHARES, CONTROLS, MODELS, TENTH
+from benchmarks.frontier_lines import ROUTERS, cores_of, difference, lines_of, markdown, parts_of
 from hamts.errors import DataError
 
 SIZED = [name for name, model in MODELS.items() if model.sized and model.core]

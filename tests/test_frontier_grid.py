@@ -1,0 +1,346 @@
+"""The grid of the frontier's benchmark: its echoes, its cells, its verdicts, and how they are run side by side."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hamts.config import MemoryConfig, ModelConfig, TrainConfig
+from hamts.data.frame import to_panel
+from hamts.data.patches import build_store
+from hamts.errors import DataError
+from hamts.fitting import panel_spec
+from hamts.reader import HAMNetwork
+from hamts.windows import StreamWindows, patches_since, scale_history
+
+
+@pytest.mark.parametrize("name", ["epf", "epf-old"])
+def test_an_echo_is_the_shape_that_was_stored_at_its_age(name: str) -> None:
+    from benchmarks.frontier_sets import EVENT, NAMED_STEPS, SETS, with_echoes
+
+    spec = replace(SETS[name], target=("y",), futr=(), copies=2)
+    P, T = spec.patch_steps, 24 * 1200
+    flat = pd.DataFrame({"unique_id": "a", "ds": pd.date_range("2020-01-01", periods=T, freq="h")})
+    flat["y"] = np.random.default_rng(0).normal(size=T)
+    carrier = with_echoes(flat, spec, freq="h")
+    plain = with_echoes(flat, replace(spec, amplitude=0.0), freq="h")
+    np.testing.assert_array_equal(plain.frame["y"].to_numpy(), np.tile(flat["y"].to_numpy(), 2))
+    shapes, places = {}, []
+    for item, own in carrier.frame.groupby("unique_id"):
+        added, column = own["y"].to_numpy() - flat["y"].to_numpy(), own[EVENT].to_numpy()
+        rows = np.flatnonzero([isinstance(letter, str) for letter in column])
+        # two letters in the first two steps of a patch
+        starts = rows[::NAMED_STEPS]
+        np.testing.assert_array_equal(rows.reshape(-1, NAMED_STEPS), starts[:, None] + np.arange(NAMED_STEPS))
+        assert (starts % P == 0).all()
+        places.append(starts.tolist())
+        names: dict[str, list[int]] = {}
+        for start in starts:
+            names.setdefault("".join(column[start : start + NAMED_STEPS]), []).append(int(start))
+        listed = carrier.events[carrier.events["unique_id"] == item]
+        ages = dict(zip(listed["asked"], listed["age"], strict=True))
+        assert 0.15 < len(starts) / (T // P) < 0.25
+        # a name is reported once, or twice and then the second time is asked
+        assert sorted(ages) == sorted(twice[1] + NAMED_STEPS - 1 for twice in names.values() if len(twice) == 2)
+        assert max(map(len, names.values())) == 2
+        for stored, *asked in names.values():
+            one = added[stored + NAMED_STEPS : stored + P]
+            assert len(np.unique(one.round(9))) == 5
+            shapes[item, stored] = one
+            for again in asked:
+                np.testing.assert_allclose(added[again + NAMED_STEPS : again + P], one, atol=1e-12)
+                days = dict(spec.ages)[ages[again + NAMED_STEPS - 1]] * spec.day
+                # later by some patches where another event has the place
+                assert 0.8 * days - P <= again - stored <= 1.2 * days + 20 * P
+        changed = np.zeros(T, dtype=bool)
+        for start in starts:
+            changed[start + NAMED_STEPS : start + P] = True
+        np.testing.assert_array_equal(added != 0, changed)
+    # at the same times, but no two shapes are alike
+    assert places[0] == places[1]
+    together = np.stack(list(shapes.values()))
+    assert len(np.unique(together.round(9), axis=0)) == len(together)
+    assert set(ages.values()) == {age for age, _ in spec.ages}
+
+
+def test_what_follows_an_event_is_hidden_where_the_stream_has_read_it_before() -> None:
+    from benchmarks.frontier_sets import EVENT, NAMED_STEPS, SMOKE, smoke_carrier
+
+    carrier = smoke_carrier()
+    panel = to_panel(carrier.frame, **carrier.roles)
+    P = SMOKE.patch_steps
+    store = build_store(panel, patch_steps=P, extra_steps=P)
+    since = patches_since(store)
+    for item, (_, own) in enumerate(carrier.frame.groupby("unique_id", sort=False)):
+        column = own[EVENT].to_numpy()
+        last: dict[str, int] = {}
+        for patch in range(len(own) // P):
+            letters = column[patch * P : patch * P + NAMED_STEPS]
+            row = int(since[int(store.first_row[item]) + patch])
+            if not isinstance(letters[0], str) or "".join(letters) not in last:
+                assert row > 10**9
+            else:
+                assert row == patch - last["".join(letters)]
+            if isinstance(letters[0], str):
+                last["".join(letters)] = patch
+    config = TrainConfig(batch_windows=4, context_patches=40, origins=1, span_share=0.0, recall_share=1.0,
+                         prefix_patches=1, reset_share=1.0)  # fmt: skip
+    spec = panel_spec(panel)
+    network = HAMNetwork(ModelConfig(width=32, layers=1, heads=2, patch_steps=P), MemoryConfig(), spec)
+    windows = StreamWindows(store, scale_history(network, store), ends=panel.lengths, horizon=P, config=config,
+                            cross_chance=1.0)  # fmt: skip
+    seen, event = 0, panel.schema.indices("event")[0]
+    for _ in range(4):
+        batch = windows.draw()
+        context, _ = batch.parts[0]
+        assert context.horizon is not None
+        for stream in range(4):
+            item, first = int(batch.items[stream]), int(batch.first[stream])
+            for n in range(40):
+                row = int(store.first_row[item]) + first + n
+                inside = 0 <= first + n < int(store.row_count[item])
+                asked = inside and int(since[row]) <= batch.prefix + n
+                expected = torch.zeros(P, dtype=torch.bool)
+                expected[NAMED_STEPS:] = asked
+                assert torch.equal(context.horizon[stream, n], expected)
+                assert not (context.observed[stream, 0, n] & expected).any()
+                # as in a forecast, nothing says that no other event follows
+                assert not (context.observed[stream, event, n] & expected).any()
+                seen += int(asked)
+    assert seen > 10
+
+
+def test_streams_become_longer_after_so_many_batches() -> None:
+    from benchmarks.frontier_echoes import fresh_echoes
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
+
+    carrier = smoke_carrier()
+    rows = carrier.rows - carrier.test_rows
+    panel = to_panel(carrier.frame.groupby("unique_id", sort=False).head(rows), **carrier.roles)
+    store = build_store(panel, patch_steps=SMOKE.patch_steps, extra_steps=SMOKE.h)
+    network = HAMNetwork(ModelConfig(width=32, layers=1, heads=2, patch_steps=8), MemoryConfig(), panel_spec(panel))
+    config = TrainConfig(
+        batch_windows=4, context_patches=8, origins=1, prefix_patches=1, recall_share=0.7, reset_share=1.0
+    )
+    windows = StreamWindows(
+        store, scale_history(network, store), ends=panel.lengths, horizon=8, config=config, cross_chance=1.0,
+        augment=fresh_echoes(carrier, SMOKE, panel, 0, lengthen=(5, 40)),
+    )  # fmt: skip
+    prefixes = [windows.draw().prefix for _ in range(60)]
+    # a column of events says where nothing happens, as in the rows that are judged
+    event = panel.schema.indices("event")[0]
+    told, plain = windows.store.values[:, :, event], store.values[:, :, event]
+    assert not told[~plain.isnan()].isnan().any()
+    assert ((told == 0) | windows.store.tags[:, :, event])[~plain.isnan()].all()
+    assert max(prefixes[:5]) <= 1
+    assert 8 < max(prefixes[5:]) <= 40
+    # where a set says so, of lengths that it names, in fewer streams
+    spec = replace(SMOKE, lengths=(3, 30), streams=2, warm=True)
+    windows.augment = fresh_echoes(carrier, spec, panel, 0, lengthen=(5, 40))
+    drawn = [windows.draw() for _ in range(25)]
+    assert [len(batch.items) for batch in drawn] == [4] * 5 + [2] * 20
+    assert {batch.prefix for batch in drawn[5:]} == {3, 30}
+    # and everything is kept at first
+    assert all((batch.share == 1).all() for batch in drawn[:5])
+    assert not all((batch.share == 1).all() for batch in drawn[5:])
+    assert all(part.values.shape[0] == 2 for batch in drawn[5:] for part in batch.parts[0])
+    # memories that are carried on are those of all streams
+    windows.config = replace(windows.config, reset_share=0.5)
+    with pytest.raises(ValueError, match=r"reset_share=1\.0.*Got reset_share=0\.5"):
+        windows.keep_streams(1)
+
+
+def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
+    from benchmarks.frontier_grid import MODELS, grid
+    from benchmarks.frontier_sets import SETS
+
+    core, whole = grid(core=True), grid(core=False)
+    assert core == whole[: len(core)]
+    assert len(set(whole)) == len(whole)
+    assert {cell.set for cell in core} == {"epf", "household"}
+    wanted = {"surprise", "innovation", "learned", "tags", "mix", "recurrent_wide", "window", "gdn_gsa", "pooled"}
+    assert wanted | {"neighbours"} <= {cell.model for cell in core}
+    assert {cell.seed for cell in core} == {0, 1, 2}
+    assert {cell.model for cell in whole} == set(MODELS)
+    old = grid(core=True, family="old")
+    assert {cell.set for cell in old} == {"epf-old", "household-old"}
+    assert [replace(cell, set=cell.set.removesuffix("-old")) for cell in old] == core
+    assert {cell.set for cell in [*whole, *old]} == set(SETS)
+
+
+def test_verdicts_are_those_of_the_registration() -> None:
+    from benchmarks.frontier_lines import verdict
+
+    assert verdict(-0.1, -0.2, -0.01, seeds=3) == "better"
+    # clear, but too small to matter; and large, but not clear
+    assert verdict(-0.015, -0.018, -0.01, seeds=3) == "no better"
+    assert verdict(-0.1, -0.2, 0.1, seeds=3) == "undecided"
+    assert verdict(0.1, -0.01, 0.3, seeds=3) == "no better"
+    assert "nothing" in verdict(-0.1, -0.2, -0.05, seeds=2)
+    assert "other bytes" in verdict(-0.1, -0.2, -0.05, seeds=3, bytes_ratio=1.3)
+
+
+def test_a_claim_is_supported_refuted_or_open_as_registered() -> None:
+    from benchmarks.frontier_answers import judged
+
+    def said(*words: tuple[str, str], at: float = 0.02) -> dict[tuple[float, str], list[str]]:
+        return {(at, name): list(both) for name, both in zip(("one", "two"), words, strict=True)}
+
+    sets = ["one", "two"]
+    good, bad, half = ("better", "better"), ("no better", "no better"), ("better", "no better")
+    both = {**said(good, good), **said(bad, bad, at=0.1)}
+    assert judged("a", both, sets) == "undecided" and judged("b", both, sets) == "supported"
+    assert judged("a", said(good, good), sets) == "supported"
+    assert judged("a", said(half, half), sets) == "undecided" and judged("b", said(half, half), sets) == "refuted"
+    assert judged("a", said(bad, bad), sets) == "refuted"
+    assert judged("a", said(good, bad), sets) == "undecided"
+    assert judged("c", said(good, ("not run", "better")), sets) == "not called"
+    few = said(good, ("2 of 3 seeds: nothing is called", "better"))
+    assert judged("a", few, sets) == "not called"
+
+
+def test_the_best_router_is_one_of_many_seeds_and_of_its_rivals_bytes() -> None:
+    from benchmarks.frontier_answers import best_router
+
+    rows = [("mix", 0.1, 3, 150), ("learned", 0.2, 3, 104), ("surprise", 0.3, 3, 100), ("error", 0.05, 1, 100)]
+    here = pd.DataFrame(rows, columns=["model", "WQL", "seeds", "bytes"]).assign(memory="model")
+    here = pd.concat([here, here.assign(memory="random", WQL=0.0)])
+    assert best_router(here) == "mix"
+    assert best_router(here, 100) == "learned"
+    # where none is of its bytes the best is compared, and not called
+    assert best_router(here, 1000) == "mix"
+
+
+def test_rivals_get_the_bytes_of_the_share_that_is_asked_of_routers() -> None:
+    from benchmarks.frontier import budget_of
+    from benchmarks.frontier_cell import NO_CAP, SIZES, entry_bytes
+    from benchmarks.frontier_grid import Cell
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
+
+    carrier, shape = smoke_carrier(), ModelConfig(**SIZES["tiny"])
+    # every patch of the target: what an event column says is kept by no score
+    tokens = carrier.rows // SMOKE.patch_steps
+    even = int(0.1 * tokens) * entry_bytes(shape)
+    assert budget_of(Cell("smoke", "pooled", 0, 0.1), carrier, SMOKE, shape) == even
+    # a window has room for the event column of every patch, which is mostly absent: what it holds is as much
+    assert budget_of(Cell("smoke", "window", 0, 0.1), carrier, SMOKE, shape) > 1.5 * even
+    assert budget_of(Cell("smoke", "attention", 0), carrier, SMOKE, shape) == NO_CAP
+
+
+def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.frontier import run, smoke
+    from benchmarks.frontier_claims import draw, table
+    from benchmarks.frontier_files import read_cells
+    from benchmarks.frontier_grid import Cell
+    from benchmarks.frontier_sets import SMOKE, smoke_carrier
+
+    smoke(tmp_path)
+    cells = read_cells(tmp_path)
+    assert sorted(cell["model"] for cell in cells) == ["learned", "window"]
+    router, rival = sorted(cells, key=lambda cell: cell["model"])
+    kept = [point for point in router["points"] if point["memory"] == "model"]
+    assert [point["share"] for point in kept] == sorted(point["share"] for point in kept)
+    assert {point["memory"] for point in router["points"]} == {"model", "shuffled", "random", "recency"}
+    # the rival is about as large as the router's memory at that share
+    assert rival["points"][0]["share"] == 0.1
+    text = table(tmp_path)
+    assert "## Error against bytes" in text and "Not run:" in text
+    draw(tmp_path, tmp_path / "front.svg")
+    assert (tmp_path / "front.svg").stat().st_size > 1000
+    before = (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns
+    told = {"again": False, "most_s": 60.0, "load_set": lambda _: smoke_carrier(), "specs": {"smoke": SMOKE}}
+    run([Cell("smoke", "window", 0, 0.1)], tmp_path, how={"size": "tiny", "max_steps": 2}, **told)
+    # what was measured otherwise is not taken for what is asked
+    for other in ({"size": "64", "max_steps": 2}, {"size": "tiny", "max_steps": 5}):
+        with pytest.raises(DataError, match=r"otherwise than is asked: (size|steps) must be"):
+            run([Cell("smoke", "window", 0, 0.1)], tmp_path, how=other, **told)
+    # a rate was tried as often for one as for the other
+    trials = [json.loads(path.read_text()) for path in tmp_path.glob("*--lr*.json")]
+    assert sorted((trial["model"], trial["rate"]) for trial in trials) == [
+        (name, rate) for name in ("learned", "window") for rate in (1e-3, 3e-3)
+    ]
+    assert (tmp_path / "smoke--window@10--seed0.json").stat().st_mtime_ns == before
+
+
+# --- jobs side by side
+
+
+def double(payload: int) -> str:
+    """What a process does with its payload; 13 is bad luck, 14 kills the process."""
+    if payload == 13:
+        raise ValueError("bad luck")
+    if payload == 14:
+        os._exit(1)
+    return str(2 * payload)
+
+
+def device_of(payload: int) -> str:
+    time.sleep(0.05)
+    return f"device {os.environ['CUDA_VISIBLE_DEVICES']}"
+
+
+def alone(payload: str) -> str:
+    """Fails where another process has made the same folder and not yet removed it."""
+    os.mkdir(payload)
+    time.sleep(0.05)
+    os.rmdir(payload)
+    return "done"
+
+
+def test_a_job_that_fails_costs_those_that_need_it_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.side_by_side import Job, run_jobs
+
+    jobs = [
+        Job("last", 3, ("first", "gone")), Job("never", 4, ("bad",)), Job("bad", 13), Job("dead", 14), Job("first", 1)
+    ]  # fmt: skip
+    failed = run_jobs(jobs, double, workers=2, begin_within_s=60.0, end_within_s=60.0)
+    said = capsys.readouterr().out
+    assert sorted(failed) == ["bad", "dead", "never"]
+    assert "bad luck" in said and "dead: its process died" in said
+    assert said.index("first: 2") < said.index("last: 6")
+    # what cannot pass is not tried again
+    assert said.count("bad: Traceback") == 1 and said.count("dead: its process died") == 3
+    # what has no room beside others waits for them
+    crowd = [Job(f"crowd {n}", str(tmp_path / "taken"), room=0.6) for n in range(3)]
+    assert run_jobs(crowd, alone, workers=3, begin_within_s=60.0, end_within_s=60.0) == []
+    # and each process sees its own device
+    seen = [Job(f"seen {n}", n) for n in range(2)]
+    assert run_jobs(seen, device_of, workers=2, begin_within_s=60.0, end_within_s=60.0, devices=("3", "5")) == []
+    said = capsys.readouterr().out
+    assert "device 3" in said and "device 5" in said
+    assert run_jobs([Job("late", 1)], double, workers=1, begin_within_s=-1.0, end_within_s=60.0) == []
+    assert "1 jobs were not begun" in capsys.readouterr().out
+
+
+def test_cells_wait_for_their_trials(tmp_path: Path) -> None:
+    from benchmarks.frontier import Task, jobs_of
+    from benchmarks.frontier_cell import REGISTRATION
+    from benchmarks.frontier_grid import Cell
+    from benchmarks.frontier_sets import SETS
+
+    cells = [Cell("epf", "window", 1, 0.02), Cell("epf", "tags", 0), Cell("epf", "learned", 1)]
+    task = functools.partial(Task, folder=tmp_path, how={"size": "tiny"})
+    jobs = {job.name: job.needs for job in jobs_of(cells, task, again=False)}
+    own = {"epf--window@10--lr0.001.json", "epf--window@10--lr0.003.json"}
+    assert set(jobs["epf--window@2--seed1.json"]) == own
+    # all routers go by the trials of one
+    assert set(jobs["epf--tags--seed0.json"]) == {"epf--learned--lr0.001.json", "epf--learned--lr0.003.json"}
+    order = list(jobs)
+    assert order.index("epf--learned--lr0.001.json") < order.index("epf--tags--seed0.json")
+    done = {"registration": REGISTRATION, "size": "tiny", "steps": SETS["epf"].steps, "rate": 1e-3}
+    (tmp_path / "epf--tags--seed0.json").write_text(json.dumps(done))
+    left = jobs_of(cells, task, again=False)
+    assert not any("tags" in job.name for job in left)
