@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -208,6 +209,42 @@ def test_a_claim_is_supported_refuted_or_open_as_registered() -> None:
     assert judged("a", few, sets) == "not called"
 
 
+def _cell(model: str, seed: int, points: list[tuple[str, float | None, float]], name: str) -> dict[str, Any]:
+    """A cell whose error inside events is as given, (memory, share, loss), with as many bytes each."""
+    costs = {"usage_share": 0.1, "bytes": 100.0, "scratchpad_attention": 0.5, "ms_per_step": 1.0}
+    names = ("events", "near", "middle", "far", "all")
+    return {
+        "registration": 9, "set": name, "model": model, "seed": seed, "size": "1M", "steps": 960, "rate": 0.003,
+        "points": [
+            {"memory": memory, "share": share, **costs}
+            | {"parts": {part: {"size": [1.0] * 4, "quantile": [loss] * 4, "WQL": loss, "MASE": 1.0} for part in names}}
+            for memory, share, loss in points
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attention", "everything", "expected"), [(0.5, 0.5, "abcde"), (1.0, 0.5, "acde"), (0.5, 1.0, "")]
+)
+def test_controls_say_which_claims_are_called(attention: float, everything: float, expected: str) -> None:
+    from benchmarks.frontier_answers import answers, callable_claims, parts_against
+
+    cells = []
+    for seed in range(3):
+        for name in ("epf-old", "household-old"):
+            kept = [("model", 0.0, 1.0), ("model", 0.02, 0.9), ("model", 1.0, everything), ("parts", 0.02, 0.7)]
+            cells.append(_cell("learned", seed, kept, name))
+            cells += [_cell("attention", seed, [("model", None, attention)], name)]
+            cells += [_cell("recurrent", seed, [("model", None, 1.0)], name)]
+    assert "".join(sorted(callable_claims(cells))) == expected
+    # parts of the budget against even ones, with the same weights
+    said = answers(cells).set_index("claim").loc["e"]
+    assert said["verdict"] == "supported" and "-22.2 %" in said["seen"]
+    assert set(parts_against(cells)["verdict"]) == {"better"}
+    # two seeds call nothing
+    assert callable_claims([cell for cell in cells if cell["seed"] < 2]) == ()
+
+
 def test_the_best_router_is_one_of_many_seeds_and_of_its_rivals_bytes() -> None:
     from benchmarks.frontier_answers import best_router
 
@@ -251,7 +288,8 @@ def test_the_benchmark_runs_writes_its_cells_and_does_not_repeat_them(
     router, rival = sorted(cells, key=lambda cell: cell["model"])
     kept = [point for point in router["points"] if point["memory"] == "model"]
     assert [point["share"] for point in kept] == sorted(point["share"] for point in kept)
-    assert {point["memory"] for point in router["points"]} == {"model", "shuffled", "random", "recency"}
+    own, parted = {"model", "shuffled", "random", "recency"}, {"parts", "parts, recency"}
+    assert {point["memory"] for point in router["points"]} == own | parted
     # the rival is about as large as the router's memory at that share
     assert rival["points"][0]["share"] == 0.1
     text = table(tmp_path)
