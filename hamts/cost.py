@@ -87,7 +87,13 @@ class CostModel:
 
 
 def fit_cost(
-    network: HAMNetwork, unit: str, *, items: int = 1, sizes: Sequence[int] | None = None, seed: int = 0
+    network: HAMNetwork,
+    unit: str,
+    *,
+    items: int = 1,
+    sizes: Sequence[int] | None = None,
+    seed: int = 0,
+    seconds: float = SECONDS_A_SIZE,
 ) -> CostModel:
     """Count or time a network at several sizes of scratchpad.
 
@@ -95,12 +101,13 @@ def fit_cost(
         unit: ``flops`` or ``ms``.
         items: streams side by side.
         sizes: entries of each layer, rising; None: as many as tell on this device.
+        seconds: of timing for each size.
     """
     if sizes is None:
         sizes = SIZES if network.head.project.weight.device.type == "cpu" else GPU_SIZES
     if unit not in UNITS:
         raise ValueError(f"Unknown unit {unit!r}. Available: {sorted(UNITS)}.")
-    costs = measure(network, unit, entries=sizes, items=items, seed=seed)
+    costs = measure(network, unit, entries=sizes, items=items, seed=seed, seconds=seconds)
     return CostModel(unit, items, tuple(sizes), tuple(rising(costs)))
 
 
@@ -115,7 +122,15 @@ def rising(costs: Sequence[float]) -> list[float]:
     return [mean for mean, count in blocks for _ in range(count)]
 
 
-def measure(network: HAMNetwork, unit: str, *, entries: Sequence[int], items: int = 1, seed: int = 0) -> list[float]:
+def measure(
+    network: HAMNetwork,
+    unit: str,
+    *,
+    entries: Sequence[int],
+    items: int = 1,
+    seed: int = 0,
+    seconds: float = SECONDS_A_SIZE,
+) -> list[float]:
     """Cost of reading one patch with so many entries in each layer's scratchpad, for each number of entries.
 
     Operations are counted. Milliseconds are the lower tenth of many runs, what a patch takes when nothing else
@@ -138,12 +153,12 @@ def measure(network: HAMNetwork, unit: str, *, entries: Sequence[int], items: in
                 read(memory)
             costs.append(float(counter.get_total_flops()))
     else:
-        costs = _undisturbed_ms([partial(read, memory) for memory in memories], device)
+        costs = _undisturbed_ms([partial(read, memory) for memory in memories], device, seconds)
     network.train(was_training)
     return costs
 
 
-def _undisturbed_ms(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
+def _undisturbed_ms(runs: Sequence[Callable[[], None]], device: torch.device, seconds: float) -> list[float]:
     """Lower tenth of the milliseconds of each call, timed in turn after a few to warm up."""
 
     # on one thread of a processor the time that it computed: others may have had the core in between
@@ -162,7 +177,7 @@ def _undisturbed_ms(runs: Sequence[Callable[[], None]], device: torch.device) ->
             once(run)
     times: list[list[float]] = []
     began = time.perf_counter()
-    while len(times) < FEWEST_RUNS or time.perf_counter() - began < SECONDS_A_SIZE * len(runs):
+    while len(times) < FEWEST_RUNS or time.perf_counter() - began < seconds * len(runs):
         times.append([once(run) for run in runs])
     return (1e3 * np.quantile(np.asarray(times), QUANTILE, axis=0)).tolist()
 
