@@ -64,7 +64,8 @@ class ModelConfig:
         allocation: how the budget spreads over layers, channels and items: ``uniform``: each layer gets its share;
             ``pooled``: one threshold over all layers, spend where it helps; ``normalised``: each stream's score against
             its own past, so each gets its share; ``learned``: that plus a learned level, one threshold over all layers.
-            Thresholds that are tracked follow the part of the whole that a layer takes under one threshold.
+            Thresholds that are tracked follow the part of the whole that a layer takes under one threshold; a budget in
+            bytes is split evenly over layers all the same.
         event_context: whether the tokens of all channels know from the start which events and actions happen in their
             patch; else they read it from those channels, a layer later. An event is then also read alike whether or not
             it is known what follows in its patch; models fitted with it before that was so must be fitted anew.

@@ -100,3 +100,17 @@ def test_training_takes_the_operations_that_it_was_given() -> None:
     assert counter.get_total_flops() - rest.get_total_flops() == pytest.approx(15 * each, rel=0.25)
     with pytest.raises(DataError, match="training_flops must be at least"):
         hamts.fit(frame, 12, **options, routing={"training_flops": 5.0})
+
+
+def test_of_several_rounds_the_one_in_the_middle_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is slow for a moment costs one round, and every round is told."""
+    from benchmarks import cost
+
+    slow = iter([1.0, 1.5, 1.02])
+    monkeypatch.setattr(cost, "fit_cost", lambda *_, **__: CostModel("ms", 1, (100, 2000), (1.0, 20.0)))
+    monkeypatch.setattr(
+        cost, "measure", lambda *_, entries, **__: [n / 100 * at for at in [next(slow)] for n in entries]
+    )
+    rows = cost.in_rounds(None, torch.device("cpu"), 3)  # type: ignore[arg-type]
+    assert [row["measured"] / row["asked"] for row in rows] == pytest.approx([1.02] * 3)
+    assert all(len(row["rounds"]) == 3 for row in rows)
