@@ -251,6 +251,9 @@ def fill_static(panel: Panel, network: HAMNetwork) -> Panel:
     return replace(panel, static_values=filled)
 
 
+# a caller may be in torch.no_grad() or torch.inference_mode(); a fit needs gradients, and what it makes outlives both
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_panel(
     panel: Panel,
     plan: Plan,
@@ -287,6 +290,7 @@ def train_panel(
     return Trained(network, panel, plan, report)
 
 
+@torch.inference_mode(False)
 def fit_panel(
     panel: Panel,
     plan: Plan,

@@ -78,6 +78,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
+# weights that are made in a caller's inference mode could never be trained on
+@torch.inference_mode(False)
 def load_fitted(path: str | os.PathLike[str]) -> Fitted:
     """Read what ``save_fitted`` wrote. Raises ModelFolderError: missing, foreign, damaged, or unreadable."""
     folder = load_folder(path)

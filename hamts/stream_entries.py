@@ -10,8 +10,8 @@ R items · B items of a call · M entries · P rows of a pool
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +22,18 @@ from hamts.ops.pool import RowPool
 if TYPE_CHECKING:
     from hamts.reader import StreamMemory
 
-__all__ = ["STORES", "PaddedEntries", "PooledEntries", "pad_of", "place_of"]
+__all__ = ["STORES", "PaddedEntries", "PooledEntries", "outlives", "pad_of", "place_of"]
 
 Leaves = dict[str, torch.Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
 LEAST_ENTRIES = 16
 # room to grow of a list of row numbers: an eighth of its length
 SPARE = 8
+
+
+def outlives(function: Function) -> Function:
+    """What it makes can be written into later, though its caller may be in inference mode now and not then."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class PaddedEntries:
@@ -192,6 +198,7 @@ class PooledEntries(PaddedEntries):
     def short(self) -> bool:
         return any(pool.short(pool.latest) for pool in self.pools.values())
 
+    @outlives
     def tidy(self, under_way: Sequence[StreamMemory] = ()) -> None:
         for pad, pool in self.pools.items():
             if not pool.short(pool.latest):

@@ -18,7 +18,7 @@ import torch
 from hamts.errors import DataError
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors, unflatten_tensors
-from hamts.stream_entries import STORES, PaddedEntries, PooledEntries, pad_of, place_of
+from hamts.stream_entries import STORES, PaddedEntries, PooledEntries, outlives, pad_of, place_of
 
 __all__ = ["COUNTERS", "ItemTable", "MemoryStore", "StreamItems", "item_columns"]
 
@@ -118,6 +118,7 @@ class MemoryStore:
         store: how entries are kept, one of ``hamts.stream_entries.STORES``.
     """
 
+    @outlives
     def __init__(self, network: HAMNetwork, most_entries: int | None, store: str = "padded") -> None:
         self.template = network.empty_memory(1)
         empty = flatten_tensors(self.template)
@@ -127,6 +128,7 @@ class MemoryStore:
         self.count = 0
         self.leaves = {name: leaf[:0].clone() for name, leaf in empty.items() if name not in own}
 
+    @outlives
     def like(self) -> MemoryStore:
         """An empty store of the same kind."""
         other = object.__new__(MemoryStore)
@@ -148,6 +150,7 @@ class MemoryStore:
         entries = {name: (leaf.dtype, self.entries.row_shape(name), 2) for name, leaf in self.entries.leaves.items()}
         return {name: (leaf.dtype, tuple(leaf.shape[1:]), 1) for name, leaf in self.leaves.items()} | entries
 
+    @outlives
     def reserve(self, rows: int) -> None:
         """Room for so many items; doubles where there is too little."""
         room = self.room
@@ -181,6 +184,7 @@ class MemoryStore:
         ]
         return replace(memory, layers=held)
 
+    @outlives
     def put(self, rows: np.ndarray, memory: StreamMemory) -> None:
         """Store the memories of some items; entries beyond theirs are no longer alive."""
         device = memory_device(self.template)
@@ -190,12 +194,14 @@ class MemoryStore:
             leaf[place] = found[name]
         self.entries.write(rows, found)
 
+    @outlives
     def append(self, memory: StreamMemory) -> None:
         items = len(next(iter(flatten_tensors(memory).values())))
         self.reserve(self.count + items)
         self.count += items
         self.put(np.arange(self.count - items, self.count), memory)
 
+    @outlives
     def keep(self, rows: np.ndarray) -> None:
         index = torch.from_numpy(rows)
         self.leaves = {name: leaf[index] for name, leaf in self.leaves.items()}
