@@ -88,7 +88,7 @@ def measure(name: str, variant: str, seed: int) -> dict[str, Any]:
         **task.options, **VARIANTS[variant],
     )  # fmt: skip
     fit_s = time.perf_counter() - began
-    cell = {
+    cell: dict[str, Any] = {
         "set": name, "variant": variant, "seed": seed, "fit_s": round(fit_s, 1), "steps": model.report.steps,
         "best_step": model.report.best_step, "stopped_by": model.report.stopped_by,
         "patch_steps": model.config.patch_steps, "window_patches": model.config.window_patches,
@@ -141,7 +141,8 @@ def flight_baselines(task: Task, data: Any, df: pd.DataFrame) -> dict[str, dict[
     """Seasonal naive (a day, a week) and the training quantiles by airport and hour, on the same windows."""
     rows: dict[str, dict[str, float]] = {"seasonal naive 24": {}, "seasonal naive 168": {}, "airport and hour": {}}
     for target in data.target:
-        truth, parts = [], {label: [] for label in rows}
+        truth: list[np.ndarray] = []
+        parts: dict[str, list[np.ndarray]] = {label: [] for label in rows}
         for _, item in df.groupby("unique_id", sort=False):
             values, hours = item[target].to_numpy(float), item["ds"].dt.hour.to_numpy()
             first = len(values) - task.test_rows

@@ -43,6 +43,7 @@ from benchmarks.crash_trials import (
     drops_of,
     in_process,
     key_of,
+    last_commit_of,
     read_everything,
     trial,
     written,
@@ -81,7 +82,8 @@ def steps_cell(place: Place, _: int) -> list[dict[str, Any]]:
 
 
 def random_cell(place: Place, kills: int) -> list[dict[str, Any]]:
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found: list[dict[str, Any]] = []
     while len(found) < kills:
         delay = float(rng.uniform(0, place.seconds))
         facts = trial(place, f"{1000 * delay:.0f} ms", kill_after=delay)
@@ -119,7 +121,7 @@ def kafka_cell(place: Place, _: int) -> list[dict[str, Any]]:
 def damage_cell(place: Place, _: int) -> list[dict[str, Any]]:
     """Bits and ends of every file of a committed state; those of the generation before, where it is needed."""
     state, rng = place.folder / "whole", np.random.default_rng(2)
-    last = Stream.open(state, read_only=True).last_commit
+    last = last_commit_of(Stream.open(state, read_only=True))
     found = []
     for path in sorted([*state.glob("state-*"), state / "CURRENT.json"]):
         newest = state / last.arrays.name
@@ -154,7 +156,7 @@ def is_noticed(place: Place, state: Path, *, none_left: bool) -> bool:
         except DataError as error:
             return none_left and error.code == "E-STATE-DAMAGED"
     warned = any(issubclass(one.category, DataWarning) and "W-STATE-FALLBACK" in str(one.message) for one in caught)
-    return not none_left and warned and place.hashes[key_of(found.last_commit.position)] == found.state_hash()
+    return not none_left and warned and place.hashes[key_of(last_commit_of(found).position)] == found.state_hash()
 
 
 def cost_cell(place: Place, _: int) -> list[dict[str, Any]]:
@@ -166,7 +168,7 @@ def cost_cell(place: Place, _: int) -> list[dict[str, Any]]:
         stream = place.model.stream(pd.concat([one.assign(unique_id=name) for name in names], ignore_index=True))
         state = place.folder / f"cost-{items}"
         after = one["ds"].max()
-        commits, starts = [], []
+        commits, starts, size = [], [], 0
         with DurableStream(stream, StateStore(state), commit_every=None) as durable:
             for step in range(1, 1 + COST_REPEATS):
                 durable.update(
@@ -178,9 +180,11 @@ def cost_cell(place: Place, _: int) -> list[dict[str, Any]]:
         for _ in range(COST_REPEATS):
             start = time.perf_counter()
             loaded = StateStore(state, read_only=True).load(stream.model_hash)
+            if loaded is None:
+                raise RuntimeError(f"The state that was just written must be there. {state} has none.")
             Stream.from_state(place.model, loaded.arrays, loaded.meta)
             starts.append(1000 * (time.perf_counter() - start))
-        size = loaded.commit.arrays.size + loaded.commit.document.size
+            size = loaded.commit.arrays.size + loaded.commit.document.size
         facts = {"bytes": size, "commit_ms": float(np.median(commits)), "start_ms": float(np.median(starts))}
         found.append({"killed_at": f"{items} items", **facts})
     return found

@@ -23,6 +23,7 @@ from hamts.feeding import feed
 from hamts.sinks import FolderSink
 from hamts.sources import FolderSource, Source
 from hamts.stream import Stream
+from hamts.stream_generations import Commit
 from hamts.stream_open import DurableStream
 from hamts.stream_store import CRASH_AT
 
@@ -100,7 +101,11 @@ def _child(work: Callable[[Callable[[Any], None]], None], writing: int, crash_at
     try:
         if crash_at is not None:
             os.environ[CRASH_AT] = crash_at
-        work(lambda entry: os.write(writing, (json.dumps(entry) + "\n").encode()) and None)
+
+        def say(entry: Any) -> None:
+            os.write(writing, (json.dumps(entry) + "\n").encode())
+
+        work(say)
         code = 0
     except BaseException:
         os.write(writing, traceback.format_exc().encode())
@@ -130,6 +135,13 @@ def read_everything(
         feed(durable, make_source(), once=True, poll_seconds=0.01, after_update=add_alerts)
 
 
+def last_commit_of(stream: DurableStream) -> Commit:
+    """The commit that a folder which was opened must have."""
+    if stream.last_commit is None:
+        raise RuntimeError("A stream that was opened from a folder must have a commit. This one has none.")
+    return stream.last_commit
+
+
 def written(state: Path) -> list[Any]:
     """Every row that came out, in the order of files."""
     folder = state.with_name(state.name + "-out")
@@ -149,7 +161,7 @@ def after_kill(place: Place, state: Path, ended: Ended, *, by_position: bool = T
         except DataError as error:
             nothing = error.code in ("E-STATE-EMPTY", "E-STATE-FOREIGN") and not ended.commits
             return {"generation": None, "loads": nothing, "right_hash": nothing, "nothing_lost": nothing}
-    last = found.last_commit
+    last = last_commit_of(found)
     facts = {
         "generation": last.generation,
         "loads": True,

@@ -40,7 +40,8 @@ def ideal_skill(rung: str, *, sequences: int, seed: int, carrier_known: bool) ->
         background = torch.exp(-0.5 * ((x - level) / config.noise).square())
     else:
         phase = torch.arange(PHASES) / PHASES * 2 * math.pi
-        background = sum(torch.exp(-0.5 * ((x - 0.5 * p.sin()) / config.noise).square()) for p in phase) / PHASES
+        near = (torch.exp(-0.5 * ((x - 0.5 * p.sin()) / config.noise).square()) for p in phase)
+        background = sum(near, start=torch.zeros_like(x)) / PHASES  # [B, Q, C]
     # an answer is uniform: its density is the same wherever it can lie
     low = LOUD if config.loud else 0.0
     possible = asked.isnan() & (x.abs() <= low + PAYLOAD_RANGE + 1e-5) & (x.abs() >= low)

@@ -140,7 +140,7 @@ def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: st
             task: [draw(length, side, generator) for _ in range(-(-sequences // side))] for task, draw in TASKS.items()
         }
         if ham:
-            scores = [[] for _ in model.blocks]
+            scores: list[list[torch.Tensor]] = [[] for _ in model.blocks]
             for ids, _ in [*batches["recall"], *batches["needle"]]:
                 traces = model(ids, policies_of(model, torch.full((len(ids),), SHARE, device=device)))[1]
                 for kept, trace in zip(scores, traces, strict=True):
@@ -200,7 +200,14 @@ def run_one(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     smoke = ladder_name == "smoke"
     ladder = SMOKE if smoke else LADDERS[ladder_name]
-    sizes = {"width": 64, "layers": 2, "heads": 2, "patch_steps": 1, "dropout": 0.0, "router": "learned"}
+    sizes: dict[str, Any] = {
+        "width": 64,
+        "layers": 2,
+        "heads": 2,
+        "patch_steps": 1,
+        "dropout": 0.0,
+        "router": "learned",
+    }
     config = ModelConfig(**(sizes | MODELS[name]))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -126,11 +126,12 @@ class TokenModel(nn.Module):
         makers = layer_makers(config, channels=1, budget_bytes=ROOMY_BYTES)
         if shared:
             makers = [lambda: SharedKeys(config)] * config.layers
-        self.blocks = nn.ModuleList(Block(config, make) for make in makers)
+        blocks = [Block(config, make) for make in makers]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, VALUES)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        for block in self.blocks:
+        for block in blocks:
             block.memory.kernels = WideBlocks("torch", "large blocks of queries")
 
     def layers(self) -> list[Any]:
@@ -140,7 +141,7 @@ class TokenModel(nn.Module):
         """Logits of the values, [B, L, values], and a trace per layer."""
         x = self.embedding(ids)[:, None]  # [B, 1, L, D]
         tokens, traces = as_tokens(ids, x), []
-        for block, policy in zip(self.blocks, policies, strict=True):
+        for block, policy in zip(cast("list[Block]", self.blocks), policies, strict=True):
             memory = block.memory.empty_memory(len(ids), 1, x)
             x, _, trace = block(x, tokens, memory, policy, stepwise=False, advance=True)
             traces.append(trace)

@@ -9,12 +9,16 @@ is part of.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 import hamts
+
+Memory = Literal["model", "none", "full", "random"]
+COMPARED: tuple[Memory, ...] = ("model", "none")
+MEMORIES: tuple[Memory, ...] = (*COMPARED, "random", "full")
 
 DECILES = tuple(round(0.1 * k, 1) for k in range(1, 10))
 HORIZON = 24
@@ -42,14 +46,14 @@ def replay(seed: int, steps: int | None) -> dict[str, Any]:
     hours = int((df["ds"] >= cut).sum() / 3)
     windows = hours - HORIZON + 1
     cell["errors"] = {}
-    for memory in ("model", "none", "random", "full"):
+    for memory in MEMORIES:
         found = backtest(model, df, windows, memory)
         cell["errors"][memory] = split_errors(found, data.target, storms(df), cut)
     cell["errors"]["stream"] = split_errors(streamed, data.target, storms(df), cut)
     cell["by_age"] = {}
     for days in AGES_DAYS:
         late = df[df["ds"] >= cut - pd.Timedelta(days=days)]
-        for memory in ("model", "none"):
+        for memory in COMPARED:
             found = backtest(model, late, windows, memory)
             december = found[found["ds"] >= pd.Timestamp("2013-12-01", tz=cut.tz)]
             cell["by_age"].setdefault(str(days), {})[memory] = {t: loss(december, t) for t in data.target}
@@ -106,7 +110,7 @@ def kept_of(stream: Any, spell: tuple[pd.Timestamp, pd.Timestamp]) -> dict[str, 
     }  # fmt: skip
 
 
-def backtest(model: hamts.HAMForecaster, df: pd.DataFrame, windows: int, memory: str) -> pd.DataFrame:
+def backtest(model: hamts.HAMForecaster, df: pd.DataFrame, windows: int, memory: Memory) -> pd.DataFrame:
     return model.cross_validation(df, HORIZON, n_windows=windows, step_size=1, memory=memory, quantiles=DECILES)
 
 
