@@ -114,7 +114,8 @@ def check_options(state: Path | None, source: str, every: str, fmt: str, on_bad:
     try:
         parse_every(every)
     except ValueError as error:
-        raise DataError("E-OPTION", f"--every: {error}", fix="--every 30s, say.") from error
+        found = f"--every: commit_every must be rows (1000) or a time (30s, 5min). Got {every!r}."
+        raise DataError("E-OPTION", found, fix="--every 30s, say.") from error
 
 
 @contextmanager

@@ -65,6 +65,9 @@ def read_frame(
         raise DataError(
             "E-FILE", f"Reading '{path}' needs the package pyarrow.", fix="pip install pyarrow, or convert it to CSV."
         ) from error
+    except DataError:
+        # what it says of the table, or of a zone, is not the reading's fault
+        raise
     except (ValueError, OSError) as error:
         raise DataError(
             "E-FILE", f"'{path}' could not be read as {kind}: {error}", fix="Write the table again."

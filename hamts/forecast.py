@@ -59,7 +59,11 @@ def resolve_levels(
     if level is None:
         asked = Asked(rising_levels(default if quantiles is None else quantiles))
     else:
-        widths = sorted({float(width) for width in (level if isinstance(level, Sequence) else [level])})
+        try:
+            widths = sorted({float(width) for width in (level if isinstance(level, Sequence) else [level])})
+        except (TypeError, ValueError) as error:
+            found = f"level must be a number in percent, or several. Got {level!r}."
+            raise DataError("E-QUANTILE", found, fix="level=[80], say.") from error
         if not widths or not all(1 <= width < 100 for width in widths):
             raise DataError(
                 "E-QUANTILE", f"level is in percent, from 1 up to 100. Got {level!r}.", fix="level=[80], say."

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from hamts.config import PRESETS, QUANTILES, MachineConfig, MemoryConfig, ModelConfig, TrainConfig, with_preset
 from hamts.data.future import check_horizon
@@ -42,6 +43,7 @@ HORIZON_WITHOUT_SEASON = 12
 PATCH_WITHOUT_SEASON = 8
 FAR_SEASONS = 2
 SMALLEST_PATCH, LARGEST_PATCH = 4, 24
+MOST_PATCHES_UNSEEN = 512  # of a horizon beyond all history; a fit of 1,000 took 6 GB
 # below this many patches a series is cut finer
 FEW_PATCHES = 40
 HALF_LIFE_SEASONS = 2.0
@@ -142,6 +144,7 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
     lengths = panel.lengths
     h = int(options.h) if options.h is not None else choose_horizon(frequency, lengths)
     patch_steps = options.patch_steps or choose_patch_steps(frequency, lengths, h)
+    _check_sizes(h, patch_steps, int(lengths.max()))
     answer = ANSWER_LEVELS if options.quantiles is None else rising_levels(options.quantiles)
     model = ModelConfig(
         patch_steps=patch_steps,
@@ -194,6 +197,19 @@ def machine_config(
     accelerator: str, precision: str, kernel: str, strategy: str, devices: int, **rest: Any
 ) -> MachineConfig:
     """On what to fit. Raises DataError E-OPTION."""
+    unknown = [name for name in rest if name not in MachineConfig.__dataclass_fields__]
+    if unknown:
+        raise DataError(
+            "E-OPTION",
+            f"Unknown field {unknown[0]!r} of machine. Available: {sorted(MachineConfig.__dataclass_fields__)}.",
+            fix="Change that argument of fit, or leave it out.",
+        )
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise DataError(
+            "E-OPTION",
+            f"accelerator={accelerator!r} needs a CUDA device that torch {torch.__version__} can use. There is none.",
+            fix="accelerator='auto' takes what there is; hamts doctor says what that is.",
+        )
     named: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "kernel": kernel}
     try:
         return MachineConfig(**named, strategy=strategy, devices=devices, **rest)
@@ -235,12 +251,32 @@ def _check_options(options: FitOptions) -> None:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if value is not None and (not whole or value < 1):
             raise _bad_option(name, "a whole number, at least 1", value)
+    if isinstance(options.seed, bool) or not isinstance(options.seed, int | np.integer):
+        raise _bad_option("seed", "a whole number", options.seed)
+    for name in ("max_time", "learning_rate", "budget_share", "budget_bytes"):
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
+            raise _bad_option(name, "a number", value)
     for name in ("max_time", "learning_rate"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise _bad_option(name, "above 0", value)
     if options.val_size is not None and options.val_size < 0:
         raise _bad_option("val_size", "a number of steps, or a share below 1", options.val_size)
+
+
+def _check_sizes(h: int, patch_steps: int, longest: int) -> None:
+    """Refuse what would fill the memory of the machine with steps that no item has."""
+    if patch_steps > max(longest, LARGEST_PATCH):
+        raise _bad_option("patch_steps", f"at most the longest item, {longest} steps", patch_steps)
+    patches = -(-h // patch_steps)
+    if h > longest and patches > MOST_PATCHES_UNSEEN:
+        raise DataError(
+            "E-HORIZON",
+            f"A horizon of more than {MOST_PATCHES_UNSEEN} patches must not be longer than the longest item."
+            f" Got h={h:,}, {patches:,} patches of {patch_steps} steps; the longest item has {longest:,} steps.",
+            fix=f"Ask for at most h={max(longest, MOST_PATCHES_UNSEEN * patch_steps)}, or pass a longer history.",
+        )
 
 
 def _bad_option(name: str, rule: str, value: Any) -> DataError:

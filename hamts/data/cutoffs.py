@@ -40,9 +40,13 @@ def cutoff_steps(panel: Panel, cutoffs: Sequence[Any]) -> list[np.ndarray]:
 
 
 def _moment(time: Any, dialect: Dialect, *, integer: bool) -> int:
-    if integer:
-        return int(time)
-    stamp = pd.Timestamp(time)
+    try:
+        stamp = int(time) if integer else pd.Timestamp(time)
+    except (TypeError, ValueError) as error:
+        kind, fix = ("a whole number", "7, say.") if integer else ("a date", "2024-01-31 or 2024-01-31T13:00, say.")
+        raise DataError("E-DATE", f"A moment in the history must be {kind}. Got {time!r}.", fix=fix) from error
+    if isinstance(stamp, int):
+        return stamp
     zone = dialect.time_zone
     if zone is not None:
         stamp = stamp.tz_localize(zone) if stamp.tz is None else stamp
