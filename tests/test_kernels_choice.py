@@ -130,7 +130,7 @@ def test_a_kernel_that_cannot_run_stops_a_fit_before_it_begins() -> None:
         fit(frame(), kernel="cuda", accelerator="cpu", verbose=False)
     with pytest.raises(DataError, match="Unknown compile_mode 'fast'"):
         fit(frame(), machine={"compile_mode": "fast"}, accelerator="cpu", verbose=False)
-    with pytest.raises(DataError, match="unexpected keyword argument 'speed'"):
+    with pytest.raises(DataError, match="Unknown field 'speed' of machine"):
         fit(frame(), machine={"speed": 2}, accelerator="cpu", verbose=False)
 
 
