@@ -343,7 +343,7 @@ class MachineConfig:
     """On what a fit runs, and how; it changes speed and memory, and results by rounding alone.
 
     Attributes:
-        accelerator: of lightning; ``auto`` takes a GPU where there is one.
+        accelerator: ``auto``, ``cpu``, ``gpu`` or ``cuda``; ``auto`` takes a CUDA device where there is one.
         precision: of lightning; ``bf16-mixed`` keeps scores, gates and states in float32.
         kernel: what runs the recurrence and the read: ``auto``, ``torch``, ``fla``, ``triton`` or ``fla+triton``.
         strategy: how several processes share a fit: ``auto``, ``ddp``, or ``fsdp``, which also spreads the weights.

@@ -18,7 +18,7 @@ import numpy as np
 from hamts.data.answer import forecast_frame
 from hamts.data.panel import Schema
 from hamts.errors import DataError
-from hamts.resolve import rising_levels
+from hamts.options import rising_levels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -106,7 +106,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         val_size: steps (int) or share (float) at the end of each item kept for validation; 0 for none.
         max_steps, max_time: limits of fitting, optimiser steps and seconds; whatever came last is usable.
         accelerator, precision, kernel, strategy, devices, machine: on what to fit, see ``hamts.config.MachineConfig``;
-            ``machine`` holds the rest of it: ``accumulate``, ``checkpointing``, ``compile_mode``.
+            ``machine`` holds the rest of it: ``accumulate``, ``checkpointing``, ``compile_mode``, ``cuda_graphs``.
         seed: of weights, windows and dropout. The same seed, data and machine give the same bytes.
         run_dir: folder in which an interrupted fit can be resumed by the same call.
         verbose, progress: print roles, defaults and checks; show a bar (None: on a terminal).
@@ -122,7 +122,7 @@ def fit(  # noqa: PLR0913 - one call, and each argument stands for itself
         window_patches=window_patches, cross_reading=cross_reading, half_life_steps=half_life_steps,
         val_size=val_size, max_steps=max_steps,
         max_time=max_time, batch_windows=batch_windows, learning_rate=learning_rate, seed=seed,
-        machine=machine_config(accelerator, precision, kernel, strategy, devices, **(machine or {})),
+        machine=machine_config(accelerator, precision, kernel, strategy, devices, {} if machine is None else machine),
     )  # fmt: skip
     panel = to_panel(
         df, target=target, futr_cols=futr_cols, past_cols=past_cols, event_cols=event_cols, action_cols=action_cols,

@@ -10,18 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from hamts.config import PRESETS, QUANTILES, MachineConfig, MemoryConfig, ModelConfig, TrainConfig, with_preset
-from hamts.data.future import check_horizon
 from hamts.data.panel import Frequency, Panel, Schema
 from hamts.data.patches import irregular_unit
 from hamts.errors import DataError
 from hamts.nn.mixers import layer_makers
 from hamts.ops.kernels import KernelError, Kernels
+from hamts.options import LARGEST_PATCH, check_machine, check_options, check_sizes, rising_levels, routing_fields
 from hamts.training import planned_kernels
 
-__all__ = ["FitOptions", "Plan", "describe", "machine_config", "make_plan", "rising_levels", "with_alias"]
+__all__ = ["FitOptions", "Plan", "describe", "machine_config", "make_plan", "with_alias"]
 
 # options since format 1.0, by part of a plan, and what was done before they were there
 LATER_FIELDS: dict[str, dict[str, Any]] = {
@@ -42,8 +41,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
 HORIZON_WITHOUT_SEASON = 12
 PATCH_WITHOUT_SEASON = 8
 FAR_SEASONS = 2
-SMALLEST_PATCH, LARGEST_PATCH = 4, 24
-MOST_PATCHES_UNSEEN = 512  # of a horizon beyond all history; a fit of 1,000 took 6 GB
+SMALLEST_PATCH = 4
 # below this many patches a series is cut finer
 FEW_PATCHES = 40
 HALF_LIFE_SEASONS = 2.0
@@ -54,15 +52,6 @@ BATCH_TOKENS = 4000
 MANY_PATCHES, FEW_DATA_RATE = 2500, 1 / 3
 FEWEST_WINDOWS, MOST_WINDOWS = 8, 128
 ANSWER_LEVELS = (0.1, 0.5, 0.9)
-# what routing= of fit may set; what has an argument of its own is not here
-ROUTING_FIELDS = {
-    "model": ("head_reduction", "learned_features", "decision", "allocation", "write_clip", "resolution"),
-    "memory": (
-        "must_keep_share", "explore_share", "threshold", "eviction", "tag_types", "tag_half_life_patches",
-        "budget_flops", "budget_ms",
-    ),
-    "train": ("auxiliary_weight", "auxiliary_target", "inner_weight", "training_flops"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +128,12 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
 
     Raises DataError: E-HORIZON, E-QUANTILE, E-OPTION (an option out of its range).
     """
-    _check_options(options)
+    check_options(options)
     frequency = panel.schema.frequency
     lengths = panel.lengths
     h = int(options.h) if options.h is not None else choose_horizon(frequency, lengths)
     patch_steps = options.patch_steps or choose_patch_steps(frequency, lengths, h)
-    _check_sizes(h, patch_steps, int(lengths.max()))
+    check_sizes(h, patch_steps, int(lengths.max()))
     answer = ANSWER_LEVELS if options.quantiles is None else rising_levels(options.quantiles)
     model = ModelConfig(
         patch_steps=patch_steps,
@@ -194,22 +183,10 @@ def make_plan(panel: Panel, options: FitOptions) -> Plan:
 
 
 def machine_config(
-    accelerator: str, precision: str, kernel: str, strategy: str, devices: int, **rest: Any
+    accelerator: str, precision: str, kernel: str, strategy: str, devices: int, rest: Mapping[str, Any]
 ) -> MachineConfig:
     """On what to fit. Raises DataError E-OPTION."""
-    unknown = [name for name in rest if name not in MachineConfig.__dataclass_fields__]
-    if unknown:
-        raise DataError(
-            "E-OPTION",
-            f"Unknown field {unknown[0]!r} of machine. Available: {sorted(MachineConfig.__dataclass_fields__)}.",
-            fix="Change that argument of fit, or leave it out.",
-        )
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise DataError(
-            "E-OPTION",
-            f"accelerator={accelerator!r} needs a CUDA device that torch {torch.__version__} can use. There is none.",
-            fix="accelerator='auto' takes what there is; hamts doctor says what that is.",
-        )
+    check_machine(accelerator, rest)
     named: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "kernel": kernel}
     try:
         return MachineConfig(**named, strategy=strategy, devices=devices, **rest)
@@ -225,62 +202,8 @@ def check_kernel(model: ModelConfig, machine: MachineConfig) -> Kernels:
         raise DataError("E-KERNEL", str(error), fix="kernel='auto' takes what can run.") from error
 
 
-def routing_fields(routing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Fields of ``fit(routing=)`` by the configuration they belong to. Raises ValueError for an unknown one."""
-    homes = {name: home for home, names in ROUTING_FIELDS.items() for name in names}
-    unknown = [name for name in routing if name not in homes]
-    if unknown:
-        raise ValueError(f"Unknown field {unknown[0]!r} of routing. Available: {sorted(homes)}.")
-    fields = {
-        home: {name: routing[name] for name in names if name in routing} for home, names in ROUTING_FIELDS.items()
-    }
-    if "training_flops" in fields["train"]:
-        fields["train"]["budget_flops"] = fields["train"].pop("training_flops")
-    return fields
-
-
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _check_options(options: FitOptions) -> None:
-    if options.h is not None:
-        check_horizon(options.h)
-    for name in ("patch_steps", "window_patches", "max_steps", "batch_windows"):
-        value = getattr(options, name)
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if value is not None and (not whole or value < 1):
-            raise _bad_option(name, "a whole number, at least 1", value)
-    if isinstance(options.seed, bool) or not isinstance(options.seed, int | np.integer):
-        raise _bad_option("seed", "a whole number", options.seed)
-    for name in ("max_time", "learning_rate", "budget_share", "budget_bytes"):
-        value = getattr(options, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
-            raise _bad_option(name, "a number", value)
-    for name in ("max_time", "learning_rate"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise _bad_option(name, "above 0", value)
-    if options.val_size is not None and options.val_size < 0:
-        raise _bad_option("val_size", "a number of steps, or a share below 1", options.val_size)
-
-
-def _check_sizes(h: int, patch_steps: int, longest: int) -> None:
-    """Refuse what would fill the memory of the machine with steps that no item has."""
-    if patch_steps > max(longest, LARGEST_PATCH):
-        raise _bad_option("patch_steps", f"at most the longest item, {longest} steps", patch_steps)
-    patches = -(-h // patch_steps)
-    if h > longest and patches > MOST_PATCHES_UNSEEN:
-        raise DataError(
-            "E-HORIZON",
-            f"A horizon of more than {MOST_PATCHES_UNSEEN} patches must not be longer than the longest item."
-            f" Got h={h:,}, {patches:,} patches of {patch_steps} steps; the longest item has {longest:,} steps.",
-            fix=f"Ask for at most h={max(longest, MOST_PATCHES_UNSEEN * patch_steps)}, or pass a longer history.",
-        )
-
-
-def _bad_option(name: str, rule: str, value: Any) -> DataError:
-    return DataError("E-OPTION", f"{name} must be {rule}. Got {value!r}.", fix=f"Change {name}=, or leave it out.")
 
 
 def with_alias(name: str, value: Any, alias: str, other: Any) -> Any:
@@ -288,18 +211,6 @@ def with_alias(name: str, value: Any, alias: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise DataError("E-ALIAS", f"{alias} is another word for {name}. Got both.", fix=f"Pass {name}= alone.")
     return other if value is None else value
-
-
-def rising_levels(levels: Sequence[float]) -> tuple[float, ...]:
-    """Quantile levels, sorted. Raises DataError E-QUANTILE unless they are distinct and in (0, 1)."""
-    rising = tuple(sorted(float(level) for level in levels))
-    if not rising or not all(0 < level < 1 for level in rising) or len(set(rising)) < len(rising):
-        raise DataError(
-            "E-QUANTILE",
-            f"quantiles must be distinct and lie between 0 and 1. Got {list(levels)}.",
-            fix="quantiles=[0.1, 0.5, 0.9]; percent are for level=[80].",
-        )
-    return rising
 
 
 # --- defaults that depend on the data
@@ -343,8 +254,6 @@ def choose_context_patches(frequency: Frequency, lengths: np.ndarray, h: int, pa
 def _half_lives(given: float | Sequence[float] | None, frequency: Frequency, patch_steps: int) -> tuple[float, ...]:
     if given is not None:
         lives = tuple(float(x) for x in given) if isinstance(given, Sequence) else (float(given),)
-        if not lives or min(lives) <= 0:
-            raise _bad_option("half_life_steps", "above 0", given)
         return lives if len(lives) > 1 else tuple(lives[0] * slower for slower in SLOWER_HALF_LIVES)
     first = max(HALF_LIFE_SEASONS * frequency.season_steps, 4.0 * patch_steps)
     return tuple(first * slower for slower in SLOWER_HALF_LIVES)

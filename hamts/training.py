@@ -362,7 +362,7 @@ def fit_network(
 
 
 def fit_device(machine: MachineConfig) -> torch.device:
-    """Where this process fits."""
+    """Where this process fits; lightning's own ``auto`` would also take what kernels here know nothing of."""
     gpu = machine.accelerator in ("gpu", "cuda") or (machine.accelerator == "auto" and torch.cuda.is_available())
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
@@ -386,7 +386,7 @@ def _run_lightning(module: HAMTrainer, windows: StreamWindows, *, bar: bool) -> 
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), quiet_lightning():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
-            max_epochs=1, min_epochs=0, accelerator=machine.accelerator, devices=machine.devices,
+            max_epochs=1, min_epochs=0, accelerator=fit_device(machine).type, devices=machine.devices,
             strategy=make_strategy(machine.strategy, machine.devices), accumulate_grad_batches=machine.accumulate,
             precision=machine.precision, use_distributed_sampler=False,  # type: ignore[arg-type]
             logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=bar,

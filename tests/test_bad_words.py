@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from model_frames import quick, sine_frame
 from streams import plain_model, rows_of
 from typer.testing import CliRunner
 
+from hamts import training
 from hamts.cli import app
 from hamts.errors import DataError
 
@@ -78,3 +80,60 @@ def test_patches_longer_than_every_item_are_refused() -> None:
     ) as caught:
         quick(sine_frame(items=1, steps=60), 6, patch_steps=10**6)
     assert caught.value.code == "E-OPTION"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_bytes": math.nan}, "budget_bytes must be a whole number. Got nan"),
+        ({"budget_bytes": 1_000_000.5}, "budget_bytes must be a whole number. Got 1000000.5"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0, and finite. Got inf"),
+        ({"max_time": math.inf}, "max_time must be above 0, and finite. Got inf"),
+        ({"seed": 2**70}, "seed must be a number of 64 bits. Got "),
+        ({"val_size": "x"}, "val_size must be a whole number of steps, or a share .* Got 'x'"),
+        ({"val_size": True}, "val_size must be .* Got True"),
+        ({"val_size": math.nan}, "val_size must be .* Got nan"),
+        ({"val_size": 24.0}, "val_size must be .* Got 24.0"),
+        ({"val_size": -1}, "val_size must be .* Got -1"),
+        ({"half_life_steps": math.nan}, "half_life_steps must be .* Got nan"),
+        ({"half_life_steps": [24, math.inf]}, r"half_life_steps must be .* Got \[24, inf\]"),
+        ({"half_life_steps": "x"}, "half_life_steps must be .* Got 'x'"),
+        ({"half_life_steps": []}, r"half_life_steps must be .* Got \[\]"),
+        ({"router": 5}, "router must be the name of a router, .* Got 5"),
+        ({"routing": 5}, "routing must be a mapping of names to values. Got 5"),
+        ({"routing": {"must_keep_share": "x"}}, "must_keep_share must be a number .* Got 'x'"),
+        ({"routing": {"write_clip": math.nan}}, "write_clip must be a number .* Got nan"),
+        ({"routing": {"auxiliary_weight": math.nan}}, "auxiliary_weight must be a number .* Got nan"),
+        ({"routing": {"inner_weight": -1}}, "inner_weight must be a number .* Got -1"),
+        ({"routing": {"budget_flops": math.inf}}, "budget_flops must be a number .* Got inf"),
+        ({"machine": 5}, "machine must be a mapping of names to values. Got 5"),
+        ({"machine": {"devices": 2}}, "Unknown field 'devices' of machine"),
+        ({"accelerator": "mps"}, r"accelerator must be one of \['auto', 'cpu', 'cuda', 'gpu'\]. Got 'mps'"),
+    ],
+)
+def test_an_option_out_of_its_range_is_named_before_anything_is_built(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        quick(sine_frame(items=1, steps=60), 6, **options)
+    assert caught.value.code == "E-OPTION"
+
+
+@pytest.mark.parametrize("levels", [["x"], 0.5, [None]])
+def test_quantiles_that_are_no_list_of_numbers_are_named(levels: Any) -> None:
+    with pytest.raises(DataError, match="quantiles must be a list of numbers. Got ") as caught:
+        quick(sine_frame(items=1, steps=60), 6, quantiles=levels)
+    assert caught.value.code == "E-QUANTILE"
+
+
+def test_auto_fits_where_the_kernels_were_chosen_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    trainer = training.L.Trainer
+
+    def noted(**options: Any) -> Any:
+        asked.append(options["accelerator"])
+        return trainer(**options)
+
+    # lightning's own 'auto' would take mps on a Mac, without a word of it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(training.L, "Trainer", noted)
+    assert quick(sine_frame(items=1, steps=60), 6, max_steps=1).report.device == "cpu"
+    assert asked == ["cpu"]
