@@ -74,7 +74,7 @@ def check_options(options: FitOptions) -> None:
         (("seed",), _fits_64_bits, "a number of 64 bits"),
         (("max_time", "learning_rate", "budget_share"), _number, "a number"),
         (("max_time", "learning_rate"), _positive, "above 0, and finite"),
-        (("half_life_steps",), _half_lives, "a number of steps above 0, and finite, or several"),
+        (("half_life_steps",), _half_lives, "above 0, and finite: a number of steps, or several"),
         (("val_size",), _part_of_an_item, "a whole number of steps, or a share from 0 up to below 1"),
         (("router",), _is_text, "the name of a router, or several joined by '+'"),
         (("routing",), _is_mapping, "a mapping of names to values"),
