@@ -44,28 +44,31 @@ def positive_control(cells: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def everything_kept(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
-    """Whether everything kept is better than nothing kept with the same weights, for each core set and router."""
+    """Whether everything kept is better than nothing kept, each seed with its own weights, by core set and router."""
     rows = []
     for name in cores_of(cells):
         for model in ROUTERS:
-            own = [cell for cell in cells if (cell["set"], cell["model"]) == (name, model)]
-            sides = [
-                [
-                    point["parts"][part]
-                    for cell in own
-                    for point in cell["points"]
-                    if (point["memory"], point["share"]) == ("model", share)
-                ]
-                for share in (1.0, 0.0)
+            pairs = [
+                (scores[1.0], scores[0.0])
+                for cell in cells
+                if (cell["set"], cell["model"]) == (name, model)
+                and {1.0, 0.0} <= set(scores := _own_shares(cell, part))
             ]
-            if own:
-                low, high = drawn(*sides)
-                total = [sum(map(sum, (scores["quantile"] for scores in side))) for side in sides]
+            if pairs:
+                full, empty = ([pair[side] for pair in pairs] for side in (0, 1))
+                low, high = drawn(full, empty)
+                total = [sum(map(sum, (scores["quantile"] for scores in side))) for side in (full, empty)]
                 apart = total[0] / max(total[1], 1e-12) - 1
-                row = {"set": name, "model": model, "part": part, "seeds": len(own), "difference": apart}
+                row = {"set": name, "model": model, "part": part, "seeds": len(pairs), "difference": apart}
                 passed = apart < -MARGIN and high < 0
                 rows.append({**row, "low": low, "high": high, "passes": "yes" if passed else "no"})
     return pd.DataFrame(rows)
+
+
+def _own_shares(cell: dict[str, Any], part: str) -> dict[float | None, dict[str, Any]]:
+    """Scores of a cell's own memory by share, where it has that part of the windows."""
+    points = [point for point in cell["points"] if point["memory"] == "model" and part in point["parts"]]
+    return {point["share"]: point["parts"][part] for point in points}
 
 
 def claims(cells: list[dict[str, Any]]) -> pd.DataFrame:

@@ -76,7 +76,7 @@ def drawn(
 def difference(
     cells: list[dict[str, Any]], name: str, one: tuple[str, str], two: tuple[str, str], share: float | None, part: str
 ) -> dict[str, Any] | None:
-    """Relative difference of two (model, memory) at a share, paired by seed; None where a seed of either is missing."""
+    """Relative difference of two (model, memory) at a share, of the seeds that both have; None: there are none."""
     sides: list[dict[int, dict[str, Any]]] = []
     for model, memory in (one, two):
         sides.append(

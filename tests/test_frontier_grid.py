@@ -245,6 +245,18 @@ def test_controls_say_which_claims_are_called(attention: float, everything: floa
     assert callable_claims([cell for cell in cells if cell["seed"] < 2]) == ()
 
 
+def test_a_cell_that_lacks_a_share_is_paired_with_no_other_seeds() -> None:
+    from benchmarks.frontier_answers import callable_claims, everything_kept
+
+    cells = []
+    for name in ("epf-old", "household-old"):
+        cells += [_cell("learned", 0, [("model", 0.0, 1.0)], name), _cell("learned", 1, [("model", 1.0, 0.1)], name)]
+        cells += [_cell("learned", 2, [("model", 0.0, 1.0), ("model", 1.0, 0.9)], name)]
+    found = everything_kept(cells)
+    assert found["seeds"].tolist() == [1, 1] and found["difference"].round(6).tolist() == [-0.1, -0.1]
+    assert callable_claims(cells) == ()
+
+
 def test_the_best_router_is_one_of_many_seeds_and_of_its_rivals_bytes() -> None:
     from benchmarks.frontier_answers import best_router
 
