@@ -331,11 +331,11 @@ class StreamConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {sorted(allowed)}. Got {getattr(self, name)!r}.")
         for name in ("max_jump_steps", "recent_rows", "score_rows", "items_side_by_side"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r}.")
         for name in ("calibration_rate", "drift_scales"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0. Got {getattr(self, name)}.")
+            if not isinstance(value := getattr(self, name), int | float) or not value > 0:
+                raise ValueError(f"{name} must be a number above 0. Got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

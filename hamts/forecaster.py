@@ -26,6 +26,7 @@ from hamts.fitting import Fitted, fill_static, fit_panel, refuse_extremes, valid
 from hamts.forecast import Forecast, resolve_levels
 from hamts.forecaster_evaluate import forecaster_evaluate
 from hamts.frontier import forecaster_frontier
+from hamts.options import is_number
 from hamts.persistence import load_fitted, save_fitted
 from hamts.refusals import refuse_non_finite, refuse_rival, refuse_unseen
 from hamts.remembered import Remembered, forecast_remembered, memory_parts, read_panel
@@ -338,7 +339,7 @@ class HAMForecaster:
     def _share(self, budget_share: float | None) -> float:
         if budget_share is None:
             return self._fitted.plan.memory.budget_share
-        if isinstance(budget_share, bool) or not 0 <= budget_share <= 1:
+        if not is_number(budget_share) or not 0 <= budget_share <= 1:
             raise DataError("E-OPTION", f"budget_share must lie in [0, 1]. Got {budget_share!r}.", fix="0.1, say.")
         refuse_rival(self.config.mixer, "budget_share")
         return float(budget_share)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from hamts.resolve import FitOptions
 
 __all__ = [
-    "LARGEST_PATCH", "bad_option", "check_machine", "check_options", "check_sizes", "rising_levels", "routing_fields",
+    "LARGEST_PATCH", "bad_option", "check_machine", "check_options", "check_sizes", "is_number", "rising_levels",
+    "routing_fields",
 ]  # fmt: skip
 
 LARGEST_PATCH = 24
@@ -72,7 +73,7 @@ def check_options(options: FitOptions) -> None:
         (("patch_steps", "window_patches", "max_steps", "batch_windows"), _counts, "a whole number, at least 1"),
         (("seed", "budget_bytes"), _whole, "a whole number"),
         (("seed",), _fits_64_bits, "a number of 64 bits"),
-        (("max_time", "learning_rate", "budget_share"), _number, "a number"),
+        (("max_time", "learning_rate", "budget_share"), is_number, "a number"),
         (("max_time", "learning_rate"), _positive, "above 0, and finite"),
         (("half_life_steps",), _half_lives, "above 0, and finite: a number of steps, or several"),
         (("val_size",), _part_of_an_item, "a whole number of steps, or a share from 0 up to below 1"),
@@ -100,11 +101,11 @@ def _positive(value: float) -> bool:
 
 def _half_lives(value: Any) -> bool:
     each = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return bool(each) and all(_number(one) and _positive(one) for one in each)
+    return bool(each) and all(is_number(one) and _positive(one) for one in each)
 
 
 def _part_of_an_item(value: Any) -> bool:
-    return _number(value) and 0 <= value < (math.inf if _whole(value) else 1)
+    return is_number(value) and 0 <= value < (math.inf if _whole(value) else 1)
 
 
 def _is_text(value: Any) -> bool:
@@ -119,7 +120,7 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
@@ -154,7 +155,7 @@ def routing_fields(routing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         value = routing.get(name, 0.0)
         if value is None and name in MAY_BE_NONE:
             continue
-        if not _number(value) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of 0 or more, and finite. Got {value!r}.")
     fields = {
         home: {name: routing[name] for name in names if name in routing} for home, names in ROUTING_FIELDS.items()

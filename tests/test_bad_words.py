@@ -137,3 +137,19 @@ def test_auto_fits_where_the_kernels_were_chosen_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(training.L, "Trainer", noted)
     assert quick(sine_frame(items=1, steps=60), 6, max_steps=1).report.device == "cpu"
     assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_rows": 1.5}, "score_rows must be a whole number, at least 1. Got 1.5"),
+        ({"recent_rows": math.nan}, "recent_rows must be a whole number, at least 1. Got nan"),
+        ({"drift_scales": "x"}, "drift_scales must be a number above 0. Got 'x'"),
+        ({"calibration_rate": math.nan}, "calibration_rate must be a number above 0. Got nan"),
+        ({"budget_share": "x"}, r"budget_share must lie in \[0, 1\]. Got 'x'"),
+    ],
+)
+def test_an_option_of_a_stream_that_is_no_number_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        plain_model().stream(**options)
+    assert caught.value.code == "E-OPTION"
