@@ -1,5 +1,5 @@
 """The tables that ``frontier.md`` shows of a folder of cells: routers with their controls, rivals, HAM against each of
-them on the seeds that both have, and ages of echoes.
+them on the seeds that both have, ages of echoes, and routers served by parts of the budget.
 
 ``python -m benchmarks.frontier_short --folder benchmarks/results/frontier/eighth``; errors are means over seeds.
 """
@@ -130,6 +130,35 @@ def ages(cells: list[dict[str, Any]], name: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def parted(cells: list[dict[str, Any]], lines: pd.DataFrame, name: str, part: str = "events") -> pd.DataFrame:
+    """Routers served by parts of the budget that come from the scores, against the same weights served evenly, the
+    newest in as many bytes (in even parts, and in the same ones), and rivals of these bytes."""
+    rows = []
+    for share in CONTROL_SHARES:
+        for model in [model for model in ROUTERS if model in set(lines.loc[lines["set"] == name, "model"])]:
+            if (own := _one(lines, name, model, "parts", share, part)) is None:
+                continue
+            row: dict[str, Any] = {"set": name, "share": share, "router": model}
+            row |= {
+                "parts": _error(own),
+                "attention": f"{own['scratchpad_attention']:.2f}",
+                "took": f"{own['usage_share']:.3f}",
+            }
+            others = {
+                "even": (model, "model"),
+                "newest": (model, "recency"),
+                "newest, same parts": (model, "parts, recency"),
+                **{rival: (rival, "model") for rival in SIZED},
+            }
+            for label, other in others.items():
+                found = difference(cells, name, (model, "parts"), other, share, part)
+                if found is not None:
+                    apart = "other bytes" if found["verdict"].startswith("other bytes") else _percent(found)
+                    row[label] = f"{_error(_one(lines, name, *other, share, part))}, {apart}"
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
 def _as_whole(cells: list[dict[str, Any]], model: str, share: float | None) -> list[dict[str, Any]]:
     """The same cells, where one model has one size only, as ``recurrent`` has."""
     return [
@@ -149,7 +178,10 @@ def tables(folder: Path) -> str:
         )  # fmt: skip
     lines, texts = lines_of(cells), []
     for name in [name for name in cores_of(cells) if name in set(lines["set"])]:
-        frames = (routers(lines, name), sizes(cells, lines, name), against(cells, lines, name), ages(cells, name))
+        frames = (
+            *(routers(lines, name), sizes(cells, lines, name), against(cells, lines, name)),
+            *(ages(cells, name), parted(cells, lines, name)),
+        )
         texts += [markdown(frame) for frame in frames if len(frame)]
     return "\n\n".join(texts)
 

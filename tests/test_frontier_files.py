@@ -76,7 +76,7 @@ def test_tables_in_short_are_those_of_their_cells(tmp_path: Path) -> None:
         tables(tmp_path / "nothing")
     learned = [("model", 0.0, 0.09), ("model", 0.1, 0.06), ("recency", 0.1, 0.08), ("model", 1.0, 0.05)]
     for cell in (
-        made_up_cell("learned", 0, learned),
+        made_up_cell("learned", 0, [*learned, ("parts", 0.1, 0.04)]),
         made_up_cell("recurrent", 0, [("model", None, 0.1)]),
         made_up_cell("window", 0, [("model", 0.1, 0.08)]),
     ):
@@ -88,6 +88,8 @@ def test_tables_in_short_are_those_of_their_cells(tmp_path: Path) -> None:
     assert f"| epf-old | 0.1 | learned | window | 1 | -25.0 [-25, -25] | 1.00 | 1.00 | {few} |" in lines
     apart = " | ".join(["-40.0 [-40, -40]"] * 5)
     assert f"| epf-old | learned | 1 | {apart} |" in lines
+    rest = "0.0600, -33.3 [-33, -33] | 0.0800, -50.0 [-50, -50] | 0.0800, -50.0 [-50, -50] |"
+    assert f"| epf-old | 0.1 | learned | 0.0400 | 0.50 | 0.100 | {rest}" in lines
 
 
 def test_cells_of_two_kinds_are_in_no_table(tmp_path: Path) -> None:
