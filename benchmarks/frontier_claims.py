@@ -24,7 +24,7 @@ __all__ = ["by_seed", "draw", "equal_time", "recalled", "short", "table"]
 
 SHOWN = (0.0, 0.02, TENTH, 1.0)
 # in the plot
-SHOWN_CONTROLS = {"random": "x--", "recency": "+--"}
+SHOWN_CONTROLS = {"random": "x--", "recency": "+--", "parts": "v-."}
 
 
 def recalled(cells: list[dict[str, Any]], share: float = TENTH) -> pd.DataFrame:
@@ -141,7 +141,7 @@ def table(folder: Path) -> str:
 
 def draw(folder: Path, path: Path) -> None:
     """One panel for each set and part: error against bytes; a line for each router, dots for each rival, and what two
-    controls keep with the weights of one router."""
+    controls and parts of the budget keep with the weights of one router."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
