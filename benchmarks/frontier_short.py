@@ -38,12 +38,14 @@ def routers(lines: pd.DataFrame, name: str, part: str = "events") -> pd.DataFram
     for model in [model for model in ROUTERS if model in set(lines.loc[lines["set"] == name, "model"])]:
         row: dict[str, Any] = {"set": name, "router": model}
         at = {share: _one(lines, name, model, "model", share, part) for share in SHOWN}
-        row["seeds"] = int(at[TENTH]["seeds"]) if at[TENTH] is not None else 0
+        row["seeds"] = 0 if (tenth := at[TENTH]) is None else int(tenth["seeds"])
         row |= {f"{100 * share:g} %": _error(found) for share, found in at.items()}
         for share in CONTROL_SHARES:
             for control in CONTROLS:
                 row[f"{control} {100 * share:g} %"] = _error(_one(lines, name, model, control, share, part))
-        row["took"] = ", ".join(f"{at[share]['usage_share']:.3f}" for share in CONTROL_SHARES if at[share] is not None)
+        row["took"] = ", ".join(
+            f"{one['usage_share']:.3f}" for share in CONTROL_SHARES if (one := at[share]) is not None
+        )
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -52,9 +54,7 @@ def sizes(cells: list[dict[str, Any]], lines: pd.DataFrame, name: str) -> pd.Dat
     """Error, bytes and milliseconds of rivals, and of the best router at each budget; error of each seed, too."""
     rows: list[tuple[str, float | None]] = []
     here = lines[(lines["set"] == name) & (lines["memory"] == "model") & (lines["part"] == "events")]
-    for share in CONTROL_SHARES:
-        best = best_router(here[here["share"] == share])
-        rows.append((best, share))
+    rows += [(best_router(here[here["share"] == share]), share) for share in CONTROL_SHARES]
     rivals = [model for model in dict.fromkeys(here["model"]) if model not in ROUTERS]
     rows += [
         (model, None if pd.isna(share) else share)
