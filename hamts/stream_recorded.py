@@ -2,7 +2,9 @@
 
 A graph knows nothing but the places that it was recorded on. So what a pass reads is copied into tensors that stay,
 lists of entries padded to one of few lengths; it takes its rows of the pools from a list of numbers that stays too; and
-what it leaves is copied out before it is replayed again. The same kernels run on the same numbers.
+what it leaves is copied out before it is replayed again. Lists are padded at their beginning: the read starts at a
+stream's first living entry, and blanks between old entries and new ones would part its sums otherwise. So the same
+kernels run on the same numbers, in the same order.
 
 B items · M entries, padded · n rows that a pass takes
 """
@@ -196,22 +198,25 @@ def _sizes(chunk: Chunk, memory: StreamMemory) -> tuple[Any, ...]:
 
 
 def _roomy(layer: LayerMemory) -> LayerMemory:
-    """A copy with blank entries at the end."""
+    """A copy with blank entries at the beginning."""
     room = _room(layer)
 
     def longer(leaf: torch.Tensor) -> torch.Tensor:
-        return torch.cat([leaf, leaf.new_zeros(len(leaf), room - leaf.shape[1], *leaf.shape[2:])], 1)
+        return torch.cat([leaf.new_zeros(len(leaf), room - leaf.shape[1], *leaf.shape[2:]), leaf], 1)
 
     return replace(map_tensors(layer, torch.clone), scratchpad=map_tensors(layer.scratchpad, longer))
 
 
 def _fill(memory: StreamMemory, still: StreamMemory) -> None:
-    """Copy a memory into one with more room for entries, and blank what is left of the room."""
+    """Copy a memory to the end of one with more room for entries, and blank what is before it."""
     sources, targets = _leaves(memory), _leaves(still)
-    wide = [(s.shape[1], t) for s, t in zip(sources, targets, strict=True) if s.shape != t.shape]
-    _copy(sources, [t if s.shape == t.shape else t[:, : s.shape[1]] for s, t in zip(sources, targets, strict=True)])
-    for length, target in wide:
-        target[:, length:].zero_()
+    wide = [(t.shape[1] - s.shape[1], t) for s, t in zip(sources, targets, strict=True) if s.shape != t.shape]
+    _copy(
+        sources,
+        [t if s.shape == t.shape else t[:, t.shape[1] - s.shape[1] :] for s, t in zip(sources, targets, strict=True)],
+    )
+    for blank, target in wide:
+        target[:, :blank].zero_()
 
 
 def _copy(sources: Tensors, targets: Tensors) -> None:
