@@ -10,6 +10,7 @@ from test_attend_triton import PLACES, RELATIVE, WideScene, small_tiles, triton_
 from test_ops import Scene, distance
 
 from hamts.ops.attend import attend as torch_attend
+from hamts.ops.compact import bucket
 
 # a fixture that every test of this file uses
 __all__ = ["small_tiles"]
@@ -76,6 +77,42 @@ def test_entries_in_rows_of_a_pool_are_read_as_if_side_by_side(patches: int, cha
                 if op is triton_attend:
                     assert torch.equal(value, expected), name
                 assert distance(value, expected.double()) <= 2 * RELATIVE[torch.float32], name
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_lists_of_rows_that_are_padded_at_their_beginning_are_read_to_the_same_bits(device: str) -> None:
+    # on a GPU so many that parts of 128 entries would do for the list alone, and not for its bucket
+    items, entries = (64, 1030) if device == "cuda" else (2, 150)
+    scene = wide(Scene(n_items=items, n_patches=1, n_channels=2, n_entries=entries + 2, window=3, n_marks=3, seed=27))
+    mine, _ = scene.pair(torch.float32, device)
+    masks = {name: x.to(device) for name, x in scene.masks().items()}
+    rows = torch.randperm(items * (entries + 2), generator=torch.Generator().manual_seed(6)).view(items, -1).to(device)
+    pooled = mine | {name: torch.empty_like(mine[name].flatten(0, 1)) for name in ("keys", "values", "marks")}
+    for name in ("keys", "values", "marks"):
+        pooled[name][rows] = mine[name].detach()
+    blank = bucket(entries) - entries
+
+    def longer(leaf: torch.Tensor, fill: int) -> torch.Tensor:
+        return torch.cat([leaf.new_full((items, blank, *leaf.shape[2:]), fill), leaf], 1)
+
+    never = {"visible_from": 2**40, "visible_until": 0}
+    longer_masks = masks | {n: longer(masks[n], fill) for n, fill in never.items()} | {"rows": longer(rows, 0)}
+    padded = pooled | {"bias": longer(pooled["bias"].detach(), 0)}
+    if "channel" in masks:
+        longer_masks["channel"] = longer(masks["channel"], 0)
+    with torch.no_grad():
+        truth = scene.run(triton_attend, pooled, masks | {"rows": rows})
+        got = scene.run(triton_attend, padded, longer_masks)
+    assert torch.equal(got.output, truth.output) and torch.equal(got.marks, truth.marks)
+
+
+def test_parts_of_a_recorded_step_are_as_long_as_those_of_a_launched_one() -> None:
+    from hamts.ops.decode_triton import _roomy
+
+    for channels in (1, 3, 64):
+        for entries in (1, 5, 127, 128, 129, 1000, 1030, 4095, 70_000):
+            assert _roomy(entries + channels, channels) == _roomy(bucket(entries) + channels, channels)
+    assert _roomy(3, 3) == _roomy(128 + 3, 3)
 
 
 @pytest.mark.parametrize("device", PLACES)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hamts.ops.compact import bucket
 from hamts.ops.types import ScratchKeys
 
 try:
@@ -285,13 +286,14 @@ def attend_step(
     if isinstance(scratch, ScratchKeys):
         n_entries = scratch.channel.shape[1]
     reach = n_entries
+    pooled = isinstance(scratch, ScratchKeys) and scratch.rows is not None
     if isinstance(scratch, Paged):
         # the first part begins with the page of the first entry; ends are told as those of a list of nothing
         n_entries, E, table, head_bias = 0, scratch.page, scratch.table, scratch.head_bias
         reach = scratch.most + E - 1
     device = queries.device
     padded = {"BV": _padded(V), "RP": max(4, triton.next_power_of_2(max(R, 1)))}
-    length = _length(B * H * reach, device)
+    length = _length(B * H * (_roomy(reach, C) if pooled else reach), device)
     parts = max(1, triton.cdiv(reach, length))
 
     def room(*shape: int) -> torch.Tensor:
@@ -306,9 +308,8 @@ def attend_step(
         local_present.to(torch.int8).contiguous(), *entries, ends, readable.to(torch.int8).contiguous(),
         channel_bias.float(), tops, totals, outputs, markeds, ends if table is None else table, head_bias, n_entries,
         parts, length, window, cross_span, stride, 2 if table is None else table.shape[1], H=H, C=C, K=K, V=V,
-        R=R, BK=_padded(K), BN=TILE, E=E, POOLED=isinstance(scratch, ScratchKeys) and scratch.rows is not None,
-        PRECISION=precision, num_warps=WARPS, num_stages=STAGES, CP=_padded(C),
-        **padded,
+        R=R, BK=_padded(K), BN=TILE, E=E, POOLED=pooled, PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
+        CP=_padded(C), **padded,
     )  # fmt: skip
     output = queries.new_empty(B, C, H, V)  # [B, C, H, V]
     marked = room(B, C, H, R) if R else None  # [B, C, H, R]
@@ -322,6 +323,14 @@ def attend_step(
 
 def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
+
+
+def _roomy(entries: int, channels: int) -> int:
+    """The entries of a list if those from before this patch were padded to a bucket, as a recorded step pads them.
+
+    Parts follow from it, so that a step that is launched and one that is recorded add up the same parts.
+    """
+    return bucket(max(1, entries - channels)) + channels
 
 
 def _length(numbers: int, device: torch.device) -> int:
