@@ -29,6 +29,7 @@ FILES = (
     "tests/test_training_graphs.py",
     "tests/test_gated_delta_fla.py",
     "tests/test_attend_triton.py",
+    "tests/test_decode_triton.py",
     "tests/test_stores.py",
     "tests/test_stream_entries.py",
     "tests/test_stream_recorded.py",

@@ -4,7 +4,8 @@ A graph knows nothing but the places that it was recorded on. So what a pass rea
 lists of entries padded to one of few lengths; it takes its rows of the pools from a list of numbers that stays too; and
 what it leaves is copied out before it is replayed again. Lists are padded at their beginning: the read starts at a
 stream's first living entry, and blanks between old entries and new ones would part its sums otherwise. So the same
-kernels run on the same numbers, in the same order.
+kernels run on the same numbers, in the same order; but for more than 64 channels, whose tiles are counted from where a
+list begins, and for tokens of several entries, whose lists may be cut into other parts: their sums are rounded apart.
 
 B items · M entries, padded · n rows that a pass takes
 """

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
     ("name", "fewest"),
     [
         ("test_attend_triton.py", 20),
-        ("test_decode_triton.py", 9),
+        ("test_decode_triton.py", 11),
         ("test_gated_delta_fla.py", 20),
         ("test_layer_triton.py", 28),
         ("test_stores.py", 60),
