@@ -114,7 +114,9 @@ class Recorder:
                 pool.give_back(used)
         if recording.after is None:
             return None, asked
-        return _owned(recording.after, _pools(memory)), asked
+        # as many places as a launched pass leaves, which hold all that is kept: new entries come behind them
+        places = [layer.scratchpad.alive.shape[1] + self.each for layer in memory.layers]
+        return _owned(recording.after, _pools(memory), places), asked
 
     def _forget(self, key: Any) -> None:
         """Make room for another; what was recorded where the pools lay before is of no use."""
@@ -220,6 +222,10 @@ def _fill(memory: StreamMemory, still: StreamMemory) -> None:
         target[:, :blank].zero_()
 
 
+def _cut(layer: LayerMemory, places: int) -> LayerMemory:
+    return replace(layer, scratchpad=map_tensors(layer.scratchpad, lambda leaf: leaf[:, :places]))
+
+
 def _copy(sources: Tensors, targets: Tensors) -> None:
     """Write some tensors into others of their sizes, many with one launch."""
     pairs = [(source, target) for source, target in zip(sources, targets, strict=True) if target.numel()]
@@ -236,8 +242,9 @@ def _copies(tensors: Sequence[torch.Tensor | None]) -> list[Any]:
     return [None if tensor is None else next(each) for tensor in tensors]
 
 
-def _owned(after: StreamMemory, pools: list[RowPool]) -> StreamMemory:
-    """A copy of what a recording leaves, of the real pools."""
+def _owned(after: StreamMemory, pools: list[RowPool], places: list[int]) -> StreamMemory:
+    """A copy of what a recording leaves, of the real pools, with at most so many places in each layer's list."""
+    after = replace(after, layers=[_cut(layer, most) for layer, most in zip(after.layers, places, strict=True)])
     copies = iter(_copies(_leaves(after)))
     memory = map_tensors(after, lambda _: next(copies))
     return replace(memory, layers=[replace(each, pool=pool) for each, pool in zip(memory.layers, pools, strict=True)])
