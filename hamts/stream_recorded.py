@@ -132,16 +132,23 @@ class _Graphs:
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self.first: Any = None
 
     def __call__(self, run: Callable[[], Tensors]) -> Callable[[], None]:
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
         # what these sizes have kernels compiled, or tuned, for cannot wait while it is recorded
         run()
+        if self.first is None:
+            # memory without a graph is given up and cannot be recorded into again: one that does nothing stays
+            self.pool = torch.cuda.graph_pool_handle()
+            self.first = self._captured(lambda: torch.zeros(1, device="cuda"))
+        return self._captured(run).replay
+
+    def _captured(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # forecasts may run in other threads meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             run()
-        return graph.replay
+        return graph
 
 
 def _recorded(
