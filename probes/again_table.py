@@ -8,9 +8,19 @@ from typing import Any
 
 from probes.summary import score_table
 
-__all__ = ["again_markdown", "asked_again"]
+__all__ = ["again_markdown", "asked_again", "told_by"]
 
 COLUMNS = 6
+
+
+def told_by(documents: Sequence[dict[str, Any]], *, lines: bool, splits: bool) -> str:
+    """The table of some documents: splits of layers, every line, or answers to the open questions."""
+    from probes.again_splits import split_markdown
+    from probes.answers import answers_markdown
+
+    if splits:
+        return split_markdown(documents)
+    return again_markdown(documents) if lines or asked_again(documents) else answers_markdown(documents)
 
 
 def asked_again(documents: Sequence[dict[str, Any]]) -> bool:

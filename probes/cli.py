@@ -348,16 +348,20 @@ def table(
     lines: Annotated[
         bool, typer.Option("--lines", help="Every line with its skill, recall and bytes, however few seeds it has.")
     ] = False,
+    splits: Annotated[
+        bool, typer.Option("--splits", help="What other splits of the entries over layers change.")
+    ] = False,
+    also: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Another folder of runs.")] = None,
     partial: Partial = False,
 ) -> None:
     """What the results say about the open questions, with intervals; of networks asked again, their scores."""
-    from probes.again_table import again_markdown, asked_again
-    from probes.answers import answers_markdown, write_between
-    from probes.results import of_rungs, read_documents
+    from probes.again_table import told_by
+    from probes.answers import write_between
+    from probes.results import of_rungs, read_together
 
     with usage():
-        found = of_rungs(read_documents(folder, partial=partial), words(rungs))
-    text = again_markdown(found) if lines or asked_again(found) else answers_markdown(found)
+        found = of_rungs(read_together([folder, *(also or ())], partial=partial), words(rungs))
+    text = told_by(found, lines=lines, splits=splits)
     if into is None:
         console().print(text, markup=False, soft_wrap=True)
         return

@@ -35,6 +35,7 @@ __all__ = [
     "document",
     "of_rungs",
     "read_documents",
+    "read_together",
     "start_folder",
     "tidy",
     "unseen",
@@ -44,6 +45,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 RUN_FILE, TABLE_FILE = "run.json", "probe_results.parquet"
 LOWER_IS_BETTER = ("mse", "nmse")
+TRAINED_AGAIN = "trained again"
 
 
 @cache
@@ -203,6 +205,19 @@ def read_documents(folder: str | Path, *, partial: bool = False) -> list[dict[st
     return documents
 
 
+def read_together(folders: Sequence[str | Path], *, partial: bool = False) -> list[dict[str, Any]]:
+    """All documents of some folders; a run that lies in two of them once.
+
+    Raises:
+        DataError: as ``read_documents`` and ``unseen``.
+    """
+    found: list[dict[str, Any]] = []
+    for folder in folders:
+        found += unseen(read_documents(folder, partial=partial), found)
+    refuse_mixed(found, ", ".join(str(folder) for folder in folders))
+    return found
+
+
 def of_rungs(documents: Sequence[dict[str, Any]], rungs: Sequence[str]) -> list[dict[str, Any]]:
     """The documents of some rungs; of all where none are named."""
     there = {content["identity"]["rung"] for content in documents}
@@ -265,6 +280,9 @@ def refuse_mixed(documents: Sequence[dict[str, Any]], where: str) -> None:
 def unseen(documents: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of some documents whose run is not among those before.
 
+    A line whose networks were trained before, at the same seeds and rates for other sizes, say, becomes a line of its
+    own: as more seeds of the first it would make intervals too narrow.
+
     Raises:
         DataError: E-PROBE-TWICE, a run is there with other results.
     """
@@ -284,7 +302,24 @@ def unseen(documents: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]
                 "E-PROBE-TWICE", f"'{same['path']}' and '{content['path']}' are the same run with different results.",
                 fix="Report them apart, or remove one of the two.",
             )  # fmt: skip
-    return found
+    trained = {_trained(content) for content in before}
+    anew = {_trained(content)[:-2] for content in found if _trained(content) in trained}
+    return [_told_apart(content) if _trained(content)[:-2] in anew else content for content in found]
+
+
+def _trained(content: dict[str, Any]) -> tuple[Any, ...]:
+    """The line of a document, then its training seed and learning rate; tier 0 trains nothing."""
+    identity, rate = content["identity"], content["config"].get("learning_rate")
+    if identity["tier"] != "T1":
+        return ("", identity["config_hash"], 0, 0)
+    names = ("suite", "rung", "model", "router", "readout", "axis")
+    line = tuple(str(identity.get(name, "")) for name in names)
+    return (*line, content["data_manifest"].get("train_seed", 0), rate)
+
+
+def _told_apart(content: dict[str, Any]) -> dict[str, Any]:
+    axis = ", ".join(word for word in (content["identity"].get("axis", ""), TRAINED_AGAIN) if word)
+    return {**content, "identity": {**content["identity"], "axis": axis}}
 
 
 # --- the table

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from hamts.errors import DataError
 from probes import registry
 from probes.again import Revisit, revisit
+from probes.again_table import told_by
 from probes.allocation import NODE_SCHEMES, allocate_nodes
 from probes.api import load_report, run_probes
 from probes.axes import parse_axes
@@ -129,6 +131,12 @@ def test_saved_networks_are_asked_with_other_budgets_of_their_layers(tmp_path: P
     found = {d["identity"]["axis"]: d["budget"].get("layer_rows") for d in load_report(tmp_path).documents}
     assert found["layers first"] == [23, 1]
     assert sum(found["layers learned"]) == 24
+    table = told_by(load_report(tmp_path).documents, lines=False, splits=True).splitlines()
+    assert [line.split(" | ")[2:6:3] for line in table[2:]] == [
+        ["all in the first", "1 x 23+1"], ["best on validation", f"1 x {'+'.join(map(str, found['layers learned']))}"]
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="shared alike and otherwise"):
+        told_by([d for d in load_report(tmp_path).documents if not d["identity"]["axis"]], lines=False, splits=True)
     with pytest.raises(ValueError, match="Ask one thing at a time"):
         Revisit(layers=("first",), mechanisms=("list",))
 

@@ -90,6 +90,22 @@ def test_a_run_that_lies_in_two_folders_is_told_once(folder: Path, tmp_path: Pat
         load_report(folder, also=[tmp_path / "copy"])
 
 
+def test_networks_that_were_trained_again_are_a_line_of_their_own(folder: Path, tmp_path: Path) -> None:
+    for path in sorted(folder.glob("der/*.json")):
+        content = json.loads(path.read_text())
+        if content["identity"]["model"] == "ham":
+            # asked at another size, so of another name, from the same seed
+            content["identity"]["config_hash"] = "other"
+            content["config"]["budgets"] = [1.0, 2.0]
+        (tmp_path / "again" / "der").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "again" / "der" / path.name).write_text(json.dumps(content))
+    shutil.copy(folder / "run.json", tmp_path / "again" / "run.json")
+    own, both = load_report(folder).documents, load_report(folder, also=[tmp_path / "again"]).documents
+    added = [content["identity"] for content in both[len(own) :]]
+    assert {identity["model"] for identity in added} == {"ham"}
+    assert {identity["axis"] for identity in added} == {"trained again"}
+
+
 def test_a_further_folder_that_holds_nothing_to_report_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "real" / "sets").mkdir(parents=True)
     (tmp_path / "real" / "sets" / "one__tiny__s0.json").write_text('{"set": "one"}')
