@@ -17,7 +17,7 @@ import torch
 
 from probes.contract import PRESETS, QUICK_STEPS, ProbeBatch, ProbeConfig
 
-__all__ = ["ENTRY_POINT_GROUP", "Probe", "get_probe", "list_probes", "register_probe"]
+__all__ = ["ENTRY_POINT_GROUP", "NO_STATE", "Probe", "get_probe", "list_probes", "register_probe"]
 
 ENTRY_POINT_GROUP = "hamts.probes"
 SUITES = ("der", "xcb", "rrr", "act", "topo", "pbc", "stream", "cfr", "frontier")
@@ -28,6 +28,9 @@ SLOTS = (
     "control and counterfactuals",
     "benchmark hygiene",
 )
+
+# why G2 fails where it is not a matter of room
+NO_STATE = "some seeds of a state never learn the question: its skill says little about room"
 
 V = TypeVar("V")
 # presets of so many rows are grown into: share of the training steps, and into how many parts sizes are divided

@@ -82,6 +82,7 @@ class ActionEffectRecall(Probe):
         "standard": {"items": 32},
     }
     quick = ("actS",)
+    cannot: ClassVar[Mapping[str, str]] = {"act G5": "one seed of five does not read its list, the other four do"}
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "dose": ("same", "positive", "signed", "scaled"),
         "items": (4, 8, 16, 32),

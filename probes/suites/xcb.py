@@ -15,7 +15,7 @@ import torch
 from probes.canvas import Canvas, query_rows, take
 from probes.contract import Draws, ProbeBatch, ProbeConfig
 from probes.draws import choose_rows, fill, payloads, permutations
-from probes.registry import Probe, register_probe
+from probes.registry import NO_STATE, Probe, register_probe
 
 SIGNATURE = 8
 RESPONSE = 2
@@ -23,7 +23,6 @@ RADIUS = 2.0
 MARGIN = 5
 LEVELS = 16
 LOUD = 2.0
-NO_STATE = "some seeds of a state never learn the question: its skill says little about room"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +79,8 @@ class CrossChannelBinding(Probe):
     }
     quick = ("xcbF",)
     cannot: ClassVar[Mapping[str, str]] = {
+        "xcb G1": "one seed of five never begins at the rate of the table; at 0.002 all five answer (results/rates)",
+        "xcbG G1": "two seeds of five fail at the rate of the table; at 0.002 all five answer (results/rates)",
         "xcbC G1": "an ideal reader has 0.935: answers within the carrier do not show their channel (probe_ceiling.py)",
         "xcbP G1": "not learned in three pilots, 0.33 at best (probe_pilot.py)",
         **{f"{rung} G2": NO_STATE for rung in ("xcb", "xcbF", "xcbG")},
