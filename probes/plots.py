@@ -10,6 +10,8 @@ __all__ = ["COLOURS", "bars_svg", "lines_svg", "raster_svg", "scatter_svg", "sta
 
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666", "#0b3c5d", "#b22222")
 WIDTH, ROW, LEFT = 720, 18, 190
+# a letter of a name, on average
+LETTER = 6.6
 
 
 def _svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
@@ -32,11 +34,12 @@ def _rect(x: float, y: float, w: float, h: float, colour: str, title: str = "") 
 
 def bars_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str, unit: str = "skill") -> str:
     """Horizontal bars on an axis from -0.25 to 1: (name, value, low, high); NaN intervals are left out."""
-    span = WIDTH - LEFT - 70
+    start = max([LEFT, *(round(LETTER * len(name)) for name, *_ in rows)])
+    span = WIDTH - start - 70
     foot = ROW * len(rows)
 
     def place(value: float) -> float:
-        return LEFT + span * (max(-0.25, min(1.0, value)) + 0.25) / 1.25
+        return start + span * (max(-0.25, min(1.0, value)) + 0.25) / 1.25
 
     parts = [
         _line(place(x), 0, place(x), foot, "#444" if x == 0 else "#ddd") for x in (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
@@ -45,7 +48,7 @@ def bars_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str, uni
     parts.append(_text(place(1.0) + 10, foot + 13, unit, size=10))
     for number, (name, value, low, high) in enumerate(rows):
         y = ROW * number
-        parts.append(_text(LEFT - 6, y + 13, name, anchor="end"))
+        parts.append(_text(start - 6, y + 13, name, anchor="end"))
         if math.isnan(value):
             continue
         left, right = sorted((place(0.0), place(value)))

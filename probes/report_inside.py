@@ -115,7 +115,8 @@ def residuals(documents: Sequence[dict[str, Any]]) -> str:
                     y_name="error added by leaving the row out, over the floor's",
                 )  # fmt: skip
     rows = [
-        {"rung": d["identity"]["rung"], "residual percentile of critical rows": value(d, "residual_percentile"),
+        {"rung": d["identity"]["rung"], "axis": d["identity"].get("axis", ""),
+         "residual percentile of critical rows": value(d, "residual_percentile"),
          **{f"AUROC {n}": value(d, f"utility_auroc_{n}") for n in ("surprise", "innovation", "write", "mix")}}
         for d in documents if d["identity"]["model"] == "rows"
     ]  # fmt: skip

@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 MOST_LINES = 14
+# lines that differ from a rung by how entries are shared, or by nothing but the fit
+OWN_LINES = r" \[.*(?:layers |trained again)"
 MOST_SHOWN = 6
 ORACLES, RANDOMS = ("ham · oracle", "kv · oracle"), ("ham · random", "kv · random")
 WIDE_STATES = ("recurrent_wide", "state_wide · none")
@@ -178,16 +180,27 @@ def frontiers(scores: pd.DataFrame) -> str:
 
 
 def _axes(scores: pd.DataFrame) -> str:
-    """Skill against bytes over precisions of the entries and widths of the state."""
+    """Skill against bytes over precisions of the entries and widths of the state, each budget a line of its own.
+
+    Splits of the layers and networks that were trained again are lines of the plots above.
+    """
+    lines = scores["line"].astype(str)
+    scores = scores[~lines.str.contains(OWN_LINES)]
     varied = scores[scores["line"].astype(str).str.contains(" [", regex=False)]
     parts = []
     for tier, rung in varied[["tier", "rung"]].drop_duplicates().itertuples(index=False):
         part = scores[(scores["tier"] == tier) & (scores["rung"] == rung)]
         base = part["line"].astype(str).str.split(" [", regex=False).str[0]
-        series = {
-            str(line): [(r.bytes, max(-1.0, r.skill)) for r in points.itertuples()]
-            for line, points in part.groupby(base, sort=False) if len(points) > 1
-        }  # fmt: skip
+        series = {}
+        for line, points in part.groupby(base, sort=False):
+            several = points["line"].nunique() > 1
+            sizes = (
+                points.groupby("budget", sort=True) if several and points["budget"].nunique() > 1 else [(None, points)]
+            )
+            for budget, some in sizes:
+                if len(some) > 1:
+                    name = str(line) if budget is None else f"{line} at {budget:g}x"
+                    series[name] = sorted((r.bytes, max(-1.0, r.skill)) for r in some.itertuples())
         shown = dict(list(series.items())[:MOST_LINES])
         plot = lines_svg(shown, title=str(rung), x_name="bytes a sequence (log scale)", y_name="skill", log_x=True)
         parts.append(f"<h3>{escape(str(rung))} · {tier}, precisions of entries and widths of the state</h3>{plot}")
