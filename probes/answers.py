@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.answers_more import gates, kinds, markdown_rows, permuted, unranked
+from probes.answers_more import gates, kinds, markdown_rows, permuted, services, unranked
 from probes.gates_trained import SOLVED
 from probes.packed import sequence_errors
 from probes.stats import Difference, Estimate, holm, mean_interval, paired_difference
@@ -155,7 +155,7 @@ def answers_markdown(documents: Sequence[dict[str, Any]]) -> str:
     parts = [_runs(found, documents)]
     parts += [_skills(found, budget) for budget in reversed(found.budgets)]
     parts += [_recalls(found), _routers(found), _pairs(found), _predictable(found), _wider(found), _goal(found)]
-    parts += [gates(found, documents), permuted(found), kinds(found)]
+    parts += [gates(found, documents), permuted(found), kinds(found), services(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,4 +1,7 @@
-"""Tables of ``hamts probes table`` beside the open questions: gates, flags permuted at test, kinds of queries."""
+"""Tables of ``hamts probes table`` beside the open questions: gates, permuted flags, kinds of queries, services.
+
+S training seeds · V services · D resamples
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from probes.gates_trained import ORACLE_SHARE, ROOMY_STATE, SMALL_STATE, SOLVED,
 if TYPE_CHECKING:
     from probes.answers import Results
 
-__all__ = ["gates", "kinds", "markdown_rows", "permuted", "unranked"]
+__all__ = ["gates", "kinds", "markdown_rows", "permuted", "services", "unranked"]
 
 # labels of slices that are told apart, by rung
 KINDS = {
@@ -21,7 +24,10 @@ KINDS = {
     "pbcR": ("rare=1", "rare=0"),
     "topo": ("hop=0", "hop=1"),
     "topo2": ("hop=0", "hop=2"),
+    "topo2H": ("hop=0", "hop=2"),
 }
+SERVICE = "service="
+RESAMPLES = 2_000
 
 
 def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,6 +87,37 @@ def kinds(found: Results) -> str:
         return ""
     head = ["rung", "queries", "full", "oracle", *found.candidates, "recurrent_wide"]
     return f"**Kinds of queries, skill at {budget:g} x the critical rows.**\n\n" + markdown_rows(head, rows)
+
+
+def services(found: Results) -> str:
+    """One budget for services of different noise: the mean over services, and the one that fares worst.
+
+    The worst is that of the mean over seeds; intervals are over seeds, the worst found anew in each resample.
+    """
+    rows = []
+    for (rung, line, budget), group in sorted(
+        found.groups.items(), key=lambda pair: (pair[0][0], -pair[0][2], pair[0][1])
+    ):
+        slices = [part["diagnosis"].get("slices", {}) for part in group]
+        names = [name for name in slices[0] if name.startswith(SERVICE)]
+        if not names:
+            continue
+        table = np.array([[each[name]["skill"] for name in names] for each in slices])  # [S, V]
+        drawn = table[np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))].mean(1)  # [D, V]
+        mean, worst = table.mean(0), int(table.mean(0).argmin())
+        told = [
+            f"{value:.2f} [{np.quantile(draws, 0.025):.2f}, {np.quantile(draws, 0.975):.2f}]"
+            for value, draws in (
+                (mean.mean(), drawn.mean(1)), (mean[worst], drawn.min(1)),
+                (mean.mean() - mean[worst], drawn.mean(1) - drawn.min(1)),
+            )
+        ]  # fmt: skip
+        size = "" if line in found.sizeless else f"{budget:g}"
+        rows.append([rung, line, size, told[0], f"{told[1]} ({names[worst].removeprefix(SERVICE)})", told[2]])
+    if not rows:
+        return ""
+    head = ["rung", "line", "budget", "mean over services", "worst service", "mean - worst"]
+    return "**Services that share a budget, skill.**\n\n" + markdown_rows(head, rows)
 
 
 def unranked(found: Results) -> str:

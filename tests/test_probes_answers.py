@@ -67,6 +67,19 @@ def test_a_rung_that_full_attention_fails_says_nothing_about_memories(tmp_path: 
     assert "Over the rungs that full attention solves" not in text
 
 
+def test_the_worst_of_services_that_share_a_budget_is_told(tmp_path: Path) -> None:
+    documents = made_up(tmp_path)
+    assert "Services that share a budget" not in answers_markdown(documents)
+    for content in documents:
+        seed = content["data_manifest"]["train_seed"]
+        skills = {"service=0": 0.9, "service=1": 0.5 + 0.1 * (seed % 2), "delay<=16": 0.0}
+        content["diagnosis"]["slices"] = {name: {"skill": skill} for name, skill in skills.items()}
+    text = answers_markdown(documents)
+    # seeds 1 and 3 of five have .6 in the worst service, and intervals lie between
+    assert "| pbcD | learned | 2 | 0.72 [0.70, 0.74] | 0.54 [0.50, 0.58] (1) | 0.18 [0.16, 0.20] |" in text
+    assert "| pbcD | full |  | 0.72 [" in text
+
+
 def test_tables_are_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n", encoding="utf-8")
