@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,31 +28,78 @@ SPLITS = {"learned": "best on validation", "first": "all in the first", "last": 
 RESAMPLES = 1_000
 HEAD = ["rung", "line", "split", "budget", "kB", "entries of the layers", "alike", "as split", "gain",
         "state, equal bytes", "as split - state"]  # fmt: skip
+MEAN_HEAD = ["line", "split", "budget", "rungs", "alike", "as split", "state, equal bytes", "worst as split"]
 # a line of a rung at a budget: split, seed -> document
 Runs = dict[tuple[str, str, float], dict[str, dict[int, dict[str, Any]]]]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Networks of a line that were asked with another split, and with the even one."""
+
+    rung: str
+    line: str
+    split: str
+    budget: float
+    here: list[dict[str, Any]]
+    tables: list[np.ndarray]  # skill as split, alike, and of a state of as many bytes where it ran, [S, n] each
+
+
 def split_markdown(documents: Sequence[dict[str, Any]]) -> str:
-    """One row for each rung, line, budget and split.
+    """One row for each rung, line, budget and split; below, means over rungs.
 
     Raises:
         DataError: E-PROBE-COMPARE, no network was asked both ways.
     """
-    runs, states = _runs(documents)
-    rows = []
-    for (rung, line, budget), splits in sorted(runs.items()):
-        for split in sorted(set(splits) - {ALIKE}):
-            seeds = sorted(set(splits[split]) & set(splits.get(ALIKE, {})))
-            if seeds:
-                here = [splits[split][seed] for seed in seeds]
-                even = [splits[ALIKE][seed] for seed in seeds]
-                rows.append([rung, line, SPLITS[split], *_row(budget, here, even, states.get((rung, budget), {}))])
-    if not rows:
+    pairs = _pairs(documents)
+    if not pairs:
         raise DataError(
             "E-PROBE-COMPARE", "No network was asked with its entries shared alike and otherwise.",
             fix="hamts probes evaluate DIR --layers learned, then table DIR --splits.",
         )  # fmt: skip
-    return markdown_rows(HEAD, rows)
+    text = markdown_rows(HEAD, [_row(pair) for pair in pairs])
+    means = _means(pairs)
+    return text if not means else f"{text}\n\n{markdown_rows(MEAN_HEAD, means)}"
+
+
+def _pairs(documents: Sequence[dict[str, Any]]) -> list[Pair]:
+    runs, states = _runs(documents)
+    found = []
+    for (rung, line, budget), splits in sorted(runs.items()):
+        for split in sorted(set(splits) - {ALIKE}):
+            seeds = sorted(set(splits[split]) & set(splits.get(ALIKE, {})))
+            if not seeds:
+                continue
+            groups = [[splits[name][seed] for seed in seeds] for name in (split, ALIKE)]
+            wide = states.get((rung, budget), {})
+            if set(seeds) <= set(wide):
+                groups.append([wide[seed] for seed in seeds])
+            found.append(Pair(rung, line, split, budget, groups[0], _skills(groups)))
+    return found
+
+
+def _means(pairs: Sequence[Pair]) -> list[list[str]]:
+    """Over the rungs where a state of as many bytes ran, one weight each; intervals over seeds, rung by rung."""
+    rows = []
+    lines = {(pair.line, pair.split, pair.budget): None for pair in pairs}
+    for line, split, budget in sorted(lines, key=lambda key: (key[0], key[1], key[2])):
+        some = [p for p in pairs if (p.line, p.split, p.budget) == (line, split, budget) and len(p.tables) > 2]
+        if len(some) < 2:
+            continue
+        rng = np.random.default_rng(0)
+        drawn = np.zeros((3, RESAMPLES))
+        for pair in some:
+            seeds = np.stack([table.mean(1) for table in pair.tables])  # [3, S]
+            drawn += seeds[:, rng.integers(seeds.shape[1], size=(RESAMPLES, seeds.shape[1]))].mean(2) / len(some)
+        values = [float(np.mean([pair.tables[place].mean() for pair in some])) for place in range(3)]
+        told = [
+            f"{value:.2f} [{np.quantile(draws, 0.025):.2f}, {np.quantile(draws, 0.975):.2f}]"
+            for value, draws in zip(values, drawn, strict=True)
+        ]
+        worst = min(some, key=lambda pair: pair.tables[0].mean())
+        rows.append([line, SPLITS[split], f"{budget:g}", str(len(some)), told[1], told[0], told[2],
+                     f"{worst.tables[0].mean():.2f} {worst.rung}"])  # fmt: skip
+    return rows
 
 
 def _runs(documents: Sequence[dict[str, Any]]) -> tuple[Runs, dict[tuple[str, float], dict[int, dict[str, Any]]]]:
@@ -74,16 +122,11 @@ def _runs(documents: Sequence[dict[str, Any]]) -> tuple[Runs, dict[tuple[str, fl
     return runs, states
 
 
-def _row(
-    budget: float,
-    here: Sequence[dict[str, Any]],
-    even: Sequence[dict[str, Any]],
-    states: dict[int, dict[str, Any]],
-) -> list[str]:
-    shared = [states[seed] for seed in (c["data_manifest"]["train_seed"] for c in here) if seed in states]
-    tables = _skills([here, even, *([shared] if len(shared) == len(here) else [])])
+def _row(pair: Pair) -> list[str]:
+    here, tables = pair.here, pair.tables
     counts = Counter("+".join(str(rows) for rows in content["budget"]["layer_rows"]) for content in here)
-    cells = [f"{budget:g}", f"{np.mean([c['budget']['bytes_total'] for c in here]) / 1000:.1f}",
+    cells = [pair.rung, pair.line, SPLITS[pair.split], f"{pair.budget:g}",
+             f"{np.mean([c['budget']['bytes_total'] for c in here]) / 1000:.1f}",
              ", ".join(f"{many} x {told}" for told, many in counts.most_common())]  # fmt: skip
     cells += [_told(tables[1]), _told(tables[0]), _gain(tables[0], tables[1])]
     return cells + ([_told(tables[2]), _gain(tables[0], tables[2])] if len(tables) > 2 else ["", ""])
