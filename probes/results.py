@@ -314,7 +314,9 @@ def _trained(content: dict[str, Any]) -> tuple[Any, ...]:
         return ("", identity["config_hash"], 0, 0)
     names = ("suite", "rung", "model", "router", "readout", "axis")
     line = tuple(str(identity.get(name, "")) for name in names)
-    return (*line, content["data_manifest"].get("train_seed", 0), rate)
+    # a rival of another size is another network, HAM's is asked at all of them
+    size = "" if identity["model"] == "ham" else content["budget"]["frac"]
+    return (*line, size, content["data_manifest"].get("train_seed", 0), rate)
 
 
 def _told_apart(content: dict[str, Any]) -> dict[str, Any]:
