@@ -58,6 +58,7 @@ class BudgetFrontier(Probe):
         "standard": {"items": 32, "queries": 32},
         "long": {"items": 32, "queries": 32},
     }
+    cannot: ClassVar[Mapping[str, str]] = {"alloc G5": "one seed of five does not read its list, the other four do"}
     axes: ClassVar[Mapping[str, tuple[Any, ...]]] = {"noises": ((0.05,) * 8, (0.05, 0.8) * 4, (0.8,) * 8)}
 
     def shrunk(self, config: ProbeConfig, parts: int) -> ProbeConfig:
