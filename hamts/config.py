@@ -331,11 +331,13 @@ class StreamConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {sorted(allowed)}. Got {getattr(self, name)!r}.")
         for name in ("max_jump_steps", "recent_rows", "score_rows", "items_side_by_side"):
-            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
+            if not hasattr(value := getattr(self, name), "__index__") or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+            object.__setattr__(self, name, int(value))  # numpy's would not go into a saved state
         for name in ("calibration_rate", "drift_scales"):
-            if not isinstance(value := getattr(self, name), int | float) or not value > 0:
+            if not hasattr(value := getattr(self, name), "__float__") or isinstance(value, bool) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0. Got {value!r}.")
+            object.__setattr__(self, name, float(value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from model_frames import quick, sine_frame
@@ -38,11 +41,20 @@ def test_a_level_that_is_no_number_is_named(level: Any) -> None:
     assert caught.value.code == "E-QUANTILE"
 
 
-def test_a_moment_that_is_no_date_is_named() -> None:
+@pytest.mark.parametrize("at", ["soon", pd.NaT, 10**30])
+def test_a_moment_that_is_no_date_is_named(at: Any) -> None:
     model = plain_model()
-    with pytest.raises(DataError, match="A moment in the history must be a date. Got 'soon'") as caught:
-        model.routes(rows_of(model), at="soon")
+    with pytest.raises(DataError, match=f"A moment in the history must be a date. Got {at!r}") as caught:
+        model.routes(rows_of(model), at=at)
     assert caught.value.code == "E-DATE"
+
+
+def test_whole_numbers_of_numpy_are_taken_and_can_be_saved() -> None:
+    stream = plain_model().stream(recent_rows=np.int64(64), drift_scales=np.float32(4))
+    _, meta = stream.state()
+    assert json.loads(json.dumps(meta))["config"]["recent_rows"] == 64
+    with pytest.raises(DataError, match="drift_scales must be a number above 0. Got True"):
+        plain_model().stream(drift_scales=True)
 
 
 def test_a_zone_that_there_is_not_is_no_fault_of_the_file(tmp_path: Path) -> None:

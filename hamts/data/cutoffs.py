@@ -42,9 +42,11 @@ def cutoff_steps(panel: Panel, cutoffs: Sequence[Any]) -> list[np.ndarray]:
 def _moment(time: Any, dialect: Dialect, *, integer: bool) -> int:
     try:
         stamp = int(time) if integer else pd.Timestamp(time)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError):
+        stamp = pd.NaT
+    if stamp is pd.NaT:
         kind, fix = ("a whole number", "7, say.") if integer else ("a date", "2024-01-31 or 2024-01-31T13:00, say.")
-        raise DataError("E-DATE", f"A moment in the history must be {kind}. Got {time!r}.", fix=fix) from error
+        raise DataError("E-DATE", f"A moment in the history must be {kind}. Got {time!r}.", fix=fix)
     if isinstance(stamp, int):
         return stamp
     zone = dialect.time_zone
