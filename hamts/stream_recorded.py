@@ -25,7 +25,7 @@ from hamts.data.patches import Chunk
 from hamts.errors import DataError
 from hamts.nn.scratchpad import LayerMemory
 from hamts.nn.tokens import Policy, map_tensors
-from hamts.ops.compact import bucket
+from hamts.ops.compact import recorded_length
 from hamts.ops.pool import RowPool
 from hamts.reader import HAMNetwork, StreamMemory
 from hamts.remembered import flatten_tensors
@@ -197,7 +197,7 @@ def _leaves(container: Any) -> Tensors:
 
 
 def _room(layer: LayerMemory) -> int:
-    return bucket(max(1, layer.scratchpad.alive.shape[1]))
+    return recorded_length(layer.scratchpad.alive.shape[1])
 
 
 def _sizes(chunk: Chunk, memory: StreamMemory) -> tuple[Any, ...]:

@@ -107,12 +107,12 @@ def test_lists_of_rows_that_are_padded_at_their_beginning_are_read_to_the_same_b
 
 
 def test_parts_of_a_recorded_step_are_as_long_as_those_of_a_launched_one() -> None:
-    from hamts.ops.decode_triton import _roomy
+    from hamts.ops.decode_triton import _as_recorded
 
     for channels in (1, 3, 64):
         for entries in (1, 5, 127, 128, 129, 1000, 1030, 4095, 70_000):
-            assert _roomy(entries + channels, channels) == _roomy(bucket(entries) + channels, channels)
-    assert _roomy(3, 3) == _roomy(128 + 3, 3)
+            assert _as_recorded(entries + channels, channels) == _as_recorded(bucket(entries) + channels, channels)
+    assert _as_recorded(3, 3) == _as_recorded(128 + 3, 3)
 
 
 @pytest.mark.parametrize("device", PLACES)

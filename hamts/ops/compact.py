@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Compacted", "append_", "bucket", "compact"]
+__all__ = ["Compacted", "append_", "bucket", "compact", "recorded_length"]
 
 # capacities are multiples of it, so that tiles of a kernel fill
 STEP = 128
@@ -51,6 +51,12 @@ def bucket(count: int) -> int:
     # the power below, made a whole multiple, may be large enough
     below, size = (math.ceil(round(2.0 ** (half / 2), 6) / STEP) * STEP for half in (power - 1, power))
     return below if below >= count else size
+
+
+def recorded_length(entries: int) -> int:
+    """The length to which a recorded step pads a list. What reads lists cuts them by it, launched or recorded, so that
+    both add up the same parts."""
+    return bucket(max(1, entries))
 
 
 def compact(kept: torch.Tensor, capacity: int) -> Compacted:

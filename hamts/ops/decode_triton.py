@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hamts.ops.compact import bucket
+from hamts.ops.compact import recorded_length
 from hamts.ops.types import ScratchKeys
 
 try:
@@ -293,7 +293,7 @@ def attend_step(
         reach = scratch.most + E - 1
     device = queries.device
     padded = {"BV": _padded(V), "RP": max(4, triton.next_power_of_2(max(R, 1)))}
-    length = _length(B * H * (_roomy(reach, C) if pooled else reach), device)
+    length = _length(B * H * (_as_recorded(reach, C) if pooled else reach), device)
     parts = max(1, triton.cdiv(reach, length))
 
     def room(*shape: int) -> torch.Tensor:
@@ -325,12 +325,12 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _roomy(entries: int, channels: int) -> int:
+def _as_recorded(entries: int, channels: int) -> int:
     """The entries of a list if those from before this patch were padded to a bucket, as a recorded step pads them.
 
     Parts follow from it, so that a step that is launched and one that is recorded add up the same parts.
     """
-    return bucket(max(1, entries - channels)) + channels
+    return recorded_length(entries - channels) + channels
 
 
 def _length(numbers: int, device: torch.device) -> int:
