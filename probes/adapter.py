@@ -49,10 +49,13 @@ class HamtsAdapter:
     Args:
         model: fitted on columns of the same names.
         budget_share: another share than that of the fit.
+        device: where to forecast; the model is moved there. None: where it is.
     """
 
-    def __init__(self, model: Any, *, budget_share: float | None = None) -> None:
+    def __init__(self, model: Any, *, budget_share: float | None = None, device: str | None = None) -> None:
         self.model, self.budget_share = model, budget_share
+        if device is not None:
+            model._fitted.network.to(device)
 
     def forecast(self, history: pd.DataFrame, future: pd.DataFrame) -> pd.DataFrame:
         """See ``Forecaster``. Raises DataError E-PROBE-CHANNELS: the model was fitted on columns that are not there."""
@@ -183,7 +186,7 @@ def _dropped(memory: Any, patches: np.ndarray, *, seed: int) -> tuple[Any, Any] 
     for layer in memory.layers:
         entries = layer.scratchpad
         place = entries.position.round().long()  # [1, M]
-        mine = torch.isin(place, torch.as_tensor(patches)) & entries.alive  # [1, M]
+        mine = torch.isin(place, torch.as_tensor(patches, device=place.device)) & entries.alive  # [1, M]
         count = int(mine.sum())
         rest = torch.nonzero((entries.alive & ~mine)[0]).squeeze(1)  # [R]
         chosen = rest[torch.randperm(len(rest), generator=gen)[:count]]

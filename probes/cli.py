@@ -295,6 +295,8 @@ def real(
     max_time: Annotated[float, typer.Option(help="Seconds of a fit at most.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Of the fit.")] = 0,
     most: Annotated[int | None, typer.Option(help="Pairs of windows at most.")] = None,
+    device: Annotated[str, typer.Option(help="Of fit and tests; auto: a GPU where there is one.")] = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that the tests of a fit are spread over.")] = 1,
 ) -> None:
     """Fit a forecaster on each labelled set; edit, drop and lead tests, and scores around events.
 
@@ -310,7 +312,7 @@ def real(
     with usage():
         plans = [RealPlan(name=name, preset=preset, max_time=max_time, seed=seed, most=most) for name in asked]
     for plan in plans:
-        console().print(str(run_real(plan, out)), soft_wrap=True)
+        console().print(str(run_real(plan, out, device=device, workers=workers)), soft_wrap=True)
     if not asked:
         console().print(real_table(read_real(out)), markup=False, soft_wrap=True)
         return

@@ -1,35 +1,43 @@
 """Labelled sets of the catalogue, one fitted forecaster each: edit, drop and lead tests, and scores around events.
 
 The forecaster is fitted on the rows before the first window at which something is to be remembered, so that no test
-row is seen in training; all tests read the rows after them.
+row is seen in training; all tests read the rows after them. What is done is kept at once, and a stopped
+run goes on.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from hamts.errors import DataError
 from hamts.files import written_whole
 from hamts.metrics import seasonal_naive, seasonal_scale
 from probes.adapter import ROLLING_LEVELS, HamtsAdapter
-from probes.contract import FAMILY
+from probes.contract import FAMILY, hashed
 from probes.detection import detection_test
 from probes.events import TAILS, EventForecasts, EventScores, event_scores, tail_quantiles
 from probes.frames import ProbeFromFrame
 from probes.real import LABELLED_SETS, RealResult, drop_test, edit_test, labelled_probe, lead_test
 from probes.results import machine
+from probes.runner import check_device
 
 __all__ = ["SETTINGS", "RealPlan", "read_real", "run_real", "training_part"]
 
 # two folders deep: what lies one deep is a document of a run
 REAL_FOLDER = "real/sets"
+PARTS_FOLDER = "real/parts"
+MODEL_FILE = "model.hamts"
 
 
 @dataclass(frozen=True)
@@ -73,55 +81,117 @@ class RealPlan:
             raise ValueError(f"Unknown labelled set {self.name!r}. Available: {sorted(LABELLED_SETS)}.")
 
     def path(self, folder: Path) -> Path:
-        return folder / REAL_FOLDER / f"{self.name.replace('/', '-')}__{self.preset}__s{self.seed}.json"
+        return folder / REAL_FOLDER / f"{self._stem()}.json"
+
+    def parts(self, folder: Path) -> Path:
+        """Where the fitted forecaster and the tests that are done wait until all are; another plan has another one."""
+        return folder / PARTS_FOLDER / f"{self._stem()}__{hashed(asdict(self))}"
+
+    def tests(self) -> list[str]:
+        """Names of what is asked of the forecaster, each written as soon as it is there."""
+        leads = [f"lead{number}" for number in range(len(self.budget_shares))]
+        return ["ham", *leads, "edit", "drop", "detection", "seasonal_naive"]
+
+    def _stem(self) -> str:
+        return f"{self.name.replace('/', '-')}__{self.preset}__s{self.seed}"
 
 
-def run_real(plan: RealPlan, folder: str | Path) -> Path:
+def run_real(plan: RealPlan, folder: str | Path, *, device: str = "auto", workers: int = 1) -> Path:
     """Fit, test and write one document; one that is there is left as it is.
 
+    The fitted forecaster and each test are kept until the document is written, so that a run which was stopped goes on.
+
+    Args:
+        device: of the fit and of the forecasts; auto: a GPU where there is one.
+        workers: processes that tests are spread over.
+
     Raises:
-        DataError: E-DATASET (the set is not on this machine), E-PROBE-WINDOWS (no pair of windows can be used).
+        DataError: E-DATASET (the set is not on this machine), E-PROBE-WINDOWS (no pair of windows can be used),
+            E-OPTION (a device that is not there).
     """
+    path, parts = plan.path(Path(folder)), plan.parts(Path(folder))
+    if path.is_file():
+        return path
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    fit = _fitted(plan, parts, device)
+    todo = [test for test in plan.tests() if not (parts / f"{test}.json").is_file()]
+    jobs = ([plan] * len(todo), [parts] * len(todo), todo, [device] * len(todo))
+    if workers > 1 and len(todo) > 1:
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+            list(pool.map(_test, *jobs))
+    else:
+        list(map(_test, *jobs))
+    found = {test: json.loads((parts / f"{test}.json").read_text(encoding="utf-8")) for test in plan.tests()}
+    leads = [found[f"lead{number}"] for number in range(len(plan.budget_shares))]
+    content = {
+        "family": FAMILY, "set": plan.name, "tier": "T2", "preset": plan.preset, "seed": plan.seed, **fit,
+        "leak_status": "clean", "tests": [found["edit"], found["drop"], *leads], "detection": found["detection"],
+        "event_scores": {name: found[name]["rows"] for name in ("ham", "seasonal_naive")},
+        "events": found["ham"]["events"], "runtime": {**machine(), "device": device},
+    }  # fmt: skip
+    _write(path, content)
+    shutil.rmtree(parts)
+    return path
+
+
+def _fitted(plan: RealPlan, parts: Path, device: str) -> dict[str, Any]:
+    """Fit and save the forecaster unless it is there; what is said of it."""
     import hamts
     from hamts.data.catalog import load_dataset
 
-    path = plan.path(Path(folder))
-    if path.is_file():
-        return path
+    told = parts / "fit.json"
+    if not told.is_file():
+        probe, setting = labelled_probe(plan.name), SETTINGS[plan.name]
+        train = training_part(probe)
+        options = {name: part for name, part in load_dataset(plan.name).fit_kwargs().items() if name != "h"}
+        started = time.monotonic()
+        model = hamts.fit(
+            train, h=setting.horizon, **options, preset=plan.preset, max_time=plan.max_time, seed=plan.seed,
+            accelerator="gpu" if device.startswith("cuda") else "cpu", verbose=False, progress=False,
+        )  # fmt: skip
+        seconds = time.monotonic() - started
+        parts.mkdir(parents=True, exist_ok=True)
+        model.save(parts / MODEL_FILE)
+        report = model.report
+        _write(told, {
+            "horizon": setting.horizon, "router": model.config.router, "budget_share": model._share(None),
+            "fit_seconds": seconds, "fit_rows": len(train), "fit_steps": report.steps,
+            "fit_stopped_by": report.stopped_by, "pairs": len(probe.pairs),
+        })  # fmt: skip
+    return dict(json.loads(told.read_text(encoding="utf-8")))
+
+
+def _test(plan: RealPlan, parts: Path, test: str, device: str) -> None:
+    """Ask the saved forecaster one thing and write it down."""
+    import hamts
+
     probe, setting = labelled_probe(plan.name), SETTINGS[plan.name]
-    train = training_part(probe)
-    options = {name: part for name, part in load_dataset(plan.name).fit_kwargs().items() if name != "h"}
-    started = time.monotonic()
-    model = hamts.fit(
-        train, h=setting.horizon, **options, preset=plan.preset, max_time=plan.max_time, seed=plan.seed, verbose=False,
-        progress=False,
-    )  # fmt: skip
-    seconds = time.monotonic() - started
-    adapter = HamtsAdapter(model)
-    tests = [
-        _tried(lambda: edit_test(probe, adapter, horizon=setting.horizon, period_rows=setting.period, most=plan.most)),
-        _tried(lambda: drop_test(probe, adapter, horizon=setting.horizon, most=plan.most, seed=plan.seed)),
-    ]
-    for share in plan.budget_shares:
-        reader = HamtsAdapter(model, budget_share=share)
-        found = _tried(
-            lambda reader=reader: lead_test(probe, reader, horizon=setting.horizon, ages=setting.ages, most=plan.most)
-        )
-        tests.append({**found, "budget_share": model._share(share)})
-    events = {
-        "ham": _scored(probe, train, adapter, setting), "seasonal_naive": _scored(probe, train, None, setting),
-    }  # fmt: skip
-    content = {
-        "family": FAMILY, "set": plan.name, "tier": "T2", "preset": plan.preset, "seed": plan.seed,
-        "horizon": setting.horizon, "router": model.config.router, "budget_share": model._share(None),
-        "fit_seconds": seconds, "fit_rows": len(train), "pairs": len(probe.pairs), "leak_status": "clean",
-        "tests": tests, "detection": detection_test(probe, adapter, most=plan.most),
-        "event_scores": {name: scores.rows() for name, scores in events.items()},
-        "events": events["ham"].events, "runtime": machine(),
-    }  # fmt: skip
+    model = hamts.load(parts / MODEL_FILE)
+    h, most = setting.horizon, plan.most
+    adapter = HamtsAdapter(model, device=device)
+    if test == "edit":
+        found = _tried(lambda: edit_test(probe, adapter, horizon=h, period_rows=setting.period, most=most))
+    elif test == "drop":
+        found = _tried(lambda: drop_test(probe, adapter, horizon=h, most=most, seed=plan.seed))
+    elif test == "detection":
+        found = detection_test(probe, adapter, most=most)
+    elif test.startswith("lead"):
+        share = plan.budget_shares[int(test.removeprefix("lead"))]
+        reader = HamtsAdapter(model, budget_share=share, device=device)
+        found = _tried(lambda: lead_test(probe, reader, horizon=h, ages=setting.ages, most=most))
+        found["budget_share"] = model._share(share)
+    else:
+        scores = _scored(probe, training_part(probe), adapter if test == "ham" else None, setting)
+        found = {"rows": scores.rows(), "events": scores.events}
+    _write(parts / f"{test}.json", found)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1, default=_plain, allow_nan=True), encoding="utf-8")
-    return path
 
 
 def _plain(content: Any) -> Any:
