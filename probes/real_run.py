@@ -102,7 +102,7 @@ def run_real(plan: RealPlan, folder: str | Path, *, device: str = "auto", worker
     The fitted forecaster and each test are kept until the document is written, so that a run which was stopped goes on.
 
     Args:
-        device: of the fit and of the forecasts; auto: a GPU where there is one.
+        device: of the fit and of the forecasts, cpu or cuda; auto: a GPU where there is one.
         workers: processes that tests are spread over.
 
     Raises:
@@ -114,6 +114,10 @@ def run_real(plan: RealPlan, folder: str | Path, *, device: str = "auto", worker
         return path
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise DataError(
+            "E-OPTION", f"device must be auto, cpu or cuda. Got {device!r}.", fix="--device cuda takes the first."
+        )
     check_device(device)
     fit = _fitted(plan, parts, device)
     todo = [test for test in plan.tests() if not (parts / f"{test}.json").is_file()]
