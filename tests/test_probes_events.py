@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,18 @@ import pandas as pd
 import pytest
 import torch
 
+import hamts
 from hamts.errors import DataError
-from probes.adapter import ROLLING_LEVELS
+from probes import real_run
+from probes.adapter import ROLLING_LEVELS, HamtsAdapter
 from probes.api import load_report, run_probes
 from probes.cli import main
 from probes.contract import CONTRACT_VERSION
 from probes.events import EventForecasts, event_scores, exceedance, quantile_crps, threshold_weighted
 from probes.frames import ProbeFromFrame
 from probes.plots import lines_svg, ticks
-from probes.real import RealResult
-from probes.real_run import RealPlan, naive_rolling, read_real, training_part
+from probes.real import RealResult, edit_test
+from probes.real_run import RealPlan, naive_rolling, read_real, run_real, training_part
 from probes.real_table import crossed_interval, real_table
 from probes.report import html_report
 from probes.report_panels import crossover
@@ -143,6 +146,41 @@ def test_a_forecaster_is_fitted_on_what_came_before(labelled: ProbeFromFrame) ->
     assert first["y"].to_numpy() == pytest.approx(y[564:576])
     with pytest.raises(ValueError, match="Unknown labelled set 'moon'"):
         RealPlan(name="moon")
+
+
+def test_a_run_on_a_labelled_set_goes_on_where_it_stopped(
+    labelled: ProbeFromFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = RealPlan(name="batadal", max_time=1.0)
+    monkeypatch.setitem(real_run.SETTINGS, "batadal", real_run.Setting(season=24, period=24, ages=(24,), horizon=12))
+    monkeypatch.setattr(real_run, "labelled_probe", lambda name: labelled)
+    monkeypatch.setattr("hamts.data.catalog.load_dataset", lambda name: SimpleNamespace(fit_kwargs=lambda: {"freq": 1}))
+    fits, stops = [], [True, False]
+    usual, detect = hamts.fit, real_run.detection_test
+    monkeypatch.setattr(hamts, "fit", lambda *a, **k: fits.append(k["accelerator"]) or usual(*a, **k))
+
+    def stopped_once(*arguments: Any, **options: Any) -> Any:
+        if stops.pop(0):
+            raise KeyboardInterrupt
+        return detect(*arguments, **options)
+
+    monkeypatch.setattr(real_run, "detection_test", stopped_once)
+    with pytest.raises(KeyboardInterrupt):
+        run_real(plan, tmp_path, device="cpu")
+    assert read_real(tmp_path) == []
+    # what is kept answers as the forecaster in memory did
+    adapter = HamtsAdapter(hamts.load(plan.parts(tmp_path) / "model.hamts"), device="cpu")
+    again = edit_test(labelled, adapter, horizon=12, period_rows=24)
+    assert run_real(plan, tmp_path, device="cpu") == run_real(plan, tmp_path, device="cpu")
+    assert fits == ["cpu"]
+    assert stops == []
+    content = read_real(tmp_path)[0]
+    assert [test["test"] for test in content["tests"]] == ["edit", "drop", "lead", "lead"]
+    assert content["tests"][0]["value"] == again.value
+    assert content["tests"][3]["budget_share"] == 0.0
+    assert list((tmp_path / "real/parts").iterdir()) == []
+    with pytest.raises(DataError, match="device must be auto, cpu or cuda"):
+        run_real(RealPlan(name="tep"), tmp_path, device="cuda:1")
 
 
 def test_series_hit_by_one_event_are_drawn_together() -> None:
