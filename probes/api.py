@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ProbeReport", "load_report", "run_probes"]
 
+# of tier 1, where nothing else is said
+TRAINED = ("ham", "full", "recurrent")
+
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -178,11 +181,11 @@ class ProbeReport:
 def run_probes(
     probes: Sequence[str] | str = ("der",),
     *,
-    models: Sequence[str] = ("ham", "full", "recurrent"),
-    routers: Sequence[str] = DEFAULT_ROUTERS,
-    budgets: Sequence[float] = DEFAULT_BUDGETS,
+    models: Sequence[str] | None = None,
+    routers: Sequence[str] | None = None,
+    budgets: Sequence[float] | None = None,
     preset: str = "smoke",
-    seeds: int = 3,
+    seeds: int | None = None,
     tier: str = "T1",
     out: str | Path | None = None,
     device: str = "cpu",
@@ -195,8 +198,9 @@ def run_probes(
 
     Args:
         probes: suites or rungs (``der``, ``pbc``, ``pbc/pbcD``); ``all`` for every suite.
-        models: tier-1 architectures; ``ham`` once for each router.
-        budgets: entries of a layer, as multiples of the critical rows.
+        models: tier-1 architectures, None: HAM, full attention and a state; ``ham`` once for each router.
+        routers, seeds: of tier 1; None: the mandatory ones, and 3.
+        budgets: of tier 1, entries of a layer as multiples of the critical rows; None: 0.5, 1 and 2, as tier 0 has.
         tier: ``T0`` (no training), ``T1`` (small models, trained), ``T2`` (fitted forecasters, see ``external``).
         out: folder of results; runs that are there already are not run again. None: a temporary one.
         external: of tier 2: objects with ``forecast``, by name; see ``probes.adapter``.
@@ -207,8 +211,10 @@ def run_probes(
 
     Raises:
         ValueError: an unknown name.
-        DataError: E-PROBE-VERSION, E-OPTION.
+        DataError: E-PROBE-VERSION, E-PROBE-BUDGET (less than one entry), E-OPTION (what another tier takes).
     """
+    of_training = {"models": models, "routers": routers, "budgets": budgets, "seeds": seeds}
+    _refuse_other_tiers(tier, of_training if tier != "T0" else {**of_training, **options, "axes": None})
     max_time_s, axes = options.pop("max_time_s", None), options.pop("axes", None)
     names = (probes,) if isinstance(probes, str) else tuple(probes)
     names = tuple(list_probes()) if names == ("all",) else names
@@ -223,8 +229,10 @@ def run_probes(
             run_t0_folder(names, folder, preset=preset, progress=progress, overrides=changes)
     elif tier == "T1":
         plan = RunPlan(
-            probes=names, preset=preset, models=tuple(models), routers=tuple(routers), budgets=tuple(budgets),
-            seeds=seeds, **options,
+            probes=names, preset=preset, models=TRAINED if models is None else tuple(models),
+            routers=DEFAULT_ROUTERS if routers is None else tuple(routers),
+            budgets=DEFAULT_BUDGETS if budgets is None else tuple(budgets), seeds=3 if seeds is None else seeds,
+            **options,
         )  # fmt: skip
         until = None if max_time_s is None else time.monotonic() + max_time_s
         plans = [replace(plan, overrides={**plan.overrides, **changes}) for changes in each_axis(axes)]
@@ -242,6 +250,17 @@ def run_probes(
     else:
         raise ValueError(f"Unknown tier {tier!r}. Available: ['T0', 'T1', 'T2'].")
     return load_report(folder, partial=max_time_s is not None)
+
+
+def _refuse_other_tiers(tier: str, given: Mapping[str, Any]) -> None:
+    """Refuse what would say nothing: tier 0 runs every router at its own budgets, tier 2 what it is given."""
+    useless = sorted(name for name, value in given.items() if value is not None)
+    if tier in ("T0", "T2") and useless:
+        does = "runs every router at 0.5, 1 and 2 times the critical rows" if tier == "T0" else "trains nothing"
+        raise DataError(
+            "E-OPTION", f"{', '.join(useless)}: of tier 1. Tier {tier[1]} {does}.",
+            fix=f"Leave {'it' if len(useless) == 1 else 'them'} out, or run tier T1.",
+        )  # fmt: skip
 
 
 def load_report(folder: str | Path, *, partial: bool = False, also: Sequence[str | Path] = ()) -> ProbeReport:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hamts.cli_show import console, show_error
 from hamts.errors import DataError
 from probes.cli_ask import ask
-from probes.cli_words import chosen, numbers, usage, words
+from probes.cli_words import chosen, numbers, of_training, usage, words
 
 __all__ = ["app", "main"]
 
@@ -88,32 +88,18 @@ def run(  # noqa: PLR0913 - one option for each argument
     from probes.axes import parse_axes
     from probes.contract import PRESETS
     from probes.runner import side_by_side
-    from probes.runner_plan import (
-        DEFAULT_BUDGETS,
-        DEFAULT_MODELS,
-        DEFAULT_ROUTERS,
-        SMOKE_BUDGETS,
-        SMOKE_MODELS,
-        SMOKE_ROUTERS,
-        SMOKE_SEEDS,
-    )
 
     asked = chosen(names, everything)
-    smoke = preset == "smoke"
-    options: dict[str, Any] = {}
-    if tier == "T1":
-        options = {"readout": readout, "steps": steps, "state_width": state_width}
     with usage():
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}. Available: {sorted(PRESETS)}.")
         run_probes(
             asked, tier=tier, preset=preset, out=out, device=device, workers=workers or side_by_side(device),
             progress=not quiet, max_time_s=max_time, axes=parse_axes(axis or ()),
-            models=words(models) or (SMOKE_MODELS if smoke else DEFAULT_MODELS),
-            routers=words(routers) or (SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS),
-            budgets=numbers(budgets) or (SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS),
-            seeds=seeds or (SMOKE_SEEDS if smoke else PRESETS[preset].train_seeds),
-            **options,
+            **of_training(
+                tier, preset, models=words(models), routers=words(routers), budgets=numbers(budgets), seeds=seeds,
+                readout=readout, steps=steps, state_width=state_width,
+            ),
         )  # fmt: skip
     console().print(load_report(out, partial=max_time is not None).to_markdown(), markup=False, soft_wrap=True)
     console().print(f"next: hamts probes report {out}")

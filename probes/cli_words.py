@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hamts.errors import DataError
 
-__all__ = ["chosen", "numbers", "usage", "words"]
+__all__ = ["chosen", "numbers", "of_training", "usage", "words"]
 
 
 def words(text: str | None) -> tuple[str, ...]:
@@ -45,3 +47,30 @@ class usage:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ValueError) and not isinstance(error, DataError):
             raise DataError("E-OPTION", str(error)) from error
+
+
+def of_training(tier: str, preset: str, **given: Any) -> dict[str, Any]:
+    """What a run asks of trainings: in tier 1 the preset's own where nothing is given, elsewhere what was given."""
+    from probes.contract import PRESETS
+    from probes.runner_plan import (
+        DEFAULT_BUDGETS,
+        DEFAULT_MODELS,
+        DEFAULT_ROUTERS,
+        SMOKE_BUDGETS,
+        SMOKE_MODELS,
+        SMOKE_ROUTERS,
+        SMOKE_SEEDS,
+        STATE_WIDTH,
+    )
+
+    smoke = preset == "smoke"
+    usual = {
+        "models": SMOKE_MODELS if smoke else DEFAULT_MODELS, "routers": SMOKE_ROUTERS if smoke else DEFAULT_ROUTERS,
+        "budgets": SMOKE_BUDGETS if smoke else DEFAULT_BUDGETS,
+        "seeds": SMOKE_SEEDS if smoke else PRESETS[preset].train_seeds,
+    }  # fmt: skip
+    if tier == "T1":
+        return given | {name: given[name] or value for name, value in usual.items()}
+    # what stands at its default was not asked for
+    defaults = {"readout": "query", "state_width": STATE_WIDTH}
+    return {name: value for name, value in given.items() if value and value != defaults.get(name)}

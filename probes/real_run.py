@@ -175,6 +175,7 @@ def _test(plan: RealPlan, parts: Path, test: str, device: str) -> None:
     model = hamts.load(parts / MODEL_FILE)
     h, most = setting.horizon, plan.most
     adapter = HamtsAdapter(model, device=device)
+    found: Any
     if test == "edit":
         found = _tried(lambda: edit_test(probe, adapter, horizon=h, period_rows=setting.period, most=most))
     elif test == "drop":

@@ -84,6 +84,16 @@ def test_noises_of_services_are_an_axis(tmp_path: Path) -> None:
     assert set(report.frame["axis_value"]) == {f"({noises})"}
 
 
+def test_what_is_trained_is_not_asked_of_other_tiers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="budgets: of tier 1. Tier 0 runs every router"):
+        run_probes("der", tier="T0", out=tmp_path / "out", progress=False, budgets=(0.01,))
+    with pytest.raises(DataError, match="routers, steps: of tier 1"):
+        run_probes("der", tier="T0", out=tmp_path / "out", progress=False, routers=("mix",), steps=3)
+    with pytest.raises(DataError, match="seeds: of tier 1. Tier 2 trains nothing"):
+        run_probes("der", tier="T2", out=tmp_path / "out", progress=False, seeds=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("tier", ["T0", "T1"])
 def test_axes_are_read_before_anything_is_run(tmp_path: Path, tier: str) -> None:
     def run(*names: str, **axes: tuple[object, ...]) -> None:

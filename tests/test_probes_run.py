@@ -224,6 +224,9 @@ def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.count("pass") == 2
     assert call("run", "der", "--preset", "nope")[0] == 2
     assert call("run", "--tier", "T0")[0] == 2
+    # what tier 0 would not heed
+    assert call("run", "der", "--tier", "T0", "--budgets", "0.01", "--out", str(folder / "none"))[0] == 2
+    assert not (folder / "none").exists()
     assert call("validate", "nope")[0] == 2
     assert call("report", str(folder / "absent"))[0] == 2
     assert call("run", "der", "--tier", "T0", "--axis", "items=abc", "--out", str(folder / "none"))[0] == 2
