@@ -120,8 +120,9 @@ class ProbeReport:
                         fix="Copy the .npz files that lie beside their documents, or run them again.",
                     )  # fmt: skip
                 raise DataError(
-                    "E-PROBE-COMPARE", f"There are no runs of {name!r} in tier 1.", fix=f"Name one of {known}."
-                )
+                    "E-PROBE-COMPARE", f"There are no runs of {name!r} in tier 1.",
+                    fix=f"Name one of {known}." if known else "Run tier T1 first: other tiers have no seeds to pair.",
+                )  # fmt: skip
         shared = sorted(set(tables[first]) & set(tables[second]), key=str)
         rows = []
         for key in shared:

@@ -178,6 +178,8 @@ def test_tier_0_goes_the_same_way(tmp_path: Path) -> None:
     report = run_probes(["act"], tier="T0", preset="smoke", out=tmp_path / "t0", progress=False)
     assert torch.get_num_threads() == threads
     assert set(report.frame["tier"]) == {"T0"}
+    with pytest.raises(DataError, match="Run tier T1 first"):
+        report.compare("tags", "surprise")
     assert "AUROC" in report.to_html()
     assert not math.isnan(report.frame[report.frame["metric"] == "recall_corrected"]["value"].iloc[0])
 
