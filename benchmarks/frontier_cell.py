@@ -278,14 +278,14 @@ def measure(
 
 def scored(
     cell: Cell, row: Model, trained: Trained, carrier: Carrier, spec: Set, *, told: dict[str, Any], gpu: bool,
-    began: float, parted: bool = True,
+    began: float, parted: bool = True, timed: tuple[str, ...] = ("model",),
 ) -> dict[str, Any]:  # fmt: skip
-    """One fitted model under every budget; ``parted``: also served by parts of the budget."""
+    """One fitted model under every budget; ``parted``: also served by parts of the budget; ``timed``: which memories."""
     seed, share, device = cell.seed, cell.share, "cuda" if gpu else "cpu"
     panel, windows, parts = judged(trained, carrier, spec)
     points = measure_points(
         trained, panel, windows, shares=row.shares, memories=("model", *row.controls),
-        control_shares=row.control_shares, seed=seed, timed=("model",), device=device,
+        control_shares=row.control_shares, seed=seed, timed=timed, device=device,
     )  # fmt: skip
     if parted and "mixer" not in row.options and row.controls:
         found = measure_points(

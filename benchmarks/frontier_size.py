@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--recorded", action="store_true", help="record steps; with --kernel fla+triton")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--fit-only", action="store_true", help="write how the fit goes, and no cell")
+    parser.add_argument("--untimed", action="store_true", help="no milliseconds: those of another seed are the same")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     told = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -115,7 +116,10 @@ def main() -> None:
     give_back(peak=False)
     few = row if row.sized else replace(row, control_shares=(TENTH,))
     said = {"rate": told.rate, "budget_bytes": budget, "size": told.size, "fit_s": fit_s}
-    result = scored(cell, few, trained, carrier, SETS[told.set], told=said, gpu=gpu, began=began, parted=False)
+    timed = () if told.untimed else ("model",)
+    result = scored(
+        cell, few, trained, carrier, SETS[told.set], told=said, gpu=gpu, began=began, parted=False, timed=timed
+    )
     write(path, {**result, **how})
     events = [f"{p['memory']} {p['share']}: {p['parts']['events']['WQL']:.4f}" for p in result["points"]]
     print(f"{path.name}: {result['s']} s, peak {result['peak_gib']} GiB; events " + ", ".join(events), flush=True)
