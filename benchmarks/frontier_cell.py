@@ -280,7 +280,7 @@ def scored(
     cell: Cell, row: Model, trained: Trained, carrier: Carrier, spec: Set, *, told: dict[str, Any], gpu: bool,
     began: float, parted: bool = True, timed: tuple[str, ...] = ("model",),
 ) -> dict[str, Any]:  # fmt: skip
-    """One fitted model under every budget; ``parted``: also served by parts of the budget; ``timed``: which memories."""
+    """One fitted model under every budget, ``parted`` also served by parts of it; of which memories steps are timed."""
     seed, share, device = cell.seed, cell.share, "cuda" if gpu else "cpu"
     panel, windows, parts = judged(trained, carrier, spec)
     points = measure_points(
