@@ -2,25 +2,29 @@
 
 ``python -m benchmarks.frontier_size --model learned --seed 0`` fits 10M weights on ``epf-old`` for as many steps as 1M
 has, writes the loss of the fit and its speed to ``fits/``, and then the cell, which ``benchmarks.frontier --table``
-reads; ``--fit-only`` stops before. ``--recorded`` runs the layers of HAM on kernels and replays recorded steps, which
-gives the same fit but for rounding, in less time. A cell that exists is not measured again.
+reads; ``--fit-only`` stops before. ``--table`` prints how all fits of a folder went. ``--recorded`` runs the layers of
+HAM on kernels and replays recorded steps, which gives the same fit but for rounding, in less time. A cell that exists is
+not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from benchmarks.frontier import budget_of
-from benchmarks.frontier_cell import BACKBONE, SIZES, TRAINING, Trial, finite, fit, give_back, scored
+from benchmarks.frontier_cell import BACKBONE, LENGTHENED, SIZES, TRAINING, Trial, finite, fit, give_back, scored
 from benchmarks.frontier_files import write
 from benchmarks.frontier_grid import MODELS, TENTH, Cell
+from benchmarks.frontier_lines import markdown
 from benchmarks.frontier_sets import SETS, Carrier, load
 from hamts.config import ModelConfig
 from hamts.fitting import Trained
@@ -29,6 +33,8 @@ from hamts.windows import StreamWindows
 RESULTS = Path(__file__).parent / "results" / "frontier" / "ninth-10M-960"
 # so often a fit says its loss; its speed is said every so many batches
 CHECKS, SAID = 24, 20
+# steps at which every fit of 480 and of 960 says it
+SHOWN = (40, 80, 120, 200, 280)
 
 
 class Pace:
@@ -55,6 +61,27 @@ class Pace:
         return {name: finite(float(x[len(x) // 4 :].mean())) for name, x in each.items() if len(x) > 3}
 
 
+def table(folder: Path) -> str:
+    """Loss of every fit after so many steps, at the end of short streams, and over the last quarter."""
+    rows = []
+    for path in sorted((folder / "fits").glob("*.json")):
+        one = json.loads(path.read_text())
+        losses, steps = dict(one["losses"]), one["steps"]
+        short = max(step for step in losses if step <= LENGTHENED[0] * steps)
+        last = [loss for step, loss in losses.items() if step > 0.75 * steps]
+        rows.append(
+            {"set": one["set"], "model": one["model"], "seed": one["seed"], "rate": one["rate"], "steps": steps}
+            | {"kernel": one["kernel"] + (", recorded" if one["recorded"] else "")}
+            | {
+                "ms, short and long": ", ".join(f"{ms:.0f}" for ms in one["ms_each"].values() if ms),
+                "fit, s": one["fit_s"],
+            }
+            | {f"loss after {step}": round(losses[step], 3) if step in losses else "" for step in SHOWN}
+            | {"short, last": round(losses[short], 3), "last quarter": round(sum(last) / len(last), 4)}
+        )
+    return markdown(pd.DataFrame(rows))
+
+
 def columns_of(carrier: Carrier) -> int:
     return sum(len(names) for names in carrier.roles.values() if isinstance(names, list))
 
@@ -74,7 +101,7 @@ def fit_of(cell: Cell, carrier: Carrier, told: Any, pace: Pace, budget: int) -> 
     )  # fmt: skip
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", default="epf-old", choices=list(SETS))
     parser.add_argument("--model", default="learned", choices=list(MODELS))
@@ -88,7 +115,15 @@ def main() -> None:
     parser.add_argument("--fit-only", action="store_true", help="write how the fit goes, and no cell")
     parser.add_argument("--untimed", action="store_true", help="no milliseconds: those of another seed are the same")
     parser.add_argument("--folder", type=Path, default=RESULTS)
-    told = parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="only print how the fits of a folder went")
+    return parser.parse_args()
+
+
+def main() -> None:
+    told = options()
+    if told.table:
+        print(table(told.folder))
+        return
     warnings.simplefilter("ignore")
     torch.set_float32_matmul_precision("high")
     row = MODELS[told.model]
