@@ -3,8 +3,8 @@
 ``python -m benchmarks.frontier_size --model learned --seed 0`` fits 10M weights on ``epf-old`` for as many steps as 1M
 has, writes the loss of the fit and its speed to ``fits/``, and then the cell, which ``benchmarks.frontier --table``
 reads; ``--fit-only`` stops before. ``--table`` prints how all fits of a folder went. ``--recorded`` runs the layers of
-HAM on kernels and replays recorded steps, which gives the same fit but for rounding, in less time. A cell that exists is
-not measured again.
+HAM on kernels and replays recorded steps: the same fit but for rounding, in less time. A cell that exists is not
+measured again.
 """
 
 from __future__ import annotations
