@@ -5,6 +5,7 @@ I items · X windows · T steps
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
@@ -31,13 +32,13 @@ from hamts.frontier import Point, measure_points, windows_at
 from hamts.nn.budget import ThresholdTable
 from hamts.nn.ham import HAMLayer
 from hamts.nn.mixers_parts import fixed_bytes
-from hamts.resolve import FitOptions, make_plan
+from hamts.resolve import FitOptions, Plan, make_plan
 from hamts.windows import StreamWindows
 
 __all__ = [
     "BACKBONE", "LENGTHENED", "NO_CAP", "SIZES", "TRAINING", "Trial", "asked_of", "blocks_of", "by_parts",
     "checked_tail", "entry_bytes", "equal_bytes", "finite", "fit", "give_back", "judged", "live_window_bytes",
-    "measure", "point_of",
+    "measure", "point_of", "scored",
 ]  # fmt: skip
 
 # presets, one that a CPU can fit, and two sizes of about so many weights
@@ -109,6 +110,8 @@ class Trial:
         watched: the loss of the fit is said at every check, and nothing else is checked; the last weights stay, as they
             do where there is one check.
         each: called before every batch.
+        entries: steps are recorded as CUDA graphs, with room for so many entries a layer, no fewer than a stream can
+            keep, so that none is thrown out; with kernel ``fla+triton``.
     """
 
     backbone: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +120,7 @@ class Trial:
     kernel: str = "torch"
     watched: bool = False
     each: Callable[[StreamWindows], None] | None = None
+    entries: int | None = None
 
 
 def fit(
@@ -130,7 +134,8 @@ def fit(
     options = FitOptions(
         h=spec.h, budget_bytes=budget, preset=size if size in PRESETS else "small", **model.options,
         patch_steps=spec.patch_steps, val_size=carrier.test_rows // 2, max_steps=max_steps or spec.steps,
-        learning_rate=rate, seed=seed, machine=MachineConfig(accelerator=accelerator, kernel=trial.kernel),
+        learning_rate=rate, seed=seed,
+        machine=MachineConfig(accelerator=accelerator, kernel=trial.kernel, cuda_graphs=trial.entries is not None),
     )  # fmt: skip
     plan = make_plan(panel, options)
     plan = replace(
@@ -144,12 +149,37 @@ def fit(
     echoes = fresh_echoes(carrier, spec, panel, seed, lengthen=longer)
     if trial.each is not None and echoes is not None:
         echoes = _both(trial.each, echoes)
+    if trial.entries is not None and echoes is not None:
+        echoes = _both(echoes, _give_room)
     if trial.watched:
         tail = replace(tail, cutoffs=[cuts[:0] for cuts in tail.cutoffs])
-    trained = train_panel(panel, plan, tail=tail, verbose=trial.watched, progress=False, augment=echoes)
+    fitted_by = plan if trial.entries is None else roomy(plan, trial.entries)
+    with one_choice_of_kernels() if "fla" in trial.kernel else contextlib.nullcontext():
+        trained = train_panel(panel, fitted_by, tail=tail, verbose=trial.watched, progress=False, augment=echoes)
+    trained.network.memory_config = plan.memory
+    trained = replace(trained, plan=plan)
     if "mixer" not in model.options:
         calibrate(trained, tail.ends, gpu=torch.cuda.is_available() and accelerator != "cpu")
     return trained
+
+
+def _give_room(windows: StreamWindows) -> None:
+    """As many entries as the streams of the next batch can keep: fewer where they are short."""
+    before = max(windows.prefixes or (windows.config.prefix_patches,))
+    windows.room = len(windows.store.roles) * (before + windows.config.context_patches)
+
+
+def roomy(plan: Plan, entries: int) -> Plan:
+    """The same plan with room for so many entries a layer, all of them kept by score: a graph has a fixed size."""
+    room = entries * plan.model.layers * entry_bytes(plan.model)
+    return replace(plan, memory=replace(plan.memory, budget_bytes=room, must_keep_share=0.0))
+
+
+def one_choice_of_kernels() -> contextlib.AbstractContextManager[None]:
+    """Nothing of the recurrence is tuned: in float32 that takes longer than such a fit."""
+    from hamts.ops.gated_delta_trial import untuned
+
+    return untuned()
 
 
 def _both(
@@ -237,30 +267,38 @@ def measure(
     cell: Cell, row: Model, *, rate: float, carrier: Carrier, spec: Set, budget: int, size: str, **how: Any
 ) -> dict[str, Any]:
     """Fit one model and score it under every budget."""
-    seed, share = cell.seed, cell.share
     began = time.perf_counter()
     gpu = torch.cuda.is_available() and how.get("accelerator") != "cpu"
-    trained = fit(carrier, spec, row, rate=rate, seed=seed, budget=budget, size=size, **how)
+    trained = fit(carrier, spec, row, rate=rate, seed=cell.seed, budget=budget, size=size, **how)
     fit_s = time.perf_counter() - began
     give_back(peak=False)
+    told = {"rate": rate, "budget_bytes": budget, "size": size, "fit_s": fit_s}
+    return scored(cell, row, trained, carrier, spec, told=told, gpu=gpu, began=began)
+
+
+def scored(
+    cell: Cell, row: Model, trained: Trained, carrier: Carrier, spec: Set, *, told: dict[str, Any], gpu: bool,
+    began: float, parted: bool = True, timed: tuple[str, ...] = ("model",),
+) -> dict[str, Any]:  # fmt: skip
+    """One fitted model under every budget, ``parted`` also served by parts of it; of which memories steps are timed."""
+    seed, share, device = cell.seed, cell.share, "cuda" if gpu else "cpu"
     panel, windows, parts = judged(trained, carrier, spec)
     points = measure_points(
         trained, panel, windows, shares=row.shares, memories=("model", *row.controls),
-        control_shares=row.control_shares, seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
+        control_shares=row.control_shares, seed=seed, timed=timed, device=device,
     )  # fmt: skip
-    parted: list[Point] = []
-    if "mixer" not in row.options and row.controls:
+    if parted and "mixer" not in row.options and row.controls:
         found = measure_points(
             by_parts(trained, carrier, spec, gpu=gpu), panel, windows, shares=row.control_shares,
-            memories=("model", "recency"), seed=seed, timed=("model",), device="cuda" if gpu else "cpu",
+            memories=("model", "recency"), seed=seed, timed=("model",), device=device,
         )  # fmt: skip
-        parted = [replace(point, memory=PARTED[point.memory]) for point in found]
+        points = [*points, *(replace(point, memory=PARTED[point.memory]) for point in found)]
     return {
-        "registration": REGISTRATION, "set": cell.set, "model": cell.model, "size": size,
-        "seed": seed, "rate": rate, "equal_to_share": share,
-        "budget_bytes": budget,
-        "fit_s": round(fit_s, 1), "steps": trained.report.steps, "validation": finite(trained.report.best_score),
-        "best_step": trained.report.best_step,
+        "registration": REGISTRATION, "set": cell.set, "model": cell.model, "size": told["size"],
+        "seed": seed, "rate": told["rate"], "equal_to_share": share,
+        "budget_bytes": told["budget_bytes"],
+        "fit_s": round(told["fit_s"], 1), "steps": trained.report.steps,
+        "validation": finite(trained.report.best_score), "best_step": trained.report.best_step,
         "weights": sum(p.numel() for p in trained.network.parameters()), "patch_steps": spec.patch_steps,
         "tokens_of_an_item": carrier.rows // spec.patch_steps * len(panel.schema.channels),
         "windows": {part: int(chosen.sum()) for part, chosen in parts.items()},
@@ -268,7 +306,7 @@ def measure(
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
         "versions": {"hamts": hamts.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "s": round(time.perf_counter() - began, 1),
-        "points": [point_of(point, parts, share, rival="mixer" in row.options) for point in [*points, *parted]],
+        "points": [point_of(point, parts, share, rival="mixer" in row.options) for point in points],
     }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from hamts.training_graphs import (
     StepInputs,
     check_graphs,
     filled_up,
+    recorders,
     restarted,
     side_by_side,
 )
@@ -122,11 +123,10 @@ class HAMTrainer(L.LightningModule):
     def forward(self, batch: Windows) -> torch.Tensor:
         """Loss of a step: read each part of the context, then forecast."""
         inputs = StepInputs(batch.parts, batch.share, batch.cross)
-        if self.task.machine.cuda_graphs and self.graph is None:
-            policy = self._policy(batch.share, batch.cross)
-            rows, drawn = (policy.cap_kept or 0) + (policy.cap_must or 0), [self.state.explore]
-            self.graph = StepGraph(self._passes, list(self.network.parameters()), rows=rows, generators=drawn)
-            self.restarts = Restarts(self._read_prefix, rows=rows, generators=drawn)
+        if self.task.machine.cuda_graphs and (self.graph is None or self.graph.streams != len(batch.share)):
+            self.state.carried = self.state.carried if self.graph is None else None  # that of other streams
+            drawn, policy = [self.state.explore], self._policy(batch.share, batch.cross)
+            self.graph, self.restarts = recorders(self._passes, self._read_prefix, self.network, policy, drawn)
         result = (self.graph or self._passes)(inputs, self._memory(batch))
         self.state.carried = result.memory
         # added up where it is: asking for the number would wait for the device at every step
@@ -216,7 +216,7 @@ class HAMTrainer(L.LightningModule):
     def _policy(self, share: torch.Tensor, cross: torch.Tensor) -> Policy:
         """Caps as they will be in use, some exploration; thresholds move between steps alone."""
         return replace(
-            self.network.policy(share, cross=cross),
+            self.state.windows.within(self.network.policy(share, cross=cross)),
             threshold="fixed",
             explore_share=self.network.memory_config.explore_share,
             explore_generator=self.state.explore,

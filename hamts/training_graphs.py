@@ -24,7 +24,7 @@ from hamts.config import MachineConfig
 from hamts.data.constants import sent
 from hamts.data.patches import Chunk
 from hamts.data.scale import ScaleState
-from hamts.nn.tokens import map_tensors
+from hamts.nn.tokens import Policy, map_tensors
 from hamts.ops.kernels import KernelError, Kernels
 from hamts.reader import StreamMemory
 from hamts.rollout import stack_memories, stack_trees
@@ -38,6 +38,7 @@ __all__ = [
     "StepInputs",
     "check_graphs",
     "filled_up",
+    "recorders",
     "restarted",
     "roomy",
     "side_by_side",
@@ -161,15 +162,17 @@ class StepGraph:
         parameters: Sequence[nn.Parameter],
         *,
         rows: int,
+        streams: int,
         generators: Sequence[torch.Generator],
     ) -> None:
         """The passes decide nothing on the host.
 
         Args:
             rows: most entries of a scratchpad.
+            streams: B of every batch; others are recorded anew.
             generators: of random numbers, on the device, that the passes draw from beside the default one.
         """
-        self.passes, self.rows, self.generators = passes, rows, list(generators)
+        self.passes, self.rows, self.streams, self.generators = passes, rows, streams, list(generators)
         self.parameters = [weight for weight in parameters if weight.requires_grad]
         self.plain_steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -306,6 +309,20 @@ class Restarts:
         for mine, new in zip(_leaves(memory), _leaves(fresh), strict=True):
             new = new.index_select(0, streams.taken).to(mine.dtype)  # [B, ...]
             mine.copy_(torch.where(streams.anew.view(-1, *(1,) * (mine.dim() - 1)), new, mine))
+
+
+def recorders(
+    passes: Callable[[StepInputs, StreamMemory], Passes],
+    read: Callable[[Restarted, int], StreamMemory],
+    network: nn.Module,
+    policy: Policy,
+    generators: Sequence[torch.Generator],
+) -> tuple[StepGraph, Restarts]:
+    """What records steps and restarts of as many streams as the policy is for, with room for all that it lets stay."""
+    rows = (policy.cap_kept or 0) + (policy.cap_must or 0)
+    weights, streams = list(network.parameters()), len(policy.share)
+    steps = StepGraph(passes, weights, rows=rows, streams=streams, generators=generators)
+    return steps, Restarts(read, rows=rows, generators=generators)
 
 
 class _Replayed(torch.autograd.Function):

@@ -17,7 +17,7 @@ from hamts.config import TrainConfig
 from hamts.data.constants import constant, sent
 from hamts.data.patches import Chunk, PatchStore, horizon_patches
 from hamts.data.scale import ScaleState
-from hamts.nn.tokens import map_tensors
+from hamts.nn.tokens import Policy, map_tensors
 from hamts.reader import HAMNetwork
 
 __all__ = ["CROSS_CHANCE", "StreamWindows", "Windows", "on_device", "patches_since", "scale_history"]
@@ -142,6 +142,8 @@ class StreamWindows(IterableDataset[Windows]):
         self.since = patches_since(store) if config.recall_share > 0 else None
         # lengths of prefixes, each as likely; none: drawn up to ``prefix_patches``
         self.prefixes: tuple[int, ...] = ()
+        # most entries a layer that a stream can ever keep by score, where that is known; None: what caps allow
+        self.room: int | None = None
         self.augment = augment
         if augment is not None:
             own = {name: getattr(self.store, name).clone() for name in ("values", "tags")}
@@ -181,6 +183,12 @@ class StreamWindows(IterableDataset[Windows]):
             )
         for name in ("items", "at", "share", "cross", "reset"):
             setattr(self, name, getattr(self, name)[:number])
+
+    def within(self, policy: Policy) -> Policy:
+        """A policy with no more room than a stream can fill: what is recorded has all its room in every step."""
+        if self.room is None or policy.cap_kept is None:
+            return policy
+        return replace(policy, cap_kept=min(self.room, policy.cap_kept))
 
     def __iter__(self) -> Iterator[Windows]:
         while True:

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import frontier_kept, frontier_pilot
+from benchmarks import frontier_kept, frontier_pilot, frontier_size
 from benchmarks.frontier import RESULTS, Task, jobs_of, trial_path
-from benchmarks.frontier_cell import REGISTRATION
+from benchmarks.frontier_cell import REGISTRATION, entry_bytes, roomy
 from benchmarks.frontier_files import read_cells
 from benchmarks.frontier_grid import Cell
 from benchmarks.frontier_short import tables
-from hamts.config import MemoryConfig
+from hamts.config import MemoryConfig, ModelConfig, TrainConfig
 from hamts.errors import DataError
+from hamts.nn.budget import entry_caps
+from hamts.resolve import Plan
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,29 @@ def test_cells_of_two_kinds_are_in_no_table(tmp_path: Path) -> None:
 def test_committed_cells_are_of_one_kind_in_every_folder() -> None:
     for folder in RESULTS.iterdir():
         read_cells(folder)
+
+
+def test_how_a_fit_of_a_larger_network_went_is_told(tmp_path: Path) -> None:
+    one = {"set": "epf-old", "model": "learned", "seed": 0, "rate": 0.001, "steps": 100, "kernel": "torch"}
+    one |= {"recorded": True, "ms_each": {"short": 70.4, "long": None}, "fit_s": 9.5}
+    one |= {"losses": [[40, 0.5], [60, 0.4], [80, 0.7], [100, 0.8]]}
+    (tmp_path / "fits").mkdir()
+    (tmp_path / "fits" / "one.json").write_text(json.dumps(one))
+    line = frontier_size.table(tmp_path).splitlines()[-1]
+    # the short streams end at step 60, the last quarter begins after 75
+    assert (
+        line == "| epf-old | learned | 0 | 0.001 | 100 | torch, recorded | 70 | 9.5 | 0.5 | 0.7 |  |  |  | 0.4 | 0.75 |"
+    )
+
+
+def test_what_is_recorded_has_room_for_all_that_a_stream_keeps() -> None:
+    model = ModelConfig(width=24, heads=2, layers=3)
+    plan = Plan(
+        h=2, model=model, memory=MemoryConfig(), train=TrainConfig(), quantiles=(0.5,), val_size=None, time_unit=1.0
+    )
+    room = roomy(plan, 40).memory
+    asked = {"budget_bytes": room.budget_bytes, "must_keep_share": room.must_keep_share}
+    assert entry_caps(**asked, bytes_per_entry=entry_bytes(model), layers=3) == (40, 0)
 
 
 def test_what_is_kept_is_printed_of_what_is_there(tmp_path: Path) -> None:

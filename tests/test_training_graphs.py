@@ -23,6 +23,7 @@ from hamts.nn.tokens import map_tensors
 from hamts.ops.kernels import KernelError, Kernels
 from hamts.reader import StreamMemory
 from hamts.resolve import Plan
+from hamts.training import fit_network
 from hamts.training_graphs import Restarted, Restarts, check_graphs, filled_up, restarted, roomy, side_by_side
 from hamts.training_parallel import follow_average
 from hamts.windows import StreamWindows, scale_history
@@ -207,6 +208,42 @@ def test_a_fit_whose_memory_stays_in_its_place_is_the_plain_fit(monkeypatch: pyt
     for before, after in zip(plain.history, in_graphs.history, strict=True):
         assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-3)
     assert in_graphs.best_score == pytest.approx(plain.best_score, rel=1e-3)
+
+
+def test_a_fit_that_goes_on_with_fewer_streams_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same fit, also with no more room than its streams can fill."""
+    recordings: list[int] = []
+    monkeypatch.setattr(training_graphs, "recorded", lambda run, _: recordings.append(1) or SimpleNamespace(replay=run))
+    monkeypatch.setattr(training, "check_graphs", lambda *_: None)
+    monkeypatch.setattr(training, "StreamWindows", lambda *a, **k: StreamWindows(*a, **{**k, "same_sizes": True}))
+    store = make_store(make_panel((200, 160, 180)))
+    columns, context, prefix, steps = len(store.roles), 4, 8, 14
+    config = TrainConfig(
+        max_steps=steps, batch_windows=6, context_patches=context, prefix_patches=prefix, reset_share=1.0, checks=steps
+    )
+    found = []
+    for graphs, room in ((False, None), (True, None), (True, columns * (prefix + context))):
+        drawn: list[int] = []
+
+        def fewer(windows: StreamWindows, drawn: list[int] = drawn, room: int | None = room) -> None:
+            if len(drawn) == steps // 2:
+                windows.keep_streams(3)
+            windows.room = room
+            drawn.append(len(windows.items))
+
+        network = make_network(dtype=torch.float32, calibrate=False)
+        network.memory_config = replace(network.memory_config, explore_share=0.0, must_keep_share=0.0)
+        report = fit_network(
+            network, store, ends=np.array([190, 150, 170]), cutoffs=[np.zeros(0, dtype=np.int64)] * 3, horizon=HORIZON,
+            config=config, share=0.2, machine=MachineConfig(accelerator="cpu", cuda_graphs=graphs), verbose=False,
+            progress=False, augment=fewer,
+        )  # fmt: skip
+        found.append([one["train_loss"] for one in report.history])
+        # one batch is drawn beyond the last step
+        assert drawn == [6] * (steps // 2) + [3] * (steps // 2 + 1)
+    assert len(recordings) >= 4
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-3)
 
 
 @pytest.mark.gpu
