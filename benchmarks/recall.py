@@ -17,7 +17,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.recall_model import KEYS, MODELS, SHARED, TASKS, TOKENS_PER_PAIR, VALUES, TokenModel, policies_of
-from benchmarks.recall_table import SHARE, USAGES, summary, table
+from benchmarks.recall_model import (
+    BIAS_FROM,
+    KEYS,
+    MODELS,
+    SELECTED_BY,
+    SHARED,
+    TASKS,
+    TOKENS_PER_PAIR,
+    VALUES,
+    TokenModel,
+    places_of_values,
+    policies_of,
+)
+from benchmarks.recall_table import CONTROLLED, GRAFTS, SHARE, USAGES, summary, table
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
@@ -55,9 +68,10 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "registered": (Rung(64, 256, 800), Rung(256, 96, 400), Rung(1024, 32, 250), Rung(4096, 12, 120)),
     "dense": (Rung(64, 128, 350, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
     "long": (Rung(64, 128, 700, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 80), Rung(4096, 8, 40)),
+    "longer": (Rung(64, 128, 700, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 240), Rung(4096, 8, 120)),
 }
 # ladders that keep their learning rate until the last third
-LATE = ("dense", "long")
+LATE = ("dense", "long", "longer")
 SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
 
 
@@ -73,6 +87,7 @@ def train(
     device: str,
     late: bool,
     after: Callable[[int, list[dict[str, Any]]], None],
+    bias_from: tuple[float, float] = (0.0, 0.0),
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
@@ -86,6 +101,7 @@ def train(
             done += 1
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(done / 50, 1.0) * rate_left(done / total, late=late)
+            model.bias_strength = bias_felt(done / total, bias_from)
             ids, right, share = draw_batch(rung, generator)
             policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
             logits, traces = model(ids, policies)
@@ -114,6 +130,12 @@ def rate_left(done: float, *, late: bool) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def bias_felt(done: float, span: tuple[float, float]) -> float:
+    """Of the learned score's logarithm, what is in the logits: nothing before a span of the ladder, all after it."""
+    begin, end = span
+    return 1.0 if done >= end else max(0.0, (done - begin) / (end - begin)) if begin < end else 0.0
+
+
 def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Half of each task; half of the streams at the usage of the claim, the others at any."""
     half = rung.sequences // 2
@@ -139,34 +161,67 @@ def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: st
         batches = {
             task: [draw(length, side, generator) for _ in range(-(-sequences // side))] for task, draw in TASKS.items()
         }
-        if ham:
-            scores: list[list[torch.Tensor]] = [[] for _ in model.blocks]
-            for ids, _ in [*batches["recall"], *batches["needle"]]:
-                traces = model(ids, policies_of(model, torch.full((len(ids),), SHARE, device=device)))[1]
-                for kept, trace in zip(scores, traces, strict=True):
-                    kept.append(trace.scores.flatten(0, -2))
-            samples = [torch.cat(parts)[:: max(1, len(parts) * len(parts[0]) // 2**20)] for parts in scores]
         settings: list[tuple[str, float, str]] = [("model", 1.0, "uniform")]
         if ham:
+            samples = scores_of(model, batches, device)
             settings = [("model", usage, "uniform") for usage in USAGES]
-            settings += [("random", SHARE, "uniform"), ("model", SHARE, "pooled")]
+            settings += [("random", usage, "uniform") for usage in CONTROLLED]
+            settings += [("model", SHARE, "pooled")]
+            if "learned" in model.config.router_names:
+                settings += [(memory, usage, "uniform") for memory in GRAFTS for usage in CONTROLLED]
         for memory, usage, allocation in settings:
-            if ham:
-                update_tables(model.layers(), samples, allocation, calibrate=True)
-            for task, parts in batches.items():
-                rows.append(
-                    {"length": length, "task": task, "memory": memory, "usage": usage, "allocation": allocation}
-                    | answer(model, parts, usage, memory, device)
-                )
+            with grafted(model, memory) as changed:
+                if ham:
+                    sample = scores_of(model, batches, device) if changed else samples
+                    update_tables(model.layers(), sample, allocation, calibrate=True)
+                for task, parts in batches.items():
+                    rows.append(
+                        {"length": length, "task": task, "memory": memory, "usage": usage, "allocation": allocation}
+                        | answer(model, parts, task, usage, memory, device)
+                    )
     return rows
 
 
-def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, device: str) -> dict[str, Any]:
-    """Accuracy over some batches, and over values; kept share of each layer; attention that goes to the scratchpad."""
+def scores_of(model: TokenModel, batches: dict[str, list[Any]], device: str) -> list[torch.Tensor]:
+    """Scores of each layer over all batches, thinned to about a million, [n, S] each."""
+    scores: list[list[torch.Tensor]] = [[] for _ in model.blocks]
+    for ids, _ in [part for parts in batches.values() for part in parts]:
+        traces = model(ids, policies_of(model, torch.full((len(ids),), SHARE, device=device)))[1]
+        for kept, trace in zip(scores, traces, strict=True):
+            kept.append(trace.scores.flatten(0, -2))
+    return [torch.cat(parts)[:: max(1, len(parts) * len(parts[0]) // 2**20)] for parts in scores]
+
+
+@contextmanager
+def grafted(model: TokenModel, memory: str) -> Iterator[bool]:
+    """The same weights read without the learned logarithm in the logits, or with entries that surprise chose.
+
+    Yields whether scores are others than before.
+    """
+    if memory == "unbiased":
+        before, model.bias_strength = model.bias_strength, 0.0
+        yield True
+        model.bias_strength = before
+    elif memory == "by surprise":
+        score = model.select_by("surprise")
+        yield True
+        model.select_by(score)
+    else:
+        yield False
+
+
+def answer(
+    model: TokenModel, parts: list[Any], task: str, usage: float, memory: str, device: str
+) -> dict[str, Any]:
+    """Accuracy over some batches, and over values; kept share of each layer; attention that goes to the scratchpad.
+
+    Of recall also, by layer, for which share of the queries the value is kept, and how many of those are right.
+    """
     right_count = asked_count = 0
     by_value = torch.zeros(2, VALUES)  # right, asked
     kept = torch.zeros(len(model.blocks))
     mass = torch.zeros(len(model.blocks))
+    held = torch.zeros(len(model.blocks), 2)  # of queries whose value is kept: how many, and right
     for number, (ids, right) in enumerate(parts):
         control = None
         if memory == "random":
@@ -179,11 +234,21 @@ def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, devic
         asked_count += int(asked.sum())
         value = (right[asked] - KEYS).cpu()  # [n]
         by_value += torch.stack([torch.bincount(value, x, VALUES) for x in (correct, torch.ones_like(correct))])
+        if task == "recall":
+            place = places_of_values(ids, right)[asked]  # [n]
+            stream = asked.nonzero()[:, 0]  # [n]
+            for layer, trace in enumerate(traces):
+                there = trace.routed[:, 0][stream, place].float().cpu()  # [n]
+                held[layer] += torch.stack([there.sum(), (there * correct).sum()])
         kept += torch.tensor([float(t.routed.float().mean()) for t in traces]) / len(parts)
         reads = model.config.heads * ids.numel()
         mass += torch.tensor([float((t.entries_mass * t.entries_sights).sum()) / reads for t in traces]) / len(parts)
     each = (by_value[0] / by_value[1].clamp_min(1))[by_value[1] > 0]  # [values asked]
-    return {
+    told: dict[str, Any] = {}
+    if task == "recall":
+        told["value_kept_by_layer"] = [round(float(x), 4) for x in held[:, 0] / asked_count]
+        told["right_of_kept_by_layer"] = [round(float(x), 4) for x in held[:, 1] / held[:, 0].clamp_min(1)]
+    return told | {
         "accuracy": round(right_count / asked_count, 4),
         "queries": asked_count,
         "values_lost": round(float((each < LOST).float().mean()), 4),
@@ -212,6 +277,8 @@ def run_one(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = TokenModel(config, shared=name.endswith(SHARED))
+    if name in SELECTED_BY:
+        model.select_by(SELECTED_BY[name])
     model.to(device)
     began = time.perf_counter()
     cell = {
@@ -231,7 +298,11 @@ def run_one(
         write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
         model.train()
 
-    curve = train(model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, quiet=quiet)
+    bias_from = BIAS_FROM.get(name, (0.0, 0.0))
+    curve = train(
+        model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, bias_from=bias_from,
+        quiet=quiet,
+    )  # fmt: skip
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}
     write(path, cell)

@@ -9,10 +9,13 @@ from typing import Any
 
 from benchmarks.recall_model import MODELS
 
-__all__ = ["SHARE", "USAGES", "accuracy", "summary", "table"]
+__all__ = ["CONTROLLED", "GRAFTS", "SHARE", "USAGES", "accuracy", "summary", "table"]
 
 SHARE = 0.5
-USAGES = (0.0, 0.1, 0.25, 0.5, 1.0)
+USAGES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+# usages at which chance chooses instead, and weights of a learned score are read in other ways
+CONTROLLED = (0.05, 0.1, 0.5)
+GRAFTS = ("unbiased", "by surprise")
 # the rate of a model is the one of most seeds, then the one that answers best at this length, not that of the claims
 CHOSEN_AT = 1024
 
