@@ -33,6 +33,7 @@ from benchmarks.recall_model import (
     MODELS,
     SELECTED_BY,
     SHARED,
+    TARGETS,
     TASKS,
     TOKENS_PER_PAIR,
     VALUES,
@@ -88,6 +89,7 @@ def train(
     late: bool,
     after: Callable[[int, list[dict[str, Any]]], None],
     bias_from: tuple[float, float] = (0.0, 0.0),
+    target: str = "attention",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
@@ -106,7 +108,7 @@ def train(
             policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
             logits, traces = model(ids, policies)
             loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
-            scored = score_loss(traces, loss, "attention") if model.config.mixer == "ham" else 0.0
+            scored = score_loss(traces, loss, target) if model.config.mixer == "ham" else 0.0
             optimizer.zero_grad(set_to_none=True)
             (loss + AUXILIARY_WEIGHT * scored).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -150,24 +152,32 @@ def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: str) -> list[dict[str, Any]]:
-    """Share of queries answered right, by length, task and memory; and what each layer kept."""
+def measure(
+    model: TokenModel, lengths: list[int], *, sequences: int, device: str, whole: bool = True
+) -> list[dict[str, Any]]:
+    """Share of queries answered right, by length, task and memory; and what each layer kept.
+
+    Args:
+        whole: at the last length controls and grafts too; else the model's own choice at the usage of the claims alone.
+    """
     model.eval()
     rows = []
     ham = model.config.mixer == "ham"
     for length in lengths:
         generator = torch.Generator(device=device).manual_seed(10_000)
-        side = max(1, min(sequences, 2**16 // length))
+        side = max(1, min(sequences, 2**15 // length))
         batches = {
             task: [draw(length, side, generator) for _ in range(-(-sequences // side))] for task, draw in TASKS.items()
         }
         settings: list[tuple[str, float, str]] = [("model", 1.0, "uniform")]
         if ham:
             samples = scores_of(model, batches, device)
-            settings = [("model", usage, "uniform") for usage in USAGES]
-            settings += [("random", usage, "uniform") for usage in CONTROLLED]
-            settings += [("model", SHARE, "pooled")]
-            if "learned" in model.config.router_names:
+            settings = [("model", usage, "uniform") for usage in (USAGES if whole else (SHARE, 1.0))]
+            if whole:
+                settings += [("random", SHARE, "uniform"), ("model", SHARE, "pooled")]
+            if whole and length == lengths[-1]:
+                settings += [("random", usage, "uniform") for usage in CONTROLLED if usage != SHARE]
+            if whole and length == lengths[-1] and "learned" in model.config.router_names:
                 settings += [(memory, usage, "uniform") for memory in GRAFTS for usage in CONTROLLED]
         for memory, usage, allocation in settings:
             with grafted(model, memory) as changed:
@@ -210,9 +220,7 @@ def grafted(model: TokenModel, memory: str) -> Iterator[bool]:
         yield False
 
 
-def answer(
-    model: TokenModel, parts: list[Any], task: str, usage: float, memory: str, device: str
-) -> dict[str, Any]:
+def answer(model: TokenModel, parts: list[Any], task: str, usage: float, memory: str, device: str) -> dict[str, Any]:
     """Accuracy over some batches, and over values; kept share of each layer; attention that goes to the scratchpad.
 
     Of recall also, by layer, for which share of the queries the value is kept, and how many of those are right.
@@ -294,14 +302,14 @@ def run_one(
         """What is known on each rung but the last, in case that is never reached."""
         if length == ladder[-1].length:
             return
-        rows = measure(model, [length], sequences=sequences, device=device)
+        rows = measure(model, [length], sequences=sequences, device=device, whole=False)
         write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
         model.train()
 
     bias_from = BIAS_FROM.get(name, (0.0, 0.0))
     curve = train(
         model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, bias_from=bias_from,
-        quiet=quiet,
+        target=TARGETS.get(name, "attention"), quiet=quiet,
     )  # fmt: skip
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}

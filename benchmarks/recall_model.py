@@ -23,8 +23,8 @@ from hamts.ops.attend import attend
 from hamts.ops.kernels import Kernels
 
 __all__ = [
-    "BIAS_FROM", "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SHARED", "TASKS", "TOKENS_PER_PAIR", "VALUES",
-    "TokenModel", "draw_needle", "draw_recall", "places_of_values", "policies_of",
+    "BIAS_FROM", "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SHARED", "TARGETS", "TASKS",
+    "TOKENS_PER_PAIR", "VALUES", "TokenModel", "draw_needle", "draw_recall", "places_of_values", "policies_of",
 ]  # fmt: skip
 
 KEYS, VALUES, FILLER = 512, 128, 64
@@ -43,16 +43,29 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned-shared": {"router": "learned"},
     "learned-token-shared": {"router": "learned", "learned_features": "token"},
     "surprise-shared": {"router": "surprise", "head_reduction": "min"},
-    # training of the learned score taken apart; see BIAS_FROM and SELECTED_BY
+    # training of the learned score taken apart; see BIAS_FROM, SELECTED_BY and TARGETS
     "learned-late": {"router": "learned"},
     "learned-token-late": {"router": "learned", "learned_features": "token"},
-    "learned-mute": {"router": "learned"},
+    "learned-token-silent": {"router": "learned", "learned_features": "token"},
+    "learned-token-gain": {"router": "learned", "learned_features": "token"},
+    "learned-token-silent-gain": {"router": "learned", "learned_features": "token"},
     "surprise-biased": {"router": "learned", "head_reduction": "min"},
 }
-# shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always there
-BIAS_FROM = {"learned-late": (0.6, 0.75), "learned-token-late": (0.6, 0.75), "learned-mute": (math.inf, math.inf)}
+# shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
+# there. Before, its gradient passes all the same: the read does not feel it, and says what it would gain by it.
+NEVER = (math.inf, math.inf)
+BIAS_FROM = {
+    "learned-late": (0.6, 0.75),
+    "learned-token-late": (0.6, 0.75),
+    "learned-token-silent": NEVER,
+    "learned-token-silent-gain": NEVER,
+}
 # entries chosen by another score than the one whose logarithm is in the logits
 SELECTED_BY = {"surprise-biased": "surprise"}
+# what teaches the learned score beside the task, where it is not the attention that an entry received
+TARGETS = {"learned-token-gain": "gain", "learned-token-silent-gain": "gain"}
+
+
 # variants whose scratchpad holds the keys and values that the state is written with, after the short convolution
 SHARED = "-shared"
 
@@ -68,7 +81,7 @@ class WideBlocks(Kernels):
 
 @dataclass(frozen=True)
 class FaintBias(WideBlocks):
-    """The same, where the read feels as much of the learned log-bias as the model says; what teaches it sees it all."""
+    """The same, where the read feels as much of the learned log-bias as the model says; its gradient is the whole one."""
 
     model: Any = None
     layer: Any = None
@@ -80,8 +93,8 @@ class FaintBias(WideBlocks):
     def _attend(self, queries: torch.Tensor, *, scratch: Any, **others: Any) -> Any:
         strength = self.model.bias_strength
         if strength != 1.0:
-            own = self.layer.scratch_bias.to(scratch.bias.dtype)  # [H]
-            scratch = replace(scratch, bias=own + strength * (scratch.bias - own))  # [B, M, H]
+            learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
+            scratch = replace(scratch, bias=scratch.bias - (1.0 - strength) * learned.detach())  # [B, M, H]
         return super().attend(queries, scratch=scratch, **others)
 
 
