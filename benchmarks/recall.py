@@ -135,7 +135,9 @@ def rate_left(done: float, *, late: bool) -> float:
 def bias_felt(done: float, span: tuple[float, float]) -> float:
     """Of the learned score's logarithm, what is in the logits: nothing before a span of the ladder, all after it."""
     begin, end = span
-    return 1.0 if done >= end else max(0.0, (done - begin) / (end - begin)) if begin < end else 0.0
+    if done >= end:
+        return 1.0
+    return max(0.0, (done - begin) / (end - begin)) if done > begin else 0.0
 
 
 def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -81,7 +81,7 @@ class WideBlocks(Kernels):
 
 @dataclass(frozen=True)
 class FaintBias(WideBlocks):
-    """The same, where the read feels as much of the learned log-bias as the model says; its gradient is the whole one."""
+    """The same, where the read feels as much of the learned log-bias as the model says; the gradient is all of it."""
 
     model: Any = None
     layer: Any = None
@@ -126,7 +126,7 @@ def places_of_values(ids: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     B, L = ids.shape
     place = torch.full((B, KEYS + VALUES + FILLER), -1, dtype=torch.int64, device=ids.device)  # [B, V]
     at = torch.arange(L, device=ids.device)  # [L]
-    # a key stands once before it is asked; filler that stands often is not looked for
+    # a key stands once before it is asked
     stored = (right < 0) & (ids < KEYS)  # [B, L]
     place.scatter_reduce_(1, ids.clamp_max(place.shape[1] - 1), torch.where(stored, at, -1), "amax")
     return torch.where(right >= 0, place.gather(1, ids.clamp_max(place.shape[1] - 1)) + 1, -1)  # [B, L]
