@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.recall_claims import claims
 from benchmarks.recall_model import (
     BIAS_FROM,
     KEYS,
@@ -374,6 +375,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--table", action="store_true", help="only print all that was measured")
+    parser.add_argument("--claims", action="store_true", help="only print what one ladder says to the claims, and why")
     parser.add_argument("--summary", action="store_true", help="only print what it comes to")
     options = parser.parse_args()
     ladder = "smoke" if options.smoke else options.ladder
@@ -381,10 +383,12 @@ def main() -> None:
         names = [options.one] if options.one else options.models
         for name in names:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
-    elif not (options.table or options.summary):
+    elif not (options.table or options.summary or options.claims):
         jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder, again=options.again)
         run_jobs(jobs, perform, workers=options.side_by_side, begin_within_s=options.limit, end_within_s=options.limit)
-    if not options.one:
+    if options.claims:
+        print(claims(options.folder, ladder, options.rates[0]))
+    elif not options.one:
         print(table(options.folder) if options.table else summary(options.folder))
 
 

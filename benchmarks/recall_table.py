@@ -65,6 +65,8 @@ def summary(folder: Path) -> str:
         settings = [(usage, "model") for usage in USAGES] + [(SHARE, "random")] if ham else [(1.0, "model")]
         for usage, memory in settings:
             own = [[accuracy(cell, length, usage, memory) for cell in rates[best]] for length in (64, 256, 1024, 4096)]
+            if all(math.isnan(x) for values in own for x in values):
+                continue  # a usage that was not asked then
             shown = " | ".join(f"{_mean(values):.3f}" for values in own[:3])
             each = " ".join(f"{value:.3f}" for value in own[3])
             label = f"{usage:g}{' at random' if memory == 'random' else ''}" if ham else "-"
