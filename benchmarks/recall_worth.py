@@ -1,8 +1,9 @@
 """What an entry is worth, and what the learned score is taught of it: a token model of 64 tokens, on a CPU in minutes.
 
 Run ``python -m benchmarks.recall_worth``; ``--table`` prints what is there. A model is trained as in the first rung of
-``benchmarks.recall``, with half its batch. Then every entry of the last layer is dropped by itself, on sequences never seen: the rise of the
-loss is what it is worth. Beside that stand both teachers' targets, and the gradient that reaches the score.
+``benchmarks.recall``, with half its batch. Then every entry of the last layer is dropped by itself, on sequences never
+seen: the rise of the loss is what it is worth. Beside that stand both teachers' targets, and the gradient that reaches
+the score.
 
 B sequences · L tokens · M entries (= L, all are kept)
 """
