@@ -29,20 +29,24 @@ from torch.nn import functional as F
 
 from benchmarks.recall_claims import claims
 from benchmarks.recall_model import (
+    AUXILIARY_WEIGHT,
     BIAS_FROM,
     KEYS,
     MODELS,
     SELECTED_BY,
+    SEVERED,
     SHARED,
     TARGETS,
     TASKS,
     TOKENS_PER_PAIR,
     VALUES,
+    WEIGHTS,
     TokenModel,
     places_of_values,
     policies_of,
-)
+)  # fmt: skip
 from benchmarks.recall_table import CONTROLLED, GRAFTS, SHARE, USAGES, summary, table
+from benchmarks.recall_teacher import asked_loss, asked_of
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
@@ -50,7 +54,7 @@ from hamts.nn.controls import Control
 from hamts.training_auxiliary import score_loss
 
 RESULTS = Path(__file__).parent / "results" / "recall"
-AUXILIARY_WEIGHT, EXPLORE = 0.02, 0.1
+EXPLORE = 0.1
 # a value asked for is lost if fewer of its queries are right, known if more are
 LOST, KNOWN = 0.2, 0.8
 
@@ -91,6 +95,7 @@ def train(
     after: Callable[[int, list[dict[str, Any]]], None],
     bias_from: tuple[float, float] = (0.0, 0.0),
     target: str = "attention",
+    weight: float = AUXILIARY_WEIGHT,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
@@ -107,11 +112,16 @@ def train(
             model.bias_strength = bias_felt(done / total, bias_from)
             ids, right, share = draw_batch(rung, generator)
             policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
+            model.asked = asked_of(right, rung.length // rung.tokens_per_pair) if target == "asked" else None
             logits, traces = model(ids, policies)
             loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
-            scored = score_loss(traces, loss, target) if model.config.mixer == "ham" else 0.0
+            scored = torch.zeros(())
+            if target == "asked":
+                scored = asked_loss(traces, model.reads)
+            elif model.config.mixer == "ham":
+                scored = score_loss(traces, loss, target)
             optimizer.zero_grad(set_to_none=True)
-            (loss + AUXILIARY_WEIGHT * scored).backward()
+            (loss + weight * scored).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             update_tables(
@@ -122,6 +132,7 @@ def train(
                 curve.append(point | {"s": round(time.perf_counter() - began, 1)})
                 if not quiet:
                     print(json.dumps(curve[-1]), flush=True)
+        model.asked = None
         after(rung.length, curve)
     return curve
 
@@ -290,6 +301,7 @@ def run_one(
         model = TokenModel(config, shared=name.endswith(SHARED))
     if name in SELECTED_BY:
         model.select_by(SELECTED_BY[name])
+    model.severed = name in SEVERED
     model.to(device)
     began = time.perf_counter()
     cell = {
@@ -312,7 +324,7 @@ def run_one(
     bias_from = BIAS_FROM.get(name, (0.0, 0.0))
     curve = train(
         model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, bias_from=bias_from,
-        target=TARGETS.get(name, "attention"), quiet=quiet,
+        target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), quiet=quiet,
     )  # fmt: skip
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}

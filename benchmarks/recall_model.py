@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from benchmarks.recall_teacher import Asked, asked_reads
 from hamts.config import ModelConfig
 from hamts.nn.backbone import Block
 from hamts.nn.ham import HAMLayer
@@ -23,8 +24,9 @@ from hamts.ops.attend import attend
 from hamts.ops.kernels import Kernels
 
 __all__ = [
-    "BIAS_FROM", "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SHARED", "TARGETS", "TASKS",
-    "TOKENS_PER_PAIR", "VALUES", "TokenModel", "draw_needle", "draw_recall", "places_of_values", "policies_of",
+    "AUXILIARY_WEIGHT", "BIAS_FROM", "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SEVERED", "SHARED",
+    "TARGETS", "TASKS", "TOKENS_PER_PAIR", "VALUES", "WEIGHTS", "TokenModel", "draw_needle", "draw_recall",
+    "places_of_values", "policies_of",
 ]  # fmt: skip
 
 KEYS, VALUES, FILLER = 512, 128, 64
@@ -49,6 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned-token-silent": {"router": "learned", "learned_features": "token"},
     "learned-token-gain": {"router": "learned", "learned_features": "token"},
     "learned-token-silent-gain": {"router": "learned", "learned_features": "token"},
+    # ... and by what it is taught; see WEIGHTS and SEVERED
+    "learned-token-asked": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-mute": {"router": "learned", "learned_features": "token"},
+    "learned-token-taught": {"router": "learned", "learned_features": "token"},
+    "learned-token-mute": {"router": "learned", "learned_features": "token"},
+    "learned-asked": {"router": "learned"},
+    "learned-asked-mute": {"router": "learned"},
     "surprise-biased": {"router": "learned", "head_reduction": "min"},
 }
 # shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
@@ -59,11 +68,26 @@ BIAS_FROM = {
     "learned-token-late": (0.6, 0.75),
     "learned-token-silent": NEVER,
     "learned-token-silent-gain": NEVER,
+    "learned-token-asked-mute": NEVER,
+    "learned-token-mute": NEVER,
+    "learned-asked-mute": NEVER,
 }
+# nothing but the auxiliary target teaches these scores
+SEVERED = ("learned-token-asked-mute", "learned-token-mute", "learned-asked-mute")
 # entries chosen by another score than the one whose logarithm is in the logits
 SELECTED_BY = {"surprise-biased": "surprise"}
 # what teaches the learned score beside the task, where it is not the attention that an entry received
-TARGETS = {"learned-token-gain": "gain", "learned-token-silent-gain": "gain"}
+TARGETS = {
+    "learned-token-gain": "gain",
+    "learned-token-silent-gain": "gain",
+    "learned-token-asked": "asked",
+    "learned-token-asked-mute": "asked",
+    "learned-asked": "asked",
+    "learned-asked-mute": "asked",
+}
+# of the auxiliary loss, where it is not AUXILIARY_WEIGHT
+AUXILIARY_WEIGHT = 0.02
+WEIGHTS = dict.fromkeys(("learned-token-asked", "learned-asked", "learned-token-taught", *SEVERED), 1.0)
 
 
 # variants whose scratchpad holds the keys and values that the state is written with, after the short convolution
@@ -94,7 +118,10 @@ class FaintBias(WideBlocks):
         strength = self.model.bias_strength
         if strength != 1.0:
             learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
-            scratch = replace(scratch, bias=scratch.bias - (1.0 - strength) * learned.detach())  # [B, M, H]
+            gone = learned if self.model.severed else learned.detach()  # [B, M, H]
+            scratch = replace(scratch, bias=scratch.bias - (1.0 - strength) * gone)  # [B, M, H]
+        if self.model.asked is not None:
+            self.model.reads.append(asked_reads(queries, scratch, others, self.model.asked))
         return super().attend(queries, scratch=scratch, **others)
 
 
@@ -185,7 +212,10 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(config.width, VALUES)
         nn.init.normal_(self.embedding.weight, std=0.5)
         # of the learned log-bias, what the read feels
-        self.bias_strength = 1.0
+        self.bias_strength, self.severed = 1.0, False
+        # places that are asked, where reads from them are to be counted, and these reads, layer by layer
+        self.asked: Asked | None = None
+        self.reads: list[torch.Tensor] = []
         learns = config.mixer == "ham" and "learned" in config.router_names
         for block in blocks:
             faint = {"model": self, "layer": block.memory}
@@ -207,6 +237,7 @@ class TokenModel(nn.Module):
 
     def forward(self, ids: torch.Tensor, policies: list[Policy]) -> tuple[torch.Tensor, list[Any]]:
         """Logits of the values, [B, L, values], and a trace per layer."""
+        self.reads.clear()
         x = self.embedding(ids)[:, None]  # [B, 1, L, D]
         tokens, traces = as_tokens(ids, x), []
         for block, policy in zip(cast("list[Block]", self.blocks), policies, strict=True):

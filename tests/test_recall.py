@@ -26,6 +26,7 @@ from benchmarks.recall_model import (
     policies_of,
 )
 from benchmarks.recall_table import summary, table
+from benchmarks.recall_teacher import asked_loss, asked_of
 from hamts.config import ModelConfig
 
 
@@ -135,6 +136,35 @@ def test_entries_of_learned_weights_can_be_chosen_by_surprise_and_back() -> None
         with grafted(model, "unbiased"):
             assert model.bias_strength == 0.0
         assert model.bias_strength == 1.0
+
+
+def test_reads_of_all_places_are_the_attention_that_entries_receive() -> None:
+    model = small()
+    ids, right = draw_recall(64, 3, torch.Generator().manual_seed(1), 4)
+    model.asked = asked_of(torch.zeros_like(right), 64)
+    with torch.no_grad():
+        _, traces = model(ids, policies_of(model, torch.tensor([1.0, 0.5, 0.5])))
+    for trace, read in zip(traces, model.reads, strict=True):
+        received = trace.entries_mass * trace.entries_sights / 2  # of two heads
+        assert torch.allclose(read, received, atol=1e-5)
+
+
+def test_a_teacher_of_asked_reads_counts_no_others_and_has_a_gradient() -> None:
+    place, real = asked_of(torch.tensor([[-1, 3, -1, 5], [-1, -1, 2, -1]]), 2)
+    assert sorted(place[0].tolist()) == [1, 3] and real.tolist() == [[True, True], [True, False]]
+    model = small()
+    ids, right = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    model.asked, model.bias_strength, model.severed = asked_of(right, 16), 0.0, True
+    logits, traces = model(ids, policies_of(model, torch.ones(2)))
+    assert all(float(read.sum(1).max()) <= 16 for read in model.reads)
+    asked_loss(traces, model.reads).backward()
+    score = model.layers()[1].router.learned[-1].weight
+    taught = score.grad.clone()
+    assert float(taught.abs().max()) > 0
+    # the task itself does not reach a score that is severed
+    score.grad = None
+    model(ids, policies_of(model, torch.ones(2)))[0].sum().backward()
+    assert score.grad is None or float(score.grad.abs().max()) == 0
 
 
 def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
