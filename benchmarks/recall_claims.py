@@ -112,6 +112,32 @@ def held(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def lengths(cells: Cells) -> str:
+    """Share of queries right at the usage of the claims, and from the state alone, by length."""
+    lines = [f"| right at {SHARE:.0%} (state alone), by length: model | 64 | 256 | 1,024 | 4,096 |", _rule(5)]
+    for name, own in cells.items():
+        said = []
+        for length in (64, 256, 1024, 4096):
+            whole = mean([value(cell, SHARE, right, length=length) for cell in own])
+            alone = mean([value(cell, 0.0, right, length=length) for cell in own])
+            said.append(f"{whole:.3f} ({alone:.3f})" if routes(name) else f"{whole:.3f}")
+        lines.append(f"| {name} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
+def settled(cells: Cells) -> str:
+    """Whose value the last layer holds at a tenth, by length: each seed."""
+    lines = ["| held at 10 % in the last layer, each seed, by length: model | 64 | 256 | 1,024 | 4,096 |", _rule(5)]
+    for name, own in cells.items():
+        if routes(name):
+            said = []
+            for length in (64, 256, 1024, 4096):
+                each = [value(c, 0.1, lambda row: row["value_kept_by_layer"][-1], length=length) for c in own]
+                said.append(" ".join(f"{x:.3f}" for x in each))
+            lines.append(f"| {name} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
 def against(cells: Cells) -> str:
     """Each router's answers minus the reference's, over seeds that both have."""
     names = [f"{usage:.0%}" for usage in COMPARED]
