@@ -28,16 +28,8 @@ def claims(folder: Path, ladder: str, rate: float) -> str:
         if cell["rate"] == rate and cell["rows"][-1]["length"] == LENGTH:
             cells.setdefault(cell["model"], []).append(cell)
     cells = {name: cells[name] for name in MODELS if name in cells}
-    parts = [
-        recalled(cells),
-        needles(cells),
-        held(cells),
-        against(cells),
-        layers(cells),
-        trend(cells),
-        rates(read, rate),
-    ]
-    return "\n\n".join(parts)
+    tables = [recalled, lengths, needles, held, settled, against, layers, trend]
+    return "\n\n".join([*(one(cells) for one in tables), rates(read, rate)])
 
 
 def value(
