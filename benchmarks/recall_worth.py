@@ -21,21 +21,15 @@ from torch.nn import functional as F
 
 from benchmarks.recall import LADDERS, train, write
 from benchmarks.recall_model import (
-    BIAS_FROM,
-    KEYS,
-    MODELS,
-    TARGETS,
-    VALUES,
-    TokenModel,
-    WideBlocks,
-    draw_recall,
-    places_of_values,
-    policies_of,
-)
+    AUXILIARY_WEIGHT, BIAS_FROM, KEYS, MODELS, SEVERED, TARGETS, WEIGHTS, TokenModel, WideBlocks, draw_recall,
+    places_of_values, policies_of,
+)  # fmt: skip
 from hamts.config import ModelConfig
 
 RESULTS = Path(__file__).parent / "results" / "recall" / "worth"
-PICKED = ("learned-token", "learned-token-silent", "learned-token-gain", "learned-token-silent-gain")
+PICKED = (
+    "learned-token", "learned-token-silent", "learned-token-gain", "learned-token-asked", "learned-token-asked-mute",
+)  # fmt: skip
 LENGTH, SEQUENCES = 64, 24
 KINDS = ("value", "key", "filler or query")
 SAID = ("worth", "pulled", "attention", "taught_by_attention", "taught_by_gain", "score")
@@ -97,15 +91,18 @@ def run_one(name: str, seed: int, folder: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = TokenModel(config)
     rung = replace(LADDERS["longer"][0], steps=steps, sequences=64)
+    model.severed = name in SEVERED
     train(
         model, (rung,), rate=3e-3, seed=seed, device="cpu", late=True, after=lambda *_: None, quiet=True,
         bias_from=BIAS_FROM.get(name, (0.0, 0.0)), target=TARGETS.get(name, "attention"),
+        weight=WEIGHTS.get(name, AUXILIARY_WEIGHT),
     )  # fmt: skip
+    model.severed = False  # what would reach the score is asked of all
     model.eval()
     generator = torch.Generator().manual_seed(10_000)
     rows = []
     for ids, right in zip(*draw_recall(LENGTH, SEQUENCES, generator, rung.tokens_per_pair), strict=True):
-        values = places_of_values(ids[None], right[None])[0]
+        values = places_of_values(ids[None], right[None])[0]  # [L]
         found = judged(model, ids, right)
         for entry in range(len(found["place"])):
             if not found["alive"][entry]:
@@ -128,7 +125,6 @@ def run_one(name: str, seed: int, folder: Path, steps: int) -> dict[str, Any]:
         "worth_against_attention": correlation(table[:, 1], table[:, 3]),
         "worth_against_score": correlation(table[:, 1], table[:, 6]),
     }  # fmt: skip
-    assert VALUES and cell["values"]
     write(folder / f"{name}--steps{steps}--seed{seed}.json", cell)
     return cell
 
