@@ -21,8 +21,18 @@ from torch.nn import functional as F
 
 from benchmarks.recall import LADDERS, train, write
 from benchmarks.recall_model import (
-    AUXILIARY_WEIGHT, BIAS_FROM, KEYS, MODELS, SEVERED, TARGETS, WEIGHTS, TokenModel, WideBlocks, draw_recall,
-    places_of_values, policies_of,
+    AUXILIARY_WEIGHT,
+    BIAS_FROM,
+    KEYS,
+    MODELS,
+    SEVERED,
+    TARGETS,
+    WEIGHTS,
+    TokenModel,
+    WideBlocks,
+    draw_recall,
+    places_of_values,
+    policies_of,
 )  # fmt: skip
 from hamts.config import ModelConfig
 
