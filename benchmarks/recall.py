@@ -17,7 +17,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.recall_model import KEYS, MODELS, SHARED, TASKS, TOKENS_PER_PAIR, VALUES, TokenModel, policies_of
-from benchmarks.recall_table import SHARE, USAGES, summary, table
+from benchmarks.recall_claims import claims
+from benchmarks.recall_model import (
+    AUXILIARY_WEIGHT,
+    BIAS_FROM,
+    KEYS,
+    MODELS,
+    SELECTED_BY,
+    SEVERED,
+    SHARED,
+    TARGETS,
+    TASKS,
+    TOKENS_PER_PAIR,
+    VALUES,
+    WEIGHTS,
+    TokenModel,
+    places_of_values,
+    policies_of,
+)  # fmt: skip
+from benchmarks.recall_table import CONTROLLED, GRAFTS, SHARE, USAGES, summary, table
+from benchmarks.recall_teacher import asked_loss, asked_of
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
@@ -35,7 +54,7 @@ from hamts.nn.controls import Control
 from hamts.training_auxiliary import score_loss
 
 RESULTS = Path(__file__).parent / "results" / "recall"
-AUXILIARY_WEIGHT, EXPLORE = 0.02, 0.1
+EXPLORE = 0.1
 # a value asked for is lost if fewer of its queries are right, known if more are
 LOST, KNOWN = 0.2, 0.8
 
@@ -55,9 +74,10 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "registered": (Rung(64, 256, 800), Rung(256, 96, 400), Rung(1024, 32, 250), Rung(4096, 12, 120)),
     "dense": (Rung(64, 128, 350, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 120), Rung(4096, 8, 60)),
     "long": (Rung(64, 128, 700, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 80), Rung(4096, 8, 40)),
+    "longer": (Rung(64, 128, 700, 4), Rung(256, 48, 250, 4), Rung(1024, 24, 240), Rung(4096, 8, 120)),
 }
 # ladders that keep their learning rate until the last third
-LATE = ("dense", "long")
+LATE = ("dense", "long", "longer")
 SMOKE = (Rung(32, 8, 3, 4), Rung(64, 4, 2))
 
 
@@ -73,6 +93,9 @@ def train(
     device: str,
     late: bool,
     after: Callable[[int, list[dict[str, Any]]], None],
+    bias_from: tuple[float, float] = (0.0, 0.0),
+    target: str = "attention",
+    weight: float = AUXILIARY_WEIGHT,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
@@ -86,13 +109,19 @@ def train(
             done += 1
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(done / 50, 1.0) * rate_left(done / total, late=late)
+            model.bias_strength = bias_felt(done / total, bias_from)
             ids, right, share = draw_batch(rung, generator)
             policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
+            model.asked = asked_of(right, rung.length // rung.tokens_per_pair) if target == "asked" else None
             logits, traces = model(ids, policies)
             loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
-            scored = score_loss(traces, loss, "attention") if model.config.mixer == "ham" else 0.0
+            scored = torch.zeros(())
+            if target == "asked":
+                scored = asked_loss(traces, model.reads)
+            elif model.config.mixer == "ham":
+                scored = score_loss(traces, loss, target)
             optimizer.zero_grad(set_to_none=True)
-            (loss + AUXILIARY_WEIGHT * scored).backward()
+            (loss + weight * scored).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             update_tables(
@@ -103,6 +132,7 @@ def train(
                 curve.append(point | {"s": round(time.perf_counter() - began, 1)})
                 if not quiet:
                     print(json.dumps(curve[-1]), flush=True)
+        model.asked = None
         after(rung.length, curve)
     return curve
 
@@ -112,6 +142,14 @@ def rate_left(done: float, *, late: bool) -> float:
     if late:
         return min(1.0, max(0.1, (1.0 - done) * 3))
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def bias_felt(done: float, span: tuple[float, float]) -> float:
+    """Of the learned score's logarithm, what is in the logits: nothing before a span of the ladder, all after it."""
+    begin, end = span
+    if done >= end:
+        return 1.0
+    return max(0.0, (done - begin) / (end - begin)) if done > begin else 0.0
 
 
 def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,45 +166,84 @@ def draw_batch(rung: Rung, generator: torch.Generator) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def measure(model: TokenModel, lengths: list[int], *, sequences: int, device: str) -> list[dict[str, Any]]:
-    """Share of queries answered right, by length, task and memory; and what each layer kept."""
+def measure(
+    model: TokenModel, lengths: list[int], *, sequences: int, device: str, whole: bool = True
+) -> list[dict[str, Any]]:
+    """Share of queries answered right, by length, task and memory; and what each layer kept.
+
+    Args:
+        whole: at the last length controls and grafts too; else the model's own choice at the usage of the claims alone.
+    """
     model.eval()
     rows = []
     ham = model.config.mixer == "ham"
     for length in lengths:
         generator = torch.Generator(device=device).manual_seed(10_000)
-        side = max(1, min(sequences, 2**16 // length))
+        side = max(1, min(sequences, 2**15 // length))
         batches = {
             task: [draw(length, side, generator) for _ in range(-(-sequences // side))] for task, draw in TASKS.items()
         }
-        if ham:
-            scores: list[list[torch.Tensor]] = [[] for _ in model.blocks]
-            for ids, _ in [*batches["recall"], *batches["needle"]]:
-                traces = model(ids, policies_of(model, torch.full((len(ids),), SHARE, device=device)))[1]
-                for kept, trace in zip(scores, traces, strict=True):
-                    kept.append(trace.scores.flatten(0, -2))
-            samples = [torch.cat(parts)[:: max(1, len(parts) * len(parts[0]) // 2**20)] for parts in scores]
         settings: list[tuple[str, float, str]] = [("model", 1.0, "uniform")]
         if ham:
-            settings = [("model", usage, "uniform") for usage in USAGES]
-            settings += [("random", SHARE, "uniform"), ("model", SHARE, "pooled")]
+            samples = scores_of(model, batches, device)
+            settings = [("model", usage, "uniform") for usage in (USAGES if whole else (SHARE, 1.0))]
+            if whole:
+                settings += [("random", SHARE, "uniform"), ("model", SHARE, "pooled")]
+            if whole and length == lengths[-1]:
+                settings += [("random", usage, "uniform") for usage in CONTROLLED if usage != SHARE]
+            if whole and length == lengths[-1] and "learned" in model.config.router_names:
+                settings += [(memory, usage, "uniform") for memory in GRAFTS for usage in CONTROLLED]
         for memory, usage, allocation in settings:
-            if ham:
-                update_tables(model.layers(), samples, allocation, calibrate=True)
-            for task, parts in batches.items():
-                rows.append(
-                    {"length": length, "task": task, "memory": memory, "usage": usage, "allocation": allocation}
-                    | answer(model, parts, usage, memory, device)
-                )
+            with grafted(model, memory) as changed:
+                if ham:
+                    sample = scores_of(model, batches, device) if changed else samples
+                    update_tables(model.layers(), sample, allocation, calibrate=True)
+                for task, parts in batches.items():
+                    rows.append(
+                        {"length": length, "task": task, "memory": memory, "usage": usage, "allocation": allocation}
+                        | answer(model, parts, task, usage, memory, device)
+                    )
     return rows
 
 
-def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, device: str) -> dict[str, Any]:
-    """Accuracy over some batches, and over values; kept share of each layer; attention that goes to the scratchpad."""
+def scores_of(model: TokenModel, batches: dict[str, list[Any]], device: str) -> list[torch.Tensor]:
+    """Scores of each layer over all batches, thinned to about a million, [n, S] each."""
+    scores: list[list[torch.Tensor]] = [[] for _ in model.blocks]
+    for ids, _ in [part for parts in batches.values() for part in parts]:
+        traces = model(ids, policies_of(model, torch.full((len(ids),), SHARE, device=device)))[1]
+        for kept, trace in zip(scores, traces, strict=True):
+            kept.append(trace.scores.flatten(0, -2))
+    return [torch.cat(parts)[:: max(1, len(parts) * len(parts[0]) // 2**20)] for parts in scores]
+
+
+@contextmanager
+def grafted(model: TokenModel, memory: str) -> Iterator[bool]:
+    """The same weights read without the learned logarithm in the logits, or with entries that surprise chose.
+
+    Yields whether scores are others than before.
+    """
+    if memory == "unbiased":
+        before, model.bias_strength = model.bias_strength, 0.0
+        yield True
+        model.bias_strength = before
+    elif memory == "by surprise":
+        score = model.select_by("surprise")
+        yield True
+        model.select_by(score)
+    else:
+        yield False
+
+
+def answer(model: TokenModel, parts: list[Any], task: str, usage: float, memory: str, device: str) -> dict[str, Any]:
+    """Accuracy over some batches, and over values; kept share of each layer; attention that goes to the scratchpad.
+
+    Of recall also, by layer, for which share of the queries the value is kept, and how many of those are right.
+    """
     right_count = asked_count = 0
     by_value = torch.zeros(2, VALUES)  # right, asked
     kept = torch.zeros(len(model.blocks))
     mass = torch.zeros(len(model.blocks))
+    held = torch.zeros(len(model.blocks), 2)  # of queries whose value is kept: how many, and right
     for number, (ids, right) in enumerate(parts):
         control = None
         if memory == "random":
@@ -179,11 +256,21 @@ def answer(model: TokenModel, parts: list[Any], usage: float, memory: str, devic
         asked_count += int(asked.sum())
         value = (right[asked] - KEYS).cpu()  # [n]
         by_value += torch.stack([torch.bincount(value, x, VALUES) for x in (correct, torch.ones_like(correct))])
+        if task == "recall":
+            place = places_of_values(ids, right)[asked]  # [n]
+            stream = asked.nonzero()[:, 0]  # [n]
+            for layer, trace in enumerate(traces):
+                there = trace.routed[:, 0][stream, place].float().cpu()  # [n]
+                held[layer] += torch.stack([there.sum(), (there * correct).sum()])
         kept += torch.tensor([float(t.routed.float().mean()) for t in traces]) / len(parts)
         reads = model.config.heads * ids.numel()
         mass += torch.tensor([float((t.entries_mass * t.entries_sights).sum()) / reads for t in traces]) / len(parts)
     each = (by_value[0] / by_value[1].clamp_min(1))[by_value[1] > 0]  # [values asked]
-    return {
+    told: dict[str, Any] = {}
+    if task == "recall":
+        told["value_kept_by_layer"] = [round(float(x), 4) for x in held[:, 0] / asked_count]
+        told["right_of_kept_by_layer"] = [round(float(x), 4) for x in held[:, 1] / held[:, 0].clamp_min(1)]
+    return told | {
         "accuracy": round(right_count / asked_count, 4),
         "queries": asked_count,
         "values_lost": round(float((each < LOST).float().mean()), 4),
@@ -212,6 +299,9 @@ def run_one(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = TokenModel(config, shared=name.endswith(SHARED))
+    if name in SELECTED_BY:
+        model.select_by(SELECTED_BY[name])
+    model.severed = name in SEVERED
     model.to(device)
     began = time.perf_counter()
     cell = {
@@ -227,11 +317,15 @@ def run_one(
         """What is known on each rung but the last, in case that is never reached."""
         if length == ladder[-1].length:
             return
-        rows = measure(model, [length], sequences=sequences, device=device)
+        rows = measure(model, [length], sequences=sequences, device=device, whole=False)
         write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
         model.train()
 
-    curve = train(model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, quiet=quiet)
+    bias_from = BIAS_FROM.get(name, (0.0, 0.0))
+    curve = train(
+        model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, bias_from=bias_from,
+        target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), quiet=quiet,
+    )  # fmt: skip
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}
     write(path, cell)
@@ -293,6 +387,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps at tiny lengths")
     parser.add_argument("--again", action="store_true", help="measure cells that exist, too")
     parser.add_argument("--table", action="store_true", help="only print all that was measured")
+    parser.add_argument("--claims", action="store_true", help="only print what one ladder says to the claims, and why")
     parser.add_argument("--summary", action="store_true", help="only print what it comes to")
     options = parser.parse_args()
     ladder = "smoke" if options.smoke else options.ladder
@@ -300,10 +395,12 @@ def main() -> None:
         names = [options.one] if options.one else options.models
         for name in names:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
-    elif not (options.table or options.summary):
+    elif not (options.table or options.summary or options.claims):
         jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder, again=options.again)
         run_jobs(jobs, perform, workers=options.side_by_side, begin_within_s=options.limit, end_within_s=options.limit)
-    if not options.one:
+    if options.claims:
+        print(claims(options.folder, ladder, options.rates[0]))
+    elif not options.one:
         print(table(options.folder) if options.table else summary(options.folder))
 
 

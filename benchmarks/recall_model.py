@@ -5,6 +5,7 @@ B sequences · L tokens · N = L · V vocabulary · n pairs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from benchmarks.recall_teacher import Asked, asked_reads
 from hamts.config import ModelConfig
 from hamts.nn.backbone import Block
 from hamts.nn.ham import HAMLayer
@@ -22,8 +24,9 @@ from hamts.ops.attend import attend
 from hamts.ops.kernels import Kernels
 
 __all__ = [
-    "FILLER", "KEYS", "MARKER", "MODELS", "SHARED", "TASKS", "TOKENS_PER_PAIR", "VALUES", "TokenModel", "draw_needle",
-    "draw_recall", "policies_of",
+    "AUXILIARY_WEIGHT", "BIAS_FROM", "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SEVERED", "SHARED",
+    "TARGETS", "TASKS", "TOKENS_PER_PAIR", "VALUES", "WEIGHTS", "TokenModel", "draw_needle", "draw_recall",
+    "places_of_values", "policies_of",
 ]  # fmt: skip
 
 KEYS, VALUES, FILLER = 512, 128, 64
@@ -42,7 +45,51 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned-shared": {"router": "learned"},
     "learned-token-shared": {"router": "learned", "learned_features": "token"},
     "surprise-shared": {"router": "surprise", "head_reduction": "min"},
+    # training of the learned score taken apart; see BIAS_FROM, SELECTED_BY and TARGETS
+    "learned-late": {"router": "learned"},
+    "learned-token-late": {"router": "learned", "learned_features": "token"},
+    "learned-token-silent": {"router": "learned", "learned_features": "token"},
+    "learned-token-gain": {"router": "learned", "learned_features": "token"},
+    "learned-token-silent-gain": {"router": "learned", "learned_features": "token"},
+    # ... and by what it is taught; see WEIGHTS and SEVERED
+    "learned-token-asked": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-mute": {"router": "learned", "learned_features": "token"},
+    "learned-token-taught": {"router": "learned", "learned_features": "token"},
+    "learned-token-mute": {"router": "learned", "learned_features": "token"},
+    "learned-asked": {"router": "learned"},
+    "learned-asked-mute": {"router": "learned"},
+    "surprise-biased": {"router": "learned", "head_reduction": "min"},
 }
+# shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
+# there. Before, its gradient passes all the same: the read does not feel it, and says what it would gain by it.
+NEVER = (math.inf, math.inf)
+BIAS_FROM = {
+    "learned-late": (0.6, 0.75),
+    "learned-token-late": (0.6, 0.75),
+    "learned-token-silent": NEVER,
+    "learned-token-silent-gain": NEVER,
+    "learned-token-asked-mute": NEVER,
+    "learned-token-mute": NEVER,
+    "learned-asked-mute": NEVER,
+}
+# nothing but the auxiliary target teaches these scores
+SEVERED = ("learned-token-asked-mute", "learned-token-mute", "learned-asked-mute")
+# entries chosen by another score than the one whose logarithm is in the logits
+SELECTED_BY = {"surprise-biased": "surprise"}
+# what teaches the learned score beside the task, where it is not the attention that an entry received
+TARGETS = {
+    "learned-token-gain": "gain",
+    "learned-token-silent-gain": "gain",
+    "learned-token-asked": "asked",
+    "learned-token-asked-mute": "asked",
+    "learned-asked": "asked",
+    "learned-asked-mute": "asked",
+}
+# of the auxiliary loss, where it is not AUXILIARY_WEIGHT
+AUXILIARY_WEIGHT = 0.02
+WEIGHTS = dict.fromkeys(("learned-token-asked", "learned-asked", "learned-token-taught", *SEVERED), 1.0)
+
+
 # variants whose scratchpad holds the keys and values that the state is written with, after the short convolution
 SHARED = "-shared"
 
@@ -54,6 +101,28 @@ class WideBlocks(Kernels):
     @property
     def attend(self) -> Callable[..., Any]:
         return partial(attend, block=1 << 10)
+
+
+@dataclass(frozen=True)
+class FaintBias(WideBlocks):
+    """The same, where the read feels as much of the learned log-bias as the model says; the gradient is all of it."""
+
+    model: Any = None
+    layer: Any = None
+
+    @property
+    def attend(self) -> Callable[..., Any]:
+        return self._attend
+
+    def _attend(self, queries: torch.Tensor, *, scratch: Any, **others: Any) -> Any:
+        strength = self.model.bias_strength
+        if strength != 1.0:
+            learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
+            gone = learned if self.model.severed else learned.detach()  # [B, M, H]
+            scratch = replace(scratch, bias=scratch.bias - (1.0 - strength) * gone)  # [B, M, H]
+        if self.model.asked is not None:
+            self.model.reads.append(asked_reads(queries, scratch, others, self.model.asked))
+        return super().attend(queries, scratch=scratch, **others)
 
 
 def draw_recall(
@@ -77,6 +146,17 @@ def draw_recall(
     ids.scatter_(1, query, keys)
     right = torch.full_like(ids, -1).scatter_(1, query, values)
     return ids, right
+
+
+def places_of_values(ids: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Where the value of each query of ``draw_recall`` stands: [B, L] each -> [B, L], -1 where nothing is asked."""
+    B, L = ids.shape
+    place = torch.full((B, KEYS + VALUES + FILLER), -1, dtype=torch.int64, device=ids.device)  # [B, V]
+    at = torch.arange(L, device=ids.device)  # [L]
+    # a key stands once before it is asked
+    stored = (right < 0) & (ids < KEYS)  # [B, L]
+    place.scatter_reduce_(1, ids.clamp_max(place.shape[1] - 1), torch.where(stored, at, -1), "amax")
+    return torch.where(right >= 0, place.gather(1, ids.clamp_max(place.shape[1] - 1)) + 1, -1)  # [B, L]
 
 
 def draw_needle(
@@ -131,14 +211,33 @@ class TokenModel(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, VALUES)
         nn.init.normal_(self.embedding.weight, std=0.5)
+        # of the learned log-bias, what the read feels
+        self.bias_strength, self.severed = 1.0, False
+        # places that are asked, where reads from them are to be counted, and these reads, layer by layer
+        self.asked: Asked | None = None
+        self.reads: list[torch.Tensor] = []
+        learns = config.mixer == "ham" and "learned" in config.router_names
         for block in blocks:
-            block.memory.kernels = WideBlocks("torch", "large blocks of queries")
+            faint = {"model": self, "layer": block.memory}
+            said = "large blocks of queries"
+            block.memory.kernels = FaintBias("torch", said, **faint) if learns else WideBlocks("torch", said)
+
+    def select_by(self, score: str) -> str:
+        """Let another score choose entries, with the learned one's logarithm in the logits; the one that did before.
+
+        Thresholds are of the score before: they must be set anew. Scores of the state's error are always there.
+        """
+        before = {layer.router.names for layer in self.layers()}
+        for layer in self.layers():
+            layer.router.names = (score,)
+        return before.pop()[0]
 
     def layers(self) -> list[Any]:
         return [block.memory for block in self.blocks]
 
     def forward(self, ids: torch.Tensor, policies: list[Policy]) -> tuple[torch.Tensor, list[Any]]:
         """Logits of the values, [B, L, values], and a trace per layer."""
+        self.reads.clear()
         x = self.embedding(ids)[:, None]  # [B, 1, L, D]
         tokens, traces = as_tokens(ids, x), []
         for block, policy in zip(cast("list[Block]", self.blocks), policies, strict=True):

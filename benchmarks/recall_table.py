@@ -9,10 +9,13 @@ from typing import Any
 
 from benchmarks.recall_model import MODELS
 
-__all__ = ["SHARE", "USAGES", "accuracy", "summary", "table"]
+__all__ = ["CONTROLLED", "GRAFTS", "SHARE", "USAGES", "accuracy", "summary", "table"]
 
 SHARE = 0.5
-USAGES = (0.0, 0.1, 0.25, 0.5, 1.0)
+USAGES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+# usages at which chance chooses instead, and weights of a learned score are read in other ways
+CONTROLLED = (0.05, 0.1, 0.5)
+GRAFTS = ("unbiased", "by surprise")
 # the rate of a model is the one of most seeds, then the one that answers best at this length, not that of the claims
 CHOSEN_AT = 1024
 
@@ -62,6 +65,8 @@ def summary(folder: Path) -> str:
         settings = [(usage, "model") for usage in USAGES] + [(SHARE, "random")] if ham else [(1.0, "model")]
         for usage, memory in settings:
             own = [[accuracy(cell, length, usage, memory) for cell in rates[best]] for length in (64, 256, 1024, 4096)]
+            if all(math.isnan(x) for values in own for x in values):
+                continue  # a usage that was not asked then
             shown = " | ".join(f"{_mean(values):.3f}" for values in own[:3])
             each = " ".join(f"{value:.3f}" for value in own[3])
             label = f"{usage:g}{' at random' if memory == 'random' else ''}" if ham else "-"

@@ -6,12 +6,13 @@ B sequences · L tokens
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.recall import rate_left, run_one
+from benchmarks.recall import bias_felt, grafted, rate_left, run_one
 from benchmarks.recall_model import (
     FILLER,
     KEYS,
@@ -21,9 +22,11 @@ from benchmarks.recall_model import (
     TokenModel,
     draw_needle,
     draw_recall,
+    places_of_values,
     policies_of,
 )
 from benchmarks.recall_table import summary, table
+from benchmarks.recall_teacher import asked_loss, asked_of
 from hamts.config import ModelConfig
 
 
@@ -76,6 +79,92 @@ def test_learning_rates_fall_early_or_late() -> None:
     early, late = ([rate_left(done / 10, late=late) for done in range(11)] for late in (False, True))
     assert early == sorted(early, reverse=True) and late == sorted(late, reverse=True)
     assert early[5] < 0.6 and late[6] == 1.0 and late[10] == pytest.approx(0.1)
+
+
+def test_the_place_of_a_value_is_after_its_key() -> None:
+    ids, right = draw_recall(128, 4, torch.Generator().manual_seed(3), 4)
+    place = places_of_values(ids, right)
+    asked = right >= 0
+    assert (place[~asked] == -1).all()
+    assert torch.equal(ids.gather(1, place.clamp_min(0))[asked], right[asked])
+    assert torch.equal(ids.gather(1, place.clamp_min(1) - 1)[asked], ids[asked])
+
+
+def test_a_bias_is_felt_by_and_by_late_never_or_always() -> None:
+    late, never, always = (0.6, 0.75), (math.inf, math.inf), (0.0, 0.0)
+    assert [bias_felt(done, late) for done in (0.1, 0.6, 0.675, 0.75, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert bias_felt(1.0, never) == 0.0 and bias_felt(0.001, always) == 1.0
+
+
+def small(router: str = "learned", seed: int = 0) -> TokenModel:
+    torch.manual_seed(seed)
+    model = TokenModel(ModelConfig(width=16, layers=2, heads=2, patch_steps=1, dropout=0.0, router=router))
+    for layer in model.layers():
+        layer.scratch_bias.data.zero_()
+    return model
+
+
+def test_a_bias_that_is_not_felt_changes_nothing_but_learns() -> None:
+    model = small()
+    ids, right = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    score = model.layers()[1].router.learned[-1]
+
+    def logits() -> torch.Tensor:
+        return model(ids, policies_of(model, torch.ones(2)))[0]
+
+    model.bias_strength = 0.0
+    silent = logits()
+    silent[right >= 0].logsumexp(-1).sum().backward()
+    assert float(score.weight.grad.abs().max()) > 0
+    with torch.no_grad():
+        score.weight.mul_(50.0)
+        assert torch.allclose(logits(), silent, atol=1e-6)
+        model.bias_strength = 1.0
+        assert not torch.allclose(logits(), silent, atol=1e-4)
+
+
+def test_entries_of_learned_weights_can_be_chosen_by_surprise_and_back() -> None:
+    model = small()
+    ids, _ = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    policies = policies_of(model, torch.ones(2))
+    with torch.no_grad():
+        own = model(ids, policies)[1][0].scores
+        with grafted(model, "by surprise"):
+            surprises = model(ids, policies)[1][0].scores
+        assert not torch.equal(surprises, own) and 0 <= float(surprises.min()) <= float(surprises.max()) <= 2
+        assert torch.equal(model(ids, policies)[1][0].scores, own)
+        with grafted(model, "unbiased"):
+            assert model.bias_strength == 0.0
+        assert model.bias_strength == 1.0
+
+
+def test_reads_of_all_places_are_the_attention_that_entries_receive() -> None:
+    model = small()
+    ids, right = draw_recall(64, 3, torch.Generator().manual_seed(1), 4)
+    model.asked = asked_of(torch.zeros_like(right), 64)
+    with torch.no_grad():
+        _, traces = model(ids, policies_of(model, torch.tensor([1.0, 0.5, 0.5])))
+    for trace, read in zip(traces, model.reads, strict=True):
+        received = trace.entries_mass * trace.entries_sights / 2  # of two heads
+        assert torch.allclose(read, received, atol=1e-5)
+
+
+def test_a_teacher_of_asked_reads_counts_no_others_and_has_a_gradient() -> None:
+    place, real = asked_of(torch.tensor([[-1, 3, -1, 5], [-1, -1, 2, -1]]), 2)
+    assert sorted(place[0].tolist()) == [1, 3] and real.tolist() == [[True, True], [True, False]]
+    model = small()
+    ids, right = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    model.asked, model.bias_strength, model.severed = asked_of(right, 16), 0.0, True
+    logits, traces = model(ids, policies_of(model, torch.ones(2)))
+    assert all(float(read.sum(1).max()) <= 16 for read in model.reads)
+    asked_loss(traces, model.reads).backward()
+    score = model.layers()[1].router.learned[-1].weight
+    taught = score.grad.clone()
+    assert float(taught.abs().max()) > 0
+    # the task itself does not reach a score that is severed
+    score.grad = None
+    model(ids, policies_of(model, torch.ones(2)))[0].sum().backward()
+    assert score.grad is None or float(score.grad.abs().max()) == 0
 
 
 def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
