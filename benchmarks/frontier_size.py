@@ -21,10 +21,12 @@ import pandas as pd
 import torch
 
 from benchmarks.frontier import budget_of
+from benchmarks.frontier_answers import everything_kept
 from benchmarks.frontier_cell import BACKBONE, LENGTHENED, SIZES, TRAINING, Trial, finite, fit, give_back, scored
-from benchmarks.frontier_files import write
+from benchmarks.frontier_claims import by_seed
+from benchmarks.frontier_files import read_cells, write
 from benchmarks.frontier_grid import MODELS, TENTH, Cell
-from benchmarks.frontier_lines import markdown
+from benchmarks.frontier_lines import ROUTERS, difference, markdown, parts_of
 from benchmarks.frontier_sets import SETS, Carrier, load
 from hamts.config import ModelConfig
 from hamts.fitting import Trained
@@ -82,6 +84,33 @@ def table(folder: Path) -> str:
     return markdown(pd.DataFrame(rows))
 
 
+def answer(folder: Path, rivals: Path) -> str:
+    """Fits of routers, each with its own weights, and their differences at a tenth to what keeps as much, and to rivals
+    of these bytes at each rate that they were fitted at: one folder holds routers, both hold rivals."""
+    ours, others = read_cells(folder), read_cells(rivals)
+    routers = [cell for cell in ours if cell["model"] in ROUTERS]
+    rows = []
+    for model in dict.fromkeys(cell["model"] for cell in routers):
+        for memory in ("shuffled", "random", "recency"):
+            rows.append((model, memory, routers, ""))
+        for where in (ours, others):
+            for rival in sorted({cell["model"] for cell in where} - set(ROUTERS)):
+                own = [cell for cell in where if cell["model"] == rival]
+                rows.append((model, rival, [*routers, *own], f" at {own[0]['rate']:g}"))
+    found = []
+    for model, other, cells, rate in rows:
+        two = (model, other) if other in ("shuffled", "random", "recency") else (other, "model")
+        for part in parts_of(cells):
+            one = difference(cells, cells[0]["set"], (model, "model"), two, TENTH, part)
+            if one is not None:
+                shown = {"router": model, "against": other + rate, "part": part, "seeds": one["seeds"]}
+                apart = f"{100 * one['difference']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+                bytes_ratio = f"{one['bytes_ratio']:.3f}"
+                found.append({**shown, "difference": apart, "bytes": bytes_ratio, "verdict": one["verdict"]})
+    texts = [everything_kept(ours), by_seed(routers), pd.DataFrame(found)]
+    return "\n\n".join(markdown(frame) for frame in texts if len(frame))
+
+
 def columns_of(carrier: Carrier) -> int:
     return sum(len(names) for names in carrier.roles.values() if isinstance(names, list))
 
@@ -115,12 +144,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--fit-only", action="store_true", help="write how the fit goes, and no cell")
     parser.add_argument("--untimed", action="store_true", help="no milliseconds: those of another seed are the same")
     parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--against", type=Path, help="only print what a folder answers, with rivals of this one, too")
     parser.add_argument("--table", action="store_true", help="only print how the fits of a folder went")
     return parser.parse_args()
 
 
 def main() -> None:
     told = options()
+    if told.against:
+        print(answer(told.folder, told.against))
+        return
     if told.table:
         print(table(told.folder))
         return
