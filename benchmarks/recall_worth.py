@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.recall import LADDERS, train, write
+from benchmarks.recall import train, write
+from benchmarks.recall_ladders import LADDERS
 from benchmarks.recall_model import (
     AUXILIARY_WEIGHT,
     BIAS_FROM,
