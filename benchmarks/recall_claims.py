@@ -94,7 +94,8 @@ def held(cells: Cells) -> str:
         said = []
         for usage in COMPARED:
             kept = mean([value(cell, usage, lambda row: row["value_kept_by_layer"][-1]) for cell in own])
-            of = mean([value(cell, usage, lambda row: row["right_of_kept_by_layer"][-1]) for cell in own])
+            some = [c for c in own if value(c, usage, lambda row: row["value_kept_by_layer"][-1]) > 0]
+            of = mean([value(cell, usage, lambda row: row["right_of_kept_by_layer"][-1]) for cell in some])
             said.append(f"{kept:.3f}, {of:.3f}")
         said += [
             _shown(mean([value(c, usage, right, memory=how) for c in own])) for how in GRAFTS for usage in CONTROLLED

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.recall import LADDERS, LATE, SMOKE, train
+from benchmarks.recall import train
+from benchmarks.recall_ladders import LADDERS, LATE, SMOKE
 from benchmarks.recall_model import KEYS, MODELS, TASKS, TokenModel, as_tokens, policies_of
 from benchmarks.training_timing import versions
 from hamts.config import ModelConfig

@@ -52,11 +52,16 @@ def asked_reads(queries: torch.Tensor, scratch: Any, others: dict[str, Any], ask
 
 
 def asked_loss(traces: list[Any], reads: list[torch.Tensor]) -> torch.Tensor:
-    """How far each learned score is from the share of one full read that its entry received, []."""
+    """How far each learned score is from the reads that its entry received, against an even spread, [].
+
+    The target of ``hamts.training_auxiliary`` with the attention of places that are asked in place of all. Reads alone,
+    1 for an entry that one place reads whole, would silence all: most are read by none, and all start alike.
+    """
     losses = []
     for trace, read in zip(traces, reads, strict=True):
-        given = kept_probability(trace.entries_bias)  # [B, M]
-        each = F.binary_cross_entropy(given, read.clamp(0.0, 1.0), reduction="none")  # [B, M]
-        judged = trace.entries_judged
+        given, judged = kept_probability(trace.entries_bias), trace.entries_judged  # [B, M] each
+        even = (read * judged).sum(1, keepdim=True) / judged.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
+        wanted = read / (read + even).clamp_min(1e-12)  # [B, M]; a half where it is the mean
+        each = F.binary_cross_entropy(given, wanted, reduction="none")  # [B, M]
         losses.append(torch.where(judged, each, 0.0).sum() / judged.sum().clamp_min(1))
     return torch.stack(losses).mean()

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.recall import LADDERS, train, write
+from benchmarks.recall import train, write
+from benchmarks.recall_ladders import LADDERS
 from benchmarks.recall_model import (
     AUXILIARY_WEIGHT,
     BIAS_FROM,
@@ -147,14 +148,18 @@ def correlation(one: torch.Tensor, two: torch.Tensor) -> float:
 
 def table(folder: Path) -> str:
     """One row per model and kind of token."""
-    lines = [f"| model | steps | seed | entry | {' | '.join(SAID)} | ranks: pull, attention, score with worth |"]
-    lines.append("|" + "---|" * (len(SAID) + 5))
+    head = f"| model | steps | seed | entry | {' | '.join(SAID)} |"
+    lines = [f"{head} ranks: pull, attention, score with worth | pulled down of worth |"]
+    lines.append("|" + "---|" * (len(SAID) + 6))
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text())
         ranks = ", ".join(f"{cell['worth_against_' + x]:.2f}" for x in ("pull", "attention", "score"))
         for kind, said in cell["kinds"].items():
             shown = " | ".join(f"{said[what]:.3f}" for what in SAID)
-            lines.append(f"| {cell['model']} | {cell['steps']} | {cell['seed']} | {kind} | {shown} | {ranks} |")
+            down = "" if kind != KINDS[0] or cell["of_worth_pulled_down"] is None else cell["of_worth_pulled_down"]
+            lines.append(
+                f"| {cell['model']} | {cell['steps']} | {cell['seed']} | {kind} | {shown} | {ranks} | {down} |"
+            )
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.recall import bias_felt, grafted, rate_left, run_one
+from benchmarks.recall_claims import claims
 from benchmarks.recall_model import (
     FILLER,
     KEYS,
@@ -27,6 +28,7 @@ from benchmarks.recall_model import (
 )
 from benchmarks.recall_table import summary, table
 from benchmarks.recall_teacher import asked_loss, asked_of
+from benchmarks.recall_worth import judged
 from hamts.config import ModelConfig
 
 
@@ -178,3 +180,32 @@ def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
     assert "surprise" in table(tmp_path)
     assert "| smoke | surprise | 0.001 () | 1 | 0.5 at random |" in summary(tmp_path)
     assert not list(tmp_path.glob("*.rung"))
+
+
+def test_a_dropped_entry_of_small_weight_is_worth_what_its_gradient_says() -> None:
+    model = small().eval()
+    ids, right = draw_recall(64, 1, torch.Generator().manual_seed(1), 4)
+    found = judged(model, ids[0], right[0])
+    alive = found["alive"]
+    assert float(torch.corrcoef(torch.stack([found["worth"][alive], found["pulled"][alive]]))[0, 1]) > 0.95
+
+
+def test_claims_need_cells_of_the_last_length_alone(tmp_path: Path) -> None:
+    rows = [
+        {"length": 4096, "task": task, "memory": memory, "usage": usage, "allocation": allocation,
+         "accuracy": 0.5 + usage / 4,
+         "value_kept_by_layer": [usage, usage], "right_of_kept_by_layer": [1.0, 1.0], "kept_by_layer": [usage, usage],
+         "values_lost": 0.0}
+        for task in ("recall", "needle")
+        for usage in (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+        for memory, allocation in (("model", "uniform"), ("model", "pooled"), ("random", "uniform"))
+    ]  # fmt: skip
+    for name, shift in (("surprise", 0.0), ("learned-token", 0.1)):
+        moved = [row | {"accuracy": row["accuracy"] - shift} for row in rows]
+        cell = {"model": name, "seed": 0, "rate": 0.003, "rows": moved}
+        (tmp_path / f"longer--{name}--lr0.003--seed0.json").write_text(json.dumps(cell))
+    short = {"model": "error", "seed": 0, "rate": 0.003, "rows": [rows[0] | {"length": 256}]}
+    (tmp_path / "longer--error--lr0.003--seed0.json").write_text(json.dumps(short))
+    said = claims(tmp_path, "longer", 0.003)
+    assert "| learned-token | -0.100 (-0.100) | -0.100 (-0.100) | -0.100 (-0.100) | -0.100 (-0.100) |" in said
+    assert "| error |" not in said
