@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
 from networks import (
     ALARM,
     CHANNELS,
@@ -29,7 +30,6 @@ from networks import (
     read_all,
     take_items,
 )
-from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
 from test_layer_parts import make_entries
 
 from hamts.config import EVICTIONS, THRESHOLDS, MemoryConfig, TagType

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from laws import CAPS, assert_same_memory, assert_same_run, run
 from model_frames import quick, sine_frame
 from networks import CHANNELS, make_config, make_network, make_panel, make_store, policy_for, take_items
-from test_laws import CAPS, assert_same_memory, assert_same_run, run
 
 import hamts
 from hamts.controls import control_policies

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
 from networks import (
     make_config,
     make_network,
@@ -21,7 +22,6 @@ from networks import (
     read_all,
     take_items,
 )
-from test_laws import CAPS, assert_same_memory, assert_same_run, edit_after, patch_bounds, patch_by_patch, run
 from test_layer_parts import make_entries
 
 from hamts.config import ModelConfig

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from model_frames import quick, sine_frame
-from test_routes import World, frame, without, world
+from routed import World, frame, without, world
 
 import hamts.nn.ham as ham
 from hamts.data.frame import to_panel
