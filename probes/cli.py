@@ -379,4 +379,4 @@ def compare(
     from probes.api import load_report
 
     table = load_report(folder, partial=partial).compare(first, second)
-    console().print(table.round(4).to_string(index=False), markup=False)
+    console().print(table.round(4).to_string(index=False), markup=False, soft_wrap=True)

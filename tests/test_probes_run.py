@@ -205,6 +205,17 @@ def test_tier_0_run_again_holds_what_it_writes_and_nothing_older(tmp_path: Path)
         load_report(tmp_path)
 
 
+def test_a_comparison_has_a_line_for_each_row(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        main(("compare", str(folder), "tags", "random"))
+    head, *rows = capsys.readouterr().out.strip().splitlines()
+    assert {"rung", "value", "verdict", "p_holm"} <= set(head.split())
+    assert len(rows) == len(load_report(folder).compare("tags", "random"))
+
+
 def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def call(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
