@@ -202,12 +202,16 @@ def grafted(model: TokenModel, memory: str) -> Iterator[bool]:
     """
     if memory == "unbiased":
         before, model.bias_strength = model.bias_strength, 0.0
-        yield True
-        model.bias_strength = before
+        try:
+            yield True
+        finally:
+            model.bias_strength = before
     elif memory == "by surprise":
         score = model.select_by("surprise")
-        yield True
-        model.select_by(score)
+        try:
+            yield True
+        finally:
+            model.select_by(score)
     else:
         yield False
 

@@ -107,7 +107,7 @@ def run_real(plan: RealPlan, folder: str | Path, *, device: str = "auto", worker
 
     Raises:
         DataError: E-DATASET (the set is not on this machine), E-PROBE-WINDOWS (no pair of windows can be used),
-            E-OPTION (a device that is not there).
+            E-OPTION (a device that is not there, no worker).
     """
     path, parts = plan.path(Path(folder)), plan.parts(Path(folder))
     if path.is_file():
@@ -118,6 +118,8 @@ def run_real(plan: RealPlan, folder: str | Path, *, device: str = "auto", worker
         raise DataError(
             "E-OPTION", f"device must be auto, cpu or cuda. Got {device!r}.", fix="--device cuda takes the first."
         )
+    if workers < 1:
+        raise DataError("E-OPTION", f"workers must be at least 1. Got {workers}.", fix="--workers 1 tests in turn.")
     check_device(device)
     fit = _fitted(plan, parts, device)
     todo = [test for test in plan.tests() if not (parts / f"{test}.json").is_file()]

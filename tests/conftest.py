@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,3 +61,27 @@ def hamts_data() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"HAMTS_DATA must name a folder. Got {folder!r}.")
     return Path(folder)
+
+
+# --- of the tests of a fitted forecaster, whose files share two fits
+
+
+@pytest.fixture(scope="session")
+def sine() -> Any:
+    from fitted import fit_sine
+
+    return fit_sine()
+
+
+@pytest.fixture(scope="session")
+def rich() -> Any:
+    from fitted import fit_rich
+
+    return fit_rich()
+
+
+@pytest.fixture(scope="module")
+def rich_data() -> dict[str, Any]:
+    from model_frames import rich_frames
+
+    return rich_frames()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import numpy as np
@@ -21,12 +20,10 @@ def apart(one: hamts.Forecast, other: hamts.Forecast) -> float:
     return float((np.abs(one.quantiles - other.quantiles).max(-1) / width).max())
 
 
-@functools.cache
 def fit_sine() -> hamts.HAMForecaster:
     return hamts.fit(sine_frame(), preset="tiny", max_steps=90, batch_windows=24, verbose=False, progress=False)
 
 
-@functools.cache
 def fit_rich() -> hamts.HAMForecaster:
     """Every role, a gap and several lengths."""
     data = rich_frames()

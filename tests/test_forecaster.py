@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fitted import CLOSE, apart, fit_rich, fit_sine
+from fitted import CLOSE, apart
 from model_frames import ROLES, irregular_frame, quick, rich_frames, sine_frame
 
 import hamts
@@ -22,21 +22,6 @@ from hamts.evaluation import Spent, policies_for
 from hamts.fitting import panel_spec
 from hamts.reader import HAMNetwork
 from hamts.remembered import horizon_store, read_panel
-
-
-@pytest.fixture(scope="module")
-def sine() -> hamts.HAMForecaster:
-    return fit_sine()
-
-
-@pytest.fixture(scope="module")
-def rich_data() -> dict[str, Any]:
-    return rich_frames()
-
-
-@pytest.fixture(scope="module")
-def rich() -> hamts.HAMForecaster:
-    return fit_rich()
 
 
 def test_a_tiny_fit_beats_the_last_value_on_a_noisy_sine(sine: hamts.HAMForecaster) -> None:

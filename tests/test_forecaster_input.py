@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fitted import fit_rich, fit_sine
-from model_frames import irregular_frame, quick, rich_frames, sine_frame
+from model_frames import irregular_frame, quick, sine_frame
 
 import hamts
 from hamts.data.cutoffs import cutoff_steps, first_observed, truncate
@@ -19,21 +18,6 @@ from hamts.data.frequency import make_frequency
 from hamts.errors import DataError, DataWarning
 from hamts.fitting import channel_units, probability_levels, validation_tail
 from hamts.resolve import choose_horizon, choose_patch_steps
-
-
-@pytest.fixture(scope="module")
-def sine() -> hamts.HAMForecaster:
-    return fit_sine()
-
-
-@pytest.fixture(scope="module")
-def rich_data() -> dict[str, Any]:
-    return rich_frames()
-
-
-@pytest.fixture(scope="module")
-def rich() -> hamts.HAMForecaster:
-    return fit_rich()
 
 
 @pytest.mark.parametrize("h", [0, -3, 1.5, True, "24"])

@@ -8,28 +8,13 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from fitted import CLOSE, apart, fit_rich, fit_sine
-from model_frames import irregular_frame, quick, rich_frames, sine_frame
+from fitted import CLOSE, apart
+from model_frames import irregular_frame, quick, sine_frame
 
 import hamts
 from hamts.errors import DataError, DataWarning
 from hamts.evaluation import seasonal_errors
 from hamts.metrics import seasonal_scale
-
-
-@pytest.fixture(scope="module")
-def sine() -> hamts.HAMForecaster:
-    return fit_sine()
-
-
-@pytest.fixture(scope="module")
-def rich_data() -> dict[str, Any]:
-    return rich_frames()
-
-
-@pytest.fixture(scope="module")
-def rich() -> hamts.HAMForecaster:
-    return fit_rich()
 
 
 def test_windows_before_a_target_was_ever_seen_are_missing_and_not_scored(sine: hamts.HAMForecaster) -> None:

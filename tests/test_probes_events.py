@@ -181,6 +181,8 @@ def test_a_run_on_a_labelled_set_goes_on_where_it_stopped(
     assert list((tmp_path / "real/parts").iterdir()) == []
     with pytest.raises(DataError, match="device must be auto, cpu or cuda"):
         run_real(RealPlan(name="tep"), tmp_path, device="cuda:1")
+    with pytest.raises(DataError, match="workers must be at least 1. Got 0."):
+        run_real(RealPlan(name="tep"), tmp_path, device="cpu", workers=0)
 
 
 def test_series_hit_by_one_event_are_drawn_together() -> None:
