@@ -21,8 +21,9 @@ REFERENCE = "learned"
 CONTROL = ("attention", "recurrent")
 # routers that did best with the first seed, what two of the claims need besides, and the rivals of the other
 CLAIMED = ("mix", "learned", "learned-token", "recurrent_wide", "neighbours")
-# share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit
-ROOM, LARGE_ROOM, LARGE = 1 / 14, 1 / 10, ("recurrent_wide", "neighbours")
+# share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit;
+# histories that are read side by side leave blocks of many sizes behind, for which a fourteenth was too little
+ROOM, LARGE_ROOM, LARGE = 1 / 12, 1 / 10, ("recurrent_wide", "neighbours")
 HAM_SECONDS, LARGE_SECONDS, RIVAL_SECONDS = 0.42, 0.28, 0.22  # for each step of the fit
 HAM_READING, READING = 60.0, 20.0  # for all histories
 
