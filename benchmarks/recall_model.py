@@ -153,10 +153,10 @@ class FaintBias(WideBlocks):
         strength = self.model.bias_strength
         if strength != 1.0 or self.model.severed:
             learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
-            # what stays has the task's gradient, unless that is cut
-            heard = learned.detach() - learned if self.model.severed else 0.0  # [B, M, H] of zeros
+            # nothing is added where the score is severed, but the gradient is taken away
+            cut = learned.detach() - learned if self.model.severed else 0.0  # [B, M, H]
             gone = (1.0 - strength) * learned.detach()  # [B, M, H]
-            scratch = replace(scratch, bias=scratch.bias + heard - gone)  # [B, M, H]
+            scratch = replace(scratch, bias=scratch.bias + cut - gone)  # [B, M, H]
         if self.model.asked is not None:
             self.model.reads.append(asked_reads(queries, scratch, others, self.model.asked))
         return super().attend(queries, scratch=scratch, **others)
