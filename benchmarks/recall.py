@@ -30,23 +30,20 @@ from torch.nn import functional as F
 from benchmarks.recall_claims import claims
 from benchmarks.recall_ladders import LADDERS, LATE, SMOKE, Rung
 from benchmarks.recall_model import (
-    AUXILIARY_WEIGHT,
-    BIAS_FROM,
     KEYS,
     MODELS,
     SELECTED_BY,
-    SEVERED,
     SHARED,
-    TARGETS,
     TASKS,
     VALUES,
-    WEIGHTS,
+    Lesson,
     TokenModel,
+    lesson_of,
     places_of_values,
     policies_of,
 )  # fmt: skip
 from benchmarks.recall_table import CONTROLLED, GRAFTS, SHARE, USAGES, summary, table
-from benchmarks.recall_teacher import asked_loss, asked_of
+from benchmarks.recall_teacher import asked_loss, asked_losses, asked_of, own_gradients
 from benchmarks.side_by_side import Job, run_jobs
 from hamts.config import ModelConfig
 from hamts.nn.allocation import update_tables
@@ -71,9 +68,7 @@ def train(
     device: str,
     late: bool,
     after: Callable[[int, list[dict[str, Any]]], None],
-    bias_from: tuple[float, float] = (0.0, 0.0),
-    target: str = "attention",
-    weight: float = AUXILIARY_WEIGHT,
+    lesson: Lesson | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Up the ladder; the curve of it. ``after`` is called with each length that was learned."""
@@ -81,38 +76,55 @@ def train(
     explore = torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     total, done, curve = sum(rung.steps for rung in ladder), 0, []
-    began = time.perf_counter()
+    began, lesson = time.perf_counter(), lesson or Lesson()
+    model.severed = lesson.severed
     for rung in ladder:
         for step in range(rung.steps):
             done += 1
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(done / 50, 1.0) * rate_left(done / total, late=late)
-            model.bias_strength = bias_felt(done / total, bias_from)
-            ids, right, share = draw_batch(rung, generator)
-            policies = policies_of(model, share, explore_share=EXPLORE, explore_generator=explore)
-            model.asked = asked_of(right, rung.length // rung.tokens_per_pair) if target == "asked" else None
-            logits, traces = model(ids, policies)
-            loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
-            scored = torch.zeros(())
-            if target == "asked":
-                scored = asked_loss(traces, model.reads)
-            elif model.config.mixer == "ham":
-                scored = score_loss(traces, loss, target)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + weight * scored).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            update_tables(
-                model.layers(), [t.scores.flatten(0, -2) for t in traces], model.config.allocation, calibrate=False
-            )
+            model.bias_strength = bias_felt(done / total, lesson.bias_from)
+            loss = learn(model, optimizer, rung, lesson, generator, explore)
             if step == rung.steps - 1 or done % 100 == 0:
-                point = {"step": done, "length": rung.length, "loss": round(float(loss.detach()), 4)}
+                point = {"step": done, "length": rung.length, "loss": round(float(loss), 4)}
                 curve.append(point | {"s": round(time.perf_counter() - began, 1)})
                 if not quiet:
                     print(json.dumps(curve[-1]), flush=True)
         model.asked = None
         after(rung.length, curve)
     return curve
+
+
+def learn(
+    model: TokenModel,
+    optimizer: torch.optim.Optimizer,
+    rung: Rung,
+    lesson: Lesson,
+    generator: torch.Generator,
+    explore: torch.Generator,
+) -> torch.Tensor:
+    """One step, on one batch; the task's loss, []."""
+    ids, right, share = draw_batch(rung, generator)
+    asked = lesson.target == "asked"
+    model.asked = asked_of(right, rung.length // rung.tokens_per_pair) if asked else None
+    logits, traces = model(ids, policies_of(model, share, explore_share=EXPLORE, explore_generator=explore))
+    loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
+    optimizer.zero_grad(set_to_none=True)
+    scored, taught = torch.zeros(()), []
+    if lesson.own:
+        taught = own_gradients(model.layers(), asked_losses(traces, model.reads), lesson.weight)
+    elif asked:
+        scored = asked_loss(traces, model.reads)
+    elif model.config.mixer == "ham":
+        scored = score_loss(traces, loss, lesson.target)
+    (loss + lesson.weight * scored).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # after the clipping, which would shorten the task's gradient below by the teacher's length
+    for parameter, gradient in taught:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    optimizer.step()
+    update_tables(model.layers(), [t.scores.flatten(0, -2) for t in traces], model.config.allocation, calibrate=False)
+    return loss.detach()
 
 
 def rate_left(done: float, *, late: bool) -> float:
@@ -283,7 +295,6 @@ def run_one(
         model = TokenModel(config, shared=name.endswith(SHARED))
     if name in SELECTED_BY:
         model.select_by(SELECTED_BY[name])
-    model.severed = name in SEVERED
     model.to(device)
     began = time.perf_counter()
     cell = {
@@ -303,10 +314,9 @@ def run_one(
         write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
         model.train()
 
-    bias_from = BIAS_FROM.get(name, (0.0, 0.0))
     curve = train(
-        model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note, bias_from=bias_from,
-        target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), quiet=quiet,
+        model, ladder, rate=rate, seed=seed, device=device, late=ladder_name in LATE, after=note,
+        lesson=lesson_of(name), quiet=quiet,
     )  # fmt: skip
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}

@@ -24,9 +24,8 @@ from hamts.ops.attend import attend
 from hamts.ops.kernels import Kernels
 
 __all__ = [
-    "AUXILIARY_WEIGHT", "BIAS_FROM", "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SEVERED", "SHARED",
-    "TARGETS", "TASKS", "TOKENS_PER_PAIR", "VALUES", "WEIGHTS", "TokenModel", "draw_needle", "draw_recall",
-    "places_of_values", "policies_of",
+    "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SHARED", "TASKS", "TOKENS_PER_PAIR", "VALUES", "Lesson",
+    "TokenModel", "draw_needle", "draw_recall", "lesson_of", "places_of_values", "policies_of",
 ]  # fmt: skip
 
 KEYS, VALUES, FILLER = 512, 128, 64
@@ -58,11 +57,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned-token-mute": {"router": "learned", "learned_features": "token"},
     "learned-asked": {"router": "learned"},
     "learned-asked-mute": {"router": "learned"},
+    # ... and by which weights hear the teacher of asked reads: the score's own alone, at the weight in the name. Of
+    # `-own-only` these hear nothing else, and the read feels their logarithm (of `-mute` it never does); see OWN
+    "learned-token-asked-own-0.02": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-own-0.1": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-own-0.3": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-own-1": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-own-only": {"router": "learned", "learned_features": "token"},
+    "learned-asked-own-0.3": {"router": "learned"},
     "surprise-biased": {"router": "learned", "head_reduction": "min"},
 }
 # shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
 # there. Before, its gradient passes all the same: the read does not feel it, and says what it would gain by it.
-NEVER = (math.inf, math.inf)
+ALWAYS, NEVER = (0.0, 0.0), (math.inf, math.inf)
 BIAS_FROM = {
     "learned-late": (0.6, 0.75),
     "learned-token-late": (0.6, 0.75),
@@ -72,8 +79,19 @@ BIAS_FROM = {
     "learned-token-mute": NEVER,
     "learned-asked-mute": NEVER,
 }
+# the auxiliary target teaches these scores' own weights and nothing below: at weight 1 a gradient that goes on through
+# the score's input outweighs the task there. Its weight
+OWN = {
+    "learned-token-asked-own-0.02": 0.02,
+    "learned-token-asked-own-0.1": 0.1,
+    "learned-token-asked-own-0.3": 0.3,
+    "learned-token-asked-own-1": 1.0,
+    "learned-token-asked-own-only": 1.0,
+    "learned-asked-own-0.3": 0.3,
+}
 # nothing but the auxiliary target teaches these scores
-SEVERED = ("learned-token-asked-mute", "learned-token-mute", "learned-asked-mute")
+MUTE = ("learned-token-asked-mute", "learned-token-mute", "learned-asked-mute")
+SEVERED = (*MUTE, "learned-token-asked-own-only")
 # entries chosen by another score than the one whose logarithm is in the logits
 SELECTED_BY = {"surprise-biased": "surprise"}
 # what teaches the learned score beside the task, where it is not the attention that an entry received
@@ -84,14 +102,31 @@ TARGETS = {
     "learned-token-asked-mute": "asked",
     "learned-asked": "asked",
     "learned-asked-mute": "asked",
+    **dict.fromkeys(OWN, "asked"),
 }
 # of the auxiliary loss, where it is not AUXILIARY_WEIGHT
 AUXILIARY_WEIGHT = 0.02
-WEIGHTS = dict.fromkeys(("learned-token-asked", "learned-asked", "learned-token-taught", *SEVERED), 1.0)
-
-
+WEIGHTS = dict.fromkeys(("learned-token-asked", "learned-asked", "learned-token-taught", *MUTE), 1.0) | OWN
 # variants whose scratchpad holds the keys and values that the state is written with, after the short convolution
 SHARED = "-shared"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What teaches the learned score of a model."""
+
+    target: str = "attention"
+    weight: float = AUXILIARY_WEIGHT
+    own: bool = False  # the target's gradient reaches the score's own weights alone
+    severed: bool = False  # the task's gradient does not reach the score
+    bias_from: tuple[float, float] = ALWAYS
+
+
+def lesson_of(name: str) -> Lesson:
+    return Lesson(
+        target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), own=name in OWN,
+        severed=name in SEVERED, bias_from=BIAS_FROM.get(name, ALWAYS),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,10 +151,12 @@ class FaintBias(WideBlocks):
 
     def _attend(self, queries: torch.Tensor, *, scratch: Any, **others: Any) -> Any:
         strength = self.model.bias_strength
-        if strength != 1.0:
+        if strength != 1.0 or self.model.severed:
             learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
-            gone = learned if self.model.severed else learned.detach()  # [B, M, H]
-            scratch = replace(scratch, bias=scratch.bias - (1.0 - strength) * gone)  # [B, M, H]
+            # nothing is added where the score is severed, but the gradient is taken away
+            cut = learned.detach() - learned if self.model.severed else 0.0  # [B, M, H]
+            gone = (1.0 - strength) * learned.detach()  # [B, M, H]
+            scratch = replace(scratch, bias=scratch.bias + cut - gone)  # [B, M, H]
         if self.model.asked is not None:
             self.model.reads.append(asked_reads(queries, scratch, others, self.model.asked))
         return super().attend(queries, scratch=scratch, **others)

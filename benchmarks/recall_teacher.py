@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hamts.nn.router import kept_probability
 
-__all__ = ["Asked", "asked_loss", "asked_of", "asked_reads"]
+__all__ = ["Asked", "asked_loss", "asked_losses", "asked_of", "asked_reads", "own_gradients"]
 
 # places [B, n], and which of them are real [B, n]
 Asked = tuple[torch.Tensor, torch.Tensor]
@@ -52,7 +52,12 @@ def asked_reads(queries: torch.Tensor, scratch: Any, others: dict[str, Any], ask
 
 
 def asked_loss(traces: list[Any], reads: list[torch.Tensor]) -> torch.Tensor:
-    """How far each learned score is from the reads that its entry received, against an even spread, [].
+    """How far learned scores are from the reads that their entries received, the layers' mean, []."""
+    return torch.stack(asked_losses(traces, reads)).mean()
+
+
+def asked_losses(traces: list[Any], reads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """How far each learned score is from the reads that its entry received, against an even spread, [] of each layer.
 
     The target of ``hamts.training_auxiliary`` with the attention of places that are asked in place of all. Reads alone,
     1 for an entry that one place reads whole, would silence all: most are read by none, and all start alike.
@@ -64,4 +69,20 @@ def asked_loss(traces: list[Any], reads: list[torch.Tensor]) -> torch.Tensor:
         wanted = read / (read + even).clamp_min(1e-12)  # [B, M]; a half where it is the mean
         each = F.binary_cross_entropy(given, wanted, reduction="none")  # [B, M]
         losses.append(torch.where(judged, each, 0.0).sum() / judged.sum().clamp_min(1))
-    return torch.stack(losses).mean()
+    return losses
+
+
+def own_gradients(
+    layers: list[Any], losses: list[torch.Tensor], weight: float
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """What the mean of the layers' losses, times ``weight``, teaches if no score's input has a gradient.
+
+    A layer's input does not depend on its own score: so the gradient of its own loss at its score's own weights is the
+    one that a detached input gives. Nothing is computed twice, and the graph stays as it is for the task.
+    """
+    taught = []
+    for layer, loss in zip(layers, losses, strict=True):
+        own = list(layer.router.learned.parameters())
+        gradients = torch.autograd.grad(loss * (weight / len(losses)), own, retain_graph=True)
+        taught += list(zip(own, gradients, strict=True))
+    return taught

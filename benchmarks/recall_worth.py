@@ -22,16 +22,12 @@ from torch.nn import functional as F
 from benchmarks.recall import train, write
 from benchmarks.recall_ladders import LADDERS
 from benchmarks.recall_model import (
-    AUXILIARY_WEIGHT,
-    BIAS_FROM,
     KEYS,
     MODELS,
-    SEVERED,
-    TARGETS,
-    WEIGHTS,
     TokenModel,
     WideBlocks,
     draw_recall,
+    lesson_of,
     places_of_values,
     policies_of,
 )  # fmt: skip
@@ -40,6 +36,8 @@ from hamts.config import ModelConfig
 RESULTS = Path(__file__).parent / "results" / "recall" / "worth"
 PICKED = (
     "learned-token", "learned-token-silent", "learned-token-gain", "learned-token-asked", "learned-token-asked-mute",
+    "learned-token-asked-own-0.02", "learned-token-asked-own-0.3", "learned-token-asked-own-1",
+    "learned-token-asked-own-only",
 )  # fmt: skip
 LENGTH, SEQUENCES = 64, 24
 KINDS = ("value", "key", "filler or query")
@@ -102,11 +100,9 @@ def run_one(name: str, seed: int, folder: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = TokenModel(config)
     rung = replace(LADDERS["longer"][0], steps=steps, sequences=64)
-    model.severed = name in SEVERED
     train(
         model, (rung,), rate=3e-3, seed=seed, device="cpu", late=True, after=lambda *_: None, quiet=True,
-        bias_from=BIAS_FROM.get(name, (0.0, 0.0)), target=TARGETS.get(name, "attention"),
-        weight=WEIGHTS.get(name, AUXILIARY_WEIGHT),
+        lesson=lesson_of(name),
     )  # fmt: skip
     model.severed = False  # what would reach the score is asked of all
     model.eval()

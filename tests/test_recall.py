@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.recall import bias_felt, grafted, rate_left, run_one
+from benchmarks.recall import bias_felt, grafted, learn, rate_left, run_one
 from benchmarks.recall_claims import claims
+from benchmarks.recall_ladders import Rung
 from benchmarks.recall_model import (
     FILLER,
     KEYS,
@@ -23,13 +26,15 @@ from benchmarks.recall_model import (
     TokenModel,
     draw_needle,
     draw_recall,
+    lesson_of,
     places_of_values,
     policies_of,
 )
 from benchmarks.recall_table import summary, table
-from benchmarks.recall_teacher import asked_loss, asked_of
+from benchmarks.recall_teacher import asked_loss, asked_losses, asked_of, own_gradients
 from benchmarks.recall_worth import judged
 from hamts.config import ModelConfig
+from hamts.nn.router import log_bias
 
 
 @pytest.mark.parametrize(("length", "tokens_per_pair"), [(64, 16), (64, 4), (512, 16)])
@@ -98,9 +103,9 @@ def test_a_bias_is_felt_by_and_by_late_never_or_always() -> None:
     assert bias_felt(1.0, never) == 0.0 and bias_felt(0.001, always) == 1.0
 
 
-def small(router: str = "learned", seed: int = 0) -> TokenModel:
+def small(router: str = "learned", seed: int = 0, **changes: Any) -> TokenModel:
     torch.manual_seed(seed)
-    model = TokenModel(ModelConfig(width=16, layers=2, heads=2, patch_steps=1, dropout=0.0, router=router))
+    model = TokenModel(ModelConfig(width=16, layers=2, heads=2, patch_steps=1, dropout=0.0, router=router, **changes))
     for layer in model.layers():
         layer.scratch_bias.data.zero_()
     return model
@@ -169,6 +174,75 @@ def test_a_teacher_of_asked_reads_counts_no_others_and_has_a_gradient() -> None:
     assert score.grad is None or float(score.grad.abs().max()) == 0
 
 
+OWN = [name for name in MODELS if "-asked-own-" in name]
+
+
+def gradients_left(
+    name: str, monkeypatch: pytest.MonkeyPatch, *, task: float = 1.0, taught: float = 1.0
+) -> dict[str, float]:
+    """The largest gradient at each weight after one step of training, of the task and the teacher or of one alone."""
+    model, lesson = small(**{"router": "learned", **MODELS[name]}), lesson_of(name)
+    model.severed = lesson.severed
+    plain = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *given, **named: task * plain(*given, **named))
+    lesson = replace(lesson, weight=lesson.weight * taught)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    learn(model, torch.optim.SGD(model.parameters(), lr=0.0), Rung(64, 4, 1, 4), lesson, *generators)
+    left = {weight: x.grad for weight, x in model.named_parameters()}
+    return {weight: 0.0 if x is None else float(x.abs().max()) for weight, x in left.items()}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_teacher_of_the_scores_own_weights_moves_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = gradients_left(name, monkeypatch, task=0.0)
+    assert all((size > 0) == (".router.learned." in weight) for weight, size in moved.items()), moved
+
+
+def test_a_teacher_whose_gradient_goes_on_moves_what_is_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = gradients_left("learned-token-asked", monkeypatch, task=0.0)
+    below = ("embedding.weight", "blocks.0.memory.to_query.weight", "blocks.0.memory.router.learned.0.weight")
+    assert all(moved[weight] > 0 for weight in below)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_task_reaches_the_score_unless_it_is_severed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = gradients_left(name, monkeypatch, taught=0.0)
+    score = {weight: size for weight, size in moved.items() if ".router.learned." in weight}
+    assert score and all((size > 0) != lesson_of(name).severed for size in score.values()), score
+    # entries' own bias is felt and learned, by all
+    assert moved["embedding.weight"] > 0 and moved["blocks.1.memory.scratch_bias"] > 0
+
+
+def test_a_read_feels_the_logarithm_of_a_severed_score() -> None:
+    model = small()
+    ids, _ = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    with torch.no_grad():
+        whole = model(ids, policies_of(model, torch.ones(2)))[0]
+        model.severed = True
+        assert torch.allclose(model(ids, policies_of(model, torch.ones(2)))[0], whole, atol=1e-6)
+        model.bias_strength = 0.0
+        assert not torch.allclose(model(ids, policies_of(model, torch.ones(2)))[0], whole, atol=1e-4)
+
+
+def test_gradients_of_a_scores_own_weights_are_those_of_a_detached_input() -> None:
+    model = small(learned_features="token")
+    ids, right = draw_recall(64, 3, torch.Generator().manual_seed(1), 4)
+    model.asked, inputs = asked_of(right, 16), []
+    for layer in model.layers():
+        layer.router.register_forward_pre_hook(lambda router, given: inputs.append(given[0].detach()))
+    _, traces = model(ids, policies_of(model, torch.ones(3)))
+    taught = own_gradients(model.layers(), asked_losses(traces, model.reads), 0.3)
+    again = []
+    for layer, trace, x in zip(model.layers(), traces, inputs, strict=True):
+        bias = log_bias(layer.router.learned(x))[:, 0, :, 0]  # [B, L]
+        entries = bias.gather(1, trace.entries_position.long().clamp(0, 63))  # [B, M]
+        again.append(replace(trace, entries_bias=entries))
+    (0.3 * asked_loss(again, model.reads)).backward()
+    assert len(taught) == 8
+    for weight, gradient in taught:
+        assert torch.allclose(gradient, weight.grad, rtol=1e-4, atol=1e-8)
+
+
 def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
     run_one("surprise", rate=1e-3, seed=0, ladder_name="smoke", folder=tmp_path)
     cell = json.loads((tmp_path / "smoke--surprise--lr0.001--seed0.json").read_text())
@@ -200,7 +274,7 @@ def test_claims_need_cells_of_the_last_length_alone(tmp_path: Path) -> None:
         for usage in (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
         for memory, allocation in (("model", "uniform"), ("model", "pooled"), ("random", "uniform"))
     ]  # fmt: skip
-    for name, shift in (("surprise", 0.0), ("learned-token", 0.1)):
+    for name, shift in (("surprise", 0.0), ("learned-token", 0.1), ("learned-token-asked-own-1", -0.05)):
         moved = [row | {"accuracy": row["accuracy"] - shift} for row in rows]
         cell = {"model": name, "seed": 0, "rate": 0.003, "rows": moved}
         (tmp_path / f"longer--{name}--lr0.003--seed0.json").write_text(json.dumps(cell))
@@ -208,4 +282,5 @@ def test_claims_need_cells_of_the_last_length_alone(tmp_path: Path) -> None:
     (tmp_path / "longer--error--lr0.003--seed0.json").write_text(json.dumps(short))
     said = claims(tmp_path, "longer", 0.003)
     assert "| learned-token | -0.100 (-0.100) | -0.100 (-0.100) | -0.100 (-0.100) | -0.100 (-0.100) |" in said
+    assert "| learned-token-asked-own-1 | +0.050 (+0.050) |" in said
     assert "| error |" not in said
