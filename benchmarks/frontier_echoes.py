@@ -28,13 +28,14 @@ def fresh_echoes(
     carrier: Carrier, spec: Set, panel: Any, seed: int, *, lengthen: tuple[int, int] | None = None
 ) -> Callable[[StreamWindows], None] | None:
     """An augmentation for ``train_panel``: every batch has times, names and shapes of its own, in every item, under the
-    rules of ``with_echoes``. None where the carrier has no injected events.
+    rules of ``with_echoes``. Of a carrier without injected events nothing is written, and ``lengthen`` is all; None
+    without that.
 
     ``lengthen``: from which batch on streams read up to how many patches before their window: what is looked up is
     learned in short histories, and then in longer ones, of lengths and of as many streams as the set says.
     """
     if carrier.flat is None:
-        return None
+        return None if lengthen is None else _Longer(spec, lengthen)
     plain = carrier.frame.assign(**{spec.target[0]: carrier.flat})
     seen = plain.groupby("unique_id", sort=False).head(carrier.rows - carrier.test_rows)
     flat = replace(to_panel(seen, schema=panel.schema), starts=panel.starts)
@@ -47,7 +48,29 @@ def fresh_echoes(
     return _Echoes(store.values[:, :, target], store, spec, codes, sizes, (target, event), seed, lengthen)
 
 
-class _Echoes:
+class _Longer:
+    """Streams of the first part of a fit are short, and keep everything where the set says so; later ones are long."""
+
+    def __init__(self, spec: Set, lengthen: tuple[int, int] | None) -> None:
+        self.lengthen, self.batches = lengthen, 0
+        self.lengths, self.streams, self.warm = spec.lengths, spec.streams, spec.warm
+
+    def longer(self, windows: StreamWindows) -> None:
+        """What changes from the batch on that is drawn next."""
+
+    def __call__(self, windows: StreamWindows) -> None:
+        if self.lengthen is not None and self.batches == self.lengthen[0]:
+            windows.config = replace(windows.config, prefix_patches=self.lengthen[1])
+            windows.prefixes = self.lengths
+            self.longer(windows)
+            if self.streams is not None:
+                windows.keep_streams(self.streams)
+        if self.warm and self.lengthen is not None and self.batches < self.lengthen[0]:
+            windows.share = torch.ones_like(windows.share)
+        self.batches += 1
+
+
+class _Echoes(_Longer):
     """Writes fresh events over those of the training rows."""
 
     def __init__(
@@ -62,8 +85,7 @@ class _Echoes:
         lengthen: tuple[int, int] | None,
     ) -> None:
         """flat: the target without events, [R, P]."""
-        self.lengthen, self.batches = lengthen, 0
-        self.lengths, self.streams, self.warm = spec.lengths, spec.streams, spec.warm
+        super().__init__(spec, lengthen)
         self.flat, self.codes, self.sizes, self.P = flat, codes, sizes, spec.patch_steps
         self.target, self.event = channels
         said = store.values[:, :, self.event]  # [R, P]
@@ -85,6 +107,9 @@ class _Echoes:
             for how in [natural] * NATURAL + [dense] * DENSE
         ]
 
+    def longer(self, windows: StreamWindows) -> None:
+        self.schedules = self.later
+
     def _drawn(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of events and their echoes, [n, 2]; whether there is an echo, [n]; which item, [n]."""
         rows, whole, items = [], [], []
@@ -101,15 +126,8 @@ class _Echoes:
         return torch.cat(rows), torch.cat(whole), torch.cat(items)
 
     def __call__(self, windows: StreamWindows) -> None:
+        super().__call__(windows)
         store, device = windows.store, windows.device
-        if self.lengthen is not None and self.batches == self.lengthen[0]:
-            windows.config = replace(windows.config, prefix_patches=self.lengthen[1])
-            windows.prefixes, self.schedules = self.lengths, self.later
-            if self.streams is not None:
-                windows.keep_streams(self.streams)
-        if self.warm and self.lengthen is not None and self.batches < self.lengthen[0]:
-            windows.share = torch.ones_like(windows.share)
-        self.batches += 1
         if self.flat.device != device:
             self.flat, self.quiet, self.codes, self.level = (
                 x.to(device) for x in (self.flat, self.quiet, self.codes, self.level)

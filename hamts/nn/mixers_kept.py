@@ -1,21 +1,27 @@
 """Rivals that keep tokens as they are: all of them, the newest, those written hardest, a mean of every few, or blocks.
 
 B items · C channels · N patches · H heads · K key · V value · R carried rows · M kept rows · J candidates
-m tokens of a pool or block · G pools or blocks
+n some of the patches · W window · m tokens of a pool or block · G pools or blocks
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hamts.config import ModelConfig
 from hamts.nn.mixers_base import MixerLayer, Parts
 from hamts.nn.mixers_parts import NEVER, Kept, MixerMemory, Recent, compact, join_rows
 from hamts.nn.tokens import Policy, Tokens
 from hamts.ops.types import GatedDelta, compute_dtype
+
+# weights of a block-sparse read that are there at once: so many queries as have no more of them
+PIECE_WEIGHTS = 1 << 26
 
 __all__ = ["BlockSparseLayer", "PooledLayer", "SlidingLayer", "TopWriteLayer"]
 
@@ -187,7 +193,7 @@ class BlockSparseLayer(MixerLayer):
         B, C, N, _ = x.shape
         kept, begin, _ = self._candidates(rows, tokens, memory)
         queries = self.exact.queries(x, tokens)  # [B, N, C, H, K]
-        seen = self._seen(queries, kept, begin, tokens, memory, policy)  # [B, N, C, H, M]
+        blocks = self._blocks(kept, begin, tokens, memory, policy)
         local = {n: getattr(rows, n)[:, -(self.parts.window + N) :] for n in ("keys", "values", "marks")}
         near = self._near(rows.present[:, -(self.parts.window + N) :], policy, N)  # [B, N, C, W + N, C]
         kind = compute_dtype(queries, kept.keys)
@@ -199,21 +205,55 @@ class BlockSparseLayer(MixerLayer):
         bias = own[:, :, None] * self.exact.channel_bias[:, None]  # [B, C, H, J]
         entry = torch.cat([torch.zeros_like(channel), torch.ones_like(kept.channel)], 1)[:, None, None]  # [B, 1, 1, J]
         bias = bias + entry * self.exact.scratch_bias[:, None]  # [B, C, H, J]
+        marked = own.to(kind)[..., None] * marks[:, None]  # [B, C, J, 3]
+        size = max(1, PIECE_WEIGHTS // max(1, B * C * self.heads * keys.shape[1]))
+        read = []
+        for at in range(0, N, size):
+            piece = partial(self._piece, blocks.of(slice(at, at + size)), near[:, at : at + size])
+            tensors = (queries[:, at : at + size].to(kind), keys, values, marked, bias)
+            # weights are many times what is read with them: they are found once more where a gradient needs them
+            again = size < N and torch.is_grad_enabled()
+            read.append(
+                checkpoint(piece, *tensors, use_reentrant=False, preserve_rng_state=False) if again else piece(*tensors)
+            )
+        output, level = (torch.cat([one[part] for one in read], 1).to(x.dtype) for part in (0, 1))
+        staying, _ = compact(kept, kept.alive & (begin < N))
+        mass = torch.stack([one[2] for one in read]).sum(0)[:, channel.shape[1] :]  # [B, M]
+        return self.exact.leveled(output, level, tokens.marks), staying, kept, mass
+
+    def _piece(
+        self,
+        blocks: Blocks,
+        near: torch.Tensor,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        marked: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What n of the queries read: values, [B, n, C, H, V], levels, [B, n, C, H, 3], and mass, [B, J].
+
+        Args:
+            near: rows of the window and the chunk that each reads, [B, n, C, W + N, C].
+            queries: [B, n, C, H, K].
+            keys, values: of all rows, [B, J, H, K] and [B, J, H, V].
+            marked: marks of rows of the own channel, [B, C, J, 3].
+            bias: of the logits, [B, C, H, J].
+        """
+        seen = blocks.read_by(queries, self.top)  # [B, n, C, H, M]
         mask = torch.cat([near.flatten(3)[:, :, :, None].expand(-1, -1, -1, self.heads, -1), seen], -1)
         if self.exact.read_reference:
             # of the keys that are read, not of those that are there
-            read = mask.sum(-1, keepdim=True).clamp_min(1)  # [B, N, C, H, 1]
-            scale = (read.log() / math.log(self.exact.read_reference)).clamp_min(1.0)  # [B, N, C, H, 1]
+            read = mask.sum(-1, keepdim=True).clamp_min(1)  # [B, n, C, H, 1]
+            scale = (read.log() / math.log(self.exact.read_reference)).clamp_min(1.0)  # [B, n, C, H, 1]
             queries = queries * scale.to(queries.dtype)
-        logits = torch.einsum("bnchk,bjhk->bnchj", queries.to(kind), keys) + bias[:, None]  # [B, N, C, H, J]
+        logits = torch.einsum("bnchk,bjhk->bnchj", queries, keys) + bias[:, None]  # [B, n, C, H, J]
         # a query that sees nothing gets 0, and no gradient that is not a number
         logits = logits.masked_fill(~mask & mask.any(-1, keepdim=True), -torch.inf)
-        weight = torch.softmax(logits, -1) * mask  # [B, N, C, H, J]
-        output = torch.einsum("bnchj,bjhv->bnchv", weight, values).to(x.dtype)
-        level = torch.einsum("bnchj,bcj,bjr->bnchr", weight, own.to(kind), marks).to(x.dtype)
-        staying, _ = compact(kept, kept.alive & (begin < N))
-        mass = weight.detach().sum((1, 2, 3))[:, channel.shape[1] :]  # [B, M]
-        return self.exact.leveled(output, level, tokens.marks), staying, kept, mass
+        weight = torch.softmax(logits, -1) * mask  # [B, n, C, H, J]
+        output = torch.einsum("bnchj,bjhv->bnchv", weight, values)
+        level = torch.einsum("bnchj,bcjr->bnchr", weight, marked)
+        return output, level, weight.detach().sum((1, 2, 3))
 
     def _near(self, present: torch.Tensor, policy: Policy, N: int) -> torch.Tensor:
         """Rows of the window and the chunk that each query reads, [B, N, C, W + N, C]."""
@@ -226,39 +266,66 @@ class BlockSparseLayer(MixerLayer):
         return (inside | across) & present[:, None, None]
 
     @torch.no_grad()
-    def _seen(
-        self,
-        queries: torch.Tensor,
-        kept: Kept,
-        begin: torch.Tensor,
-        tokens: Tokens,
-        memory: MixerMemory,
-        policy: Policy,
-    ) -> torch.Tensor:
-        """Which kept rows each query reads, [B, N, C, H, M]."""
-        B, N, C, H, _ = queries.shape
-        own = torch.eye(C, dtype=torch.bool, device=queries.device)
+    def _blocks(self, kept: Kept, begin: torch.Tensor, tokens: Tokens, memory: MixerMemory, policy: Policy) -> Blocks:
+        """The blocks of the kept rows, as each of the N queries finds them."""
+        B, N = tokens.position.shape
+        C, device = tokens.heard.shape[1], begin.device
+        own = torch.eye(C, dtype=torch.bool, device=device)
         allowed = (policy.readable | own).gather(2, kept.channel[:, None].expand(-1, C, -1))  # [B, C, M]
-        steps = torch.arange(N, device=queries.device)[:, None]  # [N, 1]
+        steps = torch.arange(N, device=device)[:, None]  # [N, 1]
         arrived = kept.alive[:, None] & (begin[:, None] <= steps)  # [B, N, M]
         number = kept.index.clamp_min(0) // self.block * C + kept.channel  # [B, M] of the row's block
         G = int(number.max()) + 1 if number.numel() else 0
-        if G == 0:
-            return torch.zeros(B, N, C, H, 0, dtype=torch.bool, device=queries.device)
-        member = torch.nn.functional.one_hot(number, G).to(queries.dtype) * kept.alive[..., None]  # [B, M, G]
+        # not one_hot, which refuses no rows at all
+        member = (number[..., None] == torch.arange(G, device=device)) & kept.alive[..., None]  # [B, M, G]
+        member = member.to(kept.keys.dtype)  # [B, M, G]
         mean = torch.einsum("bmg,bmhk->bghk", member, kept.keys) / member.sum(1).clamp_min(1)[..., None, None]
         first = memory.count + tokens.present.sum(1) - N  # [B]
-        ends = (torch.arange(G, device=queries.device) // C + 1) * self.block - 1  # [G] last patch of each block
+        ends = (torch.arange(G, device=device) // C + 1) * self.block - 1  # [G] last patch of each block
         filled_at = ends - first[:, None] + self.parts.window  # [B, G] query at which the block is whole
         whole = filled_at[:, None] <= steps  # [B, N, G]
-        channel = torch.arange(G, device=queries.device) % C  # [G]
+        channel = torch.arange(G, device=device) % C  # [G]
         open_to = (policy.readable | own)[:, :, channel] & (member.sum(1) > 0)[:, None]  # [B, C, G]
-        fit = torch.einsum("bnchk,bghk->bnchg", queries, mean)  # [B, N, C, H, G]
-        choice = whole[:, :, None] & open_to[:, None]  # [B, N, C, G]
+        return Blocks(number, mean, whole, open_to, arrived, allowed)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of kept rows, as some queries find them.
+
+    Attributes:
+        number: the block of each row, [B, M].
+        mean: the mean of its keys, [B, G, H, K].
+        whole: whether it is whole when a query is asked, [B, N, G].
+        open_to: whether a channel may read it, [B, C, G].
+        arrived: whether a row is there when a query is asked, [B, N, M].
+        allowed: whether a channel may read the row, [B, C, M].
+    """
+
+    number: torch.Tensor
+    mean: torch.Tensor
+    whole: torch.Tensor
+    open_to: torch.Tensor
+    arrived: torch.Tensor
+    allowed: torch.Tensor
+
+    def of(self, at: slice) -> Blocks:
+        """As some of the queries find them."""
+        return replace(self, whole=self.whole[:, at], arrived=self.arrived[:, at])
+
+    @torch.no_grad()
+    def read_by(self, queries: torch.Tensor, top: int) -> torch.Tensor:
+        """Which rows each query reads, by head: [B, N, C, H, K] -> [B, N, C, H, M]."""
+        B, N, C, H, _ = queries.shape
+        G = self.mean.shape[1]
+        if G == 0:
+            return torch.zeros(B, N, C, H, 0, dtype=torch.bool, device=queries.device)
+        fit = torch.einsum("bnchk,bghk->bnchg", queries, self.mean.to(queries.dtype))  # [B, N, C, H, G]
+        choice = self.whole[:, :, None] & self.open_to[:, None]  # [B, N, C, G]
         fit = fit.masked_fill(~choice[:, :, :, None], -torch.inf)
-        best = fit.topk(min(self.top, G), -1)
+        best = fit.topk(min(top, G), -1)
         chosen = torch.zeros_like(fit, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
-        row_block = number[:, None, None, None].expand(B, N, C, H, -1)
-        unfinished = ~whole.gather(2, number[:, None].expand(-1, N, -1))  # [B, N, M]
+        row_block = self.number[:, None, None, None].expand(B, N, C, H, -1)
+        unfinished = ~self.whole.gather(2, self.number[:, None].expand(-1, N, -1))  # [B, N, M]
         reads = chosen.gather(-1, row_block) | unfinished[:, :, None, None]  # [B, N, C, H, M]
-        return reads & (arrived[:, :, None] & allowed[:, None])[:, :, :, None]
+        return reads & (self.arrived[:, :, None] & self.allowed[:, None])[:, :, :, None]
