@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.frontier_files import write
 from benchmarks.recall_claims import claims
 from benchmarks.recall_ladders import LADDERS, LATE, SMOKE, Rung
 from benchmarks.recall_model import (
@@ -52,6 +53,8 @@ from hamts.training_auxiliary import score_loss
 
 RESULTS = Path(__file__).parent / "results" / "recall"
 EXPLORE = 0.1
+# of a GPU's memory, for all processes; the rest is what they take before they begin
+USED_GPU = 0.92
 # a value asked for is lost if fewer of its queries are right, known if more are
 LOST, KNOWN = 0.2, 0.8
 
@@ -325,14 +328,6 @@ def run_one(
     return cell
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(content, indent=1) + "\n")
-    partial_path.replace(path)
-
-
 def cell_path(folder: Path, name: str, rate: float, seed: int, ladder: str) -> Path:
     return folder / f"{ladder}--{name}--lr{rate:g}--seed{seed}.json"
 
@@ -389,7 +384,9 @@ def main() -> None:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
     elif not (options.table or options.summary or options.claims):
         jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder, again=options.again)
-        run_jobs(jobs, perform, workers=options.side_by_side, begin_within_s=options.limit, end_within_s=options.limit)
+        many, limit = options.side_by_side, options.limit
+        most = USED_GPU / many if many > 1 else None
+        run_jobs(jobs, perform, workers=many, begin_within_s=limit, end_within_s=limit, most=most)
     if options.claims:
         print(claims(options.folder, ladder, options.rates[0]))
     elif not options.one:

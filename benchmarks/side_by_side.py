@@ -47,13 +47,15 @@ class _Worker:
     job: Job | None = None
 
 
-def _serve(connection: Connection, work: Callable[[Any], str], device: str | None) -> None:
+def _serve(connection: Connection, work: Callable[[Any], str], device: str | None, most: float | None) -> None:
     """Do what comes until nothing does."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
 
     torch.set_num_threads(1)
+    if most is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(most)
     while True:
         try:
             payload = connection.recv()
@@ -74,6 +76,7 @@ def run_jobs(
     begin_within_s: float,
     end_within_s: float,
     devices: Sequence[str | None] = (None,),
+    most: float | None = None,
 ) -> list[str]:
     """Do all that can be done; the names of jobs that failed, and not for want of room alone.
 
@@ -82,8 +85,9 @@ def run_jobs(
         workers: processes, as many on each device.
         begin_within_s, end_within_s: seconds after which nothing is begun, and what still runs is ended.
         devices: numbers of GPUs, each process sees one of them; None: all that there are.
+        most: share of a GPU's memory that a process may take; what it keeps for itself is room that others lack.
     """
-    run = _Run(list(jobs), work, workers, devices)
+    run = _Run(list(jobs), work, workers, devices, most)
     while True:
         run.drop_hopeless()
         if run.passed < begin_within_s:
@@ -99,9 +103,14 @@ class _Run:
     """Who does what, what waits, and what came of the rest."""
 
     def __init__(
-        self, jobs: list[Job], work: Callable[[Any], str], workers: int, devices: Sequence[str | None]
+        self,
+        jobs: list[Job],
+        work: Callable[[Any], str],
+        workers: int,
+        devices: Sequence[str | None],
+        most: float | None,
     ) -> None:
-        self.waiting, self.work, self.devices = jobs, work, devices
+        self.waiting, self.work, self.devices, self.most = jobs, work, devices, most
         self.workers = -(-workers // len(devices))  # on a device
         self.unfinished = {job.name for job in jobs}
         self.failed: list[str] = []
@@ -155,7 +164,7 @@ class _Run:
 
     def _start(self, device: str | None) -> _Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.work, device), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, self.work, device, self.most), daemon=True)
         process.start()
         # else its end would not be noticed here
         theirs.close()
