@@ -18,7 +18,8 @@ from benchmarks.frontier_grid import CONTROL_SHARES, CONTROLS, MODELS, TENTH
 from benchmarks.frontier_lines import ROUTERS, cores_of, difference, lines_of, markdown, parts_of
 from hamts.errors import DataError
 
-SIZED = [name for name, model in MODELS.items() if model.sized and model.core]
+SIZED = [name for name, model in MODELS.items() if model.sized]
+WHOLE = [name for name, model in MODELS.items() if not model.sized and not model.controls and name != "recurrent"]
 SHOWN = (0.0, *CONTROL_SHARES, 1.0)
 
 
@@ -114,8 +115,8 @@ def ages(cells: list[dict[str, Any]], name: str) -> pd.DataFrame:
     rows = []
     shown: list[tuple[str, str, float | None]]
     shown = [(model, memory, TENTH) for model in ROUTERS for memory in ("model", "recency")]
-    shown += [(model, "model", TENTH) for model in ("recurrent_wide", "neighbours", "window", "pooled")]
-    shown += [(model, "model", None) for model in ("attention", "gdn_gsa")]
+    shown += [(model, "model", TENTH) for model in SIZED]
+    shown += [(model, "model", None) for model in WHOLE]
     for model, memory, share in shown:
         moved = _as_whole(cells, model, share)
         row: dict[str, Any] = {"set": name, "model": model if memory == "model" else f"{model}, {memory}"}

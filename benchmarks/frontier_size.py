@@ -10,6 +10,7 @@ measured again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 import warnings
@@ -100,10 +101,10 @@ def answer(folder: Path, rivals: Path) -> str:
     found = []
     for model, other, cells, rate in rows:
         two = (model, other) if other in ("shuffled", "random", "recency") else (other, "model")
-        for part in parts_of(cells):
-            one = difference(cells, cells[0]["set"], (model, "model"), two, TENTH, part)
+        for name, part in itertools.product(dict.fromkeys(cell["set"] for cell in cells), parts_of(cells)):
+            one = difference(cells, name, (model, "model"), two, TENTH, part)
             if one is not None:
-                shown = {"router": model, "against": other + rate, "part": part, "seeds": one["seeds"]}
+                shown = {"set": name, "router": model, "against": other + rate, "part": part, "seeds": one["seeds"]}
                 apart = f"{100 * one['difference']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
                 bytes_ratio = f"{one['bytes_ratio']:.3f}"
                 found.append({**shown, "difference": apart, "bytes": bytes_ratio, "verdict": one["verdict"]})

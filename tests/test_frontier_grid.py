@@ -84,6 +84,11 @@ def _cell(model: str, seed: int, points: list[tuple[str, float | None, float]], 
     }  # fmt: skip
 
 
+def _partly(model: str) -> list[dict[str, Any]]:
+    """One seed of a router, everything kept as bad as nothing."""
+    return [_cell(model, 0, [("model", 0.0, 1.0), ("model", 1.0, 1.0)], name) for name in ("epf-old", "household-old")]
+
+
 @pytest.mark.parametrize(
     ("attention", "everything", "expected"), [(0.5, 0.5, "abcde"), (1.0, 0.5, "acde"), (0.5, 1.0, "")]
 )
@@ -102,6 +107,8 @@ def test_controls_say_which_claims_are_called(attention: float, everything: floa
     said = answers(cells).set_index("claim").loc["e"]
     assert said["verdict"] == "supported" and "-22.2 %" in said["seen"]
     assert set(parts_against(cells)["verdict"]) == {"better"}
+    # a router of which seeds are missing is named by no comparison, and takes nothing away
+    assert "".join(sorted(callable_claims([*cells, *_partly("error")]))) == expected
     # two seeds call nothing
     assert callable_claims([cell for cell in cells if cell["seed"] < 2]) == ()
 
@@ -142,7 +149,8 @@ def test_rivals_get_the_bytes_of_the_share_that_is_asked_of_routers() -> None:
     even = int(0.1 * tokens) * entry_bytes(shape)
     assert budget_of(Cell("smoke", "pooled", 0, 0.1), carrier, SMOKE, shape) == even
     # a window has room for the event column of every patch, which is mostly absent: what it holds is as much
-    assert budget_of(Cell("smoke", "window", 0, 0.1), carrier, SMOKE, shape) > 1.5 * even
+    for name in ("window", "recurrent_window"):
+        assert budget_of(Cell("smoke", name, 0, 0.1), carrier, SMOKE, shape) > 1.5 * even
     assert budget_of(Cell("smoke", "attention", 0), carrier, SMOKE, shape) == NO_CAP
 
 
