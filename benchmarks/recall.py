@@ -80,7 +80,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     total, done, curve = sum(rung.steps for rung in ladder), 0, []
     began, lesson = time.perf_counter(), lesson or Lesson()
-    model.severed = lesson.severed
+    model.severed, model.bare = lesson.severed, lesson.bare
     for rung in ladder:
         for step in range(rung.steps):
             done += 1

@@ -24,8 +24,8 @@ from hamts.ops.attend import attend
 from hamts.ops.kernels import Kernels
 
 __all__ = [
-    "FILLER", "KEYS", "MARKER", "MODELS", "SELECTED_BY", "SHARED", "TASKS", "TOKENS_PER_PAIR", "VALUES", "Lesson",
-    "TokenModel", "draw_needle", "draw_recall", "lesson_of", "places_of_values", "policies_of",
+    "FILLER", "KEYS", "MARKER", "MODELS", "OWN", "SELECTED_BY", "SHARED", "TASKS", "TOKENS_PER_PAIR", "VALUES",
+    "Lesson", "TokenModel", "draw_needle", "draw_recall", "lesson_of", "places_of_values", "policies_of",
 ]  # fmt: skip
 
 KEYS, VALUES, FILLER = 512, 128, 64
@@ -65,6 +65,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned-token-asked-own-1": {"router": "learned", "learned_features": "token"},
     "learned-token-asked-own-only": {"router": "learned", "learned_features": "token"},
     "learned-asked-own-0.3": {"router": "learned"},
+    # ... and from reads that do not feel the learned logarithm; see BARE
+    "learned-token-asked-bare-0.02": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-bare-0.3": {"router": "learned", "learned_features": "token"},
+    "learned-token-asked-bare-only": {"router": "learned", "learned_features": "token"},
+    "learned-asked-bare-0.3": {"router": "learned"},
     "surprise-biased": {"router": "learned", "head_reduction": "min"},
 }
 # shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
@@ -88,10 +93,17 @@ OWN = {
     "learned-token-asked-own-1": 1.0,
     "learned-token-asked-own-only": 1.0,
     "learned-asked-own-0.3": 0.3,
+    "learned-token-asked-bare-0.02": 0.02,
+    "learned-token-asked-bare-0.3": 0.3,
+    "learned-token-asked-bare-only": 1.0,
+    "learned-asked-bare-0.3": 0.3,
 }
+# the reads that these are taught by are counted without the score's logarithm: what it lowered is read less, and would
+# be taught lower still
+BARE = tuple(name for name in OWN if "-bare-" in name)
 # nothing but the auxiliary target teaches these scores
 MUTE = ("learned-token-asked-mute", "learned-token-mute", "learned-asked-mute")
-SEVERED = (*MUTE, "learned-token-asked-own-only")
+SEVERED = (*MUTE, "learned-token-asked-own-only", "learned-token-asked-bare-only")
 # entries chosen by another score than the one whose logarithm is in the logits
 SELECTED_BY = {"surprise-biased": "surprise"}
 # what teaches the learned score beside the task, where it is not the attention that an entry received
@@ -119,13 +131,14 @@ class Lesson:
     weight: float = AUXILIARY_WEIGHT
     own: bool = False  # the target's gradient reaches the score's own weights alone
     severed: bool = False  # the task's gradient does not reach the score
+    bare: bool = False  # reads that teach it are counted without its logarithm
     bias_from: tuple[float, float] = ALWAYS
 
 
 def lesson_of(name: str) -> Lesson:
     return Lesson(
         target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), own=name in OWN,
-        severed=name in SEVERED, bias_from=BIAS_FROM.get(name, ALWAYS),
+        severed=name in SEVERED, bare=name in BARE, bias_from=BIAS_FROM.get(name, ALWAYS),
     )  # fmt: skip
 
 
@@ -151,14 +164,16 @@ class FaintBias(WideBlocks):
 
     def _attend(self, queries: torch.Tensor, *, scratch: Any, **others: Any) -> Any:
         strength = self.model.bias_strength
+        learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
+        bare = scratch.bias - learned  # [B, M, H]
         if strength != 1.0 or self.model.severed:
-            learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
             # nothing is added where the score is severed, but the gradient is taken away
             cut = learned.detach() - learned if self.model.severed else 0.0  # [B, M, H]
             gone = (1.0 - strength) * learned.detach()  # [B, M, H]
             scratch = replace(scratch, bias=scratch.bias + cut - gone)  # [B, M, H]
         if self.model.asked is not None:
-            self.model.reads.append(asked_reads(queries, scratch, others, self.model.asked))
+            counted = replace(scratch, bias=bare) if self.model.bare else scratch  # [B, M, H]
+            self.model.reads.append(asked_reads(queries, counted, others, self.model.asked))
         return super().attend(queries, scratch=scratch, **others)
 
 
@@ -249,7 +264,7 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(config.width, VALUES)
         nn.init.normal_(self.embedding.weight, std=0.5)
         # of the learned log-bias, what the read feels
-        self.bias_strength, self.severed = 1.0, False
+        self.bias_strength, self.severed, self.bare = 1.0, False, False
         # places that are asked, where reads from them are to be counted, and these reads, layer by layer
         self.asked: Asked | None = None
         self.reads: list[torch.Tensor] = []

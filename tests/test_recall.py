@@ -22,6 +22,7 @@ from benchmarks.recall_model import (
     KEYS,
     MARKER,
     MODELS,
+    OWN,
     VALUES,
     TokenModel,
     draw_needle,
@@ -174,15 +175,12 @@ def test_a_teacher_of_asked_reads_counts_no_others_and_has_a_gradient() -> None:
     assert score.grad is None or float(score.grad.abs().max()) == 0
 
 
-OWN = [name for name in MODELS if "-asked-own-" in name]
-
-
 def gradients_left(
     name: str, monkeypatch: pytest.MonkeyPatch, *, task: float = 1.0, taught: float = 1.0
 ) -> dict[str, float]:
     """The largest gradient at each weight after one step of training, of the task and the teacher or of one alone."""
     model, lesson = small(**{"router": "learned", **MODELS[name]}), lesson_of(name)
-    model.severed = lesson.severed
+    model.severed, model.bare = lesson.severed, lesson.bare
     plain = torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *given, **named: task * plain(*given, **named))
     lesson = replace(lesson, weight=lesson.weight * taught)
@@ -241,6 +239,26 @@ def test_gradients_of_a_scores_own_weights_are_those_of_a_detached_input() -> No
     assert len(taught) == 8
     for weight, gradient in taught:
         assert torch.allclose(gradient, weight.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_reads_without_the_logarithm_say_the_same_whatever_the_score() -> None:
+    model = small()
+    ids, right = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    model.asked, found = asked_of(right, 16), {}
+    for bare in (False, True):
+        for moved in (False, True):
+            model.bare = bare
+            with torch.no_grad():
+                # of the first layer, whose entries and queries do not depend on it
+                model.layers()[0].router.learned[-1].weight.mul_(-20.0 if moved else -0.05)
+                logits, traces = model(ids, policies_of(model, torch.ones(2)))
+            found[bare, moved] = (list(model.reads), logits)
+    assert all(trace.routed.all() for trace in traces)
+    assert torch.equal(found[True, False][0][0], found[True, True][0][0])
+    assert not torch.allclose(found[False, False][0][0], found[False, True][0][0], atol=1e-3)
+    # what the model itself reads feels it all the same
+    assert torch.equal(found[True, True][1], found[False, True][1])
+    assert not torch.allclose(found[True, False][1], found[True, True][1], atol=1e-3)
 
 
 def test_a_model_is_trained_measured_and_written(tmp_path: Path) -> None:
