@@ -23,9 +23,9 @@ CONTROL = ("attention", "recurrent")
 CLAIMED = ("mix", "learned", "learned-token", "recurrent_wide", "neighbours")
 # share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit;
 # histories that are read side by side leave blocks of many sizes behind, for which a fourteenth was too little
-ROOM, LARGE_ROOM, LARGE = 1 / 12, 1 / 10, ("recurrent_wide", "neighbours")
-HAM_SECONDS, LARGE_SECONDS, RIVAL_SECONDS = 0.42, 0.28, 0.22  # for each step of the fit
-HAM_READING, READING = 60.0, 20.0  # for all histories
+ROOM, LARGE_ROOM, LARGE = 1 / 12, 1 / 10, ("recurrent_wide", "neighbours", "log_linear")
+HAM_SECONDS, RIVAL_SECONDS = 0.42, 0.4  # for each step of the fit
+HAM_READING, READING = 90.0, 20.0  # for all histories
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ class Cell:
     @property
     def seconds(self) -> float:
         """What it takes, a dozen at a time on an H100."""
-        each = LARGE_SECONDS if self.model in LARGE else RIVAL_SECONDS
         steps = SETS[self.set].steps if self.set in SETS else 1
-        return steps * HAM_SECONDS + HAM_READING if MODELS[self.model].controls else steps * each + READING
+        if MODELS[self.model].controls:
+            return steps * HAM_SECONDS + HAM_READING
+        return steps * RIVAL_SECONDS + READING
 
     @property
     def name(self) -> str:
