@@ -54,8 +54,9 @@ RATES = (1e-3, 3e-3)
 # learning rates are tried on one set, rivals that have a size at a tenth
 TRIAL_SET, TRIAL_SHARE = "epf", 0.1
 FAMILIES = sorted({spec.family for spec in SETS.values()})
-# rivals that have room for a token of every column in every patch, whether there is one or not
-ROOM_FOR_ALL = ("window", "recurrent_window")
+# rivals that have room for a token of every column in every patch, whether there is one or not; and whether they have a
+# state beside it
+ROOM_FOR_ALL = {"window": False, "recurrent_window": True}
 # of a GPU's memory; the rest is the processes' own
 USED_GPU = 0.93
 
@@ -68,7 +69,9 @@ def budget_of(cell: Cell, carrier: Carrier, spec: Set, config: ModelConfig) -> i
     if cell.share is None:
         return NO_CAP
     budget = equal_bytes(carrier, spec, cell.share, config)
-    return live_window_bytes(carrier, spec, budget, config) if cell.model in ROOM_FOR_ALL else budget
+    if cell.model not in ROOM_FOR_ALL:
+        return budget
+    return live_window_bytes(carrier, spec, budget, config, state=ROOM_FOR_ALL[cell.model])
 
 
 # --- the grid

@@ -132,7 +132,7 @@ def answers(cells: list[dict[str, Any]], part: str = "events") -> pd.DataFrame:
                 size = here.loc[here["model"] == rival, "bytes"]
                 asked["b"].append((share, name, (best_router(here, None if size.empty else size.iloc[0]), rival)))
             asked["c"].append((share, name, ("learned", "learned-token")))
-            if SETS[name].family != "recent" and share == TENTH:
+            if SETS[name].family in ("old", "calendar") and share == TENTH:
                 asked.setdefault("d", []).append((share, name, (best, "recency")))
             if parted and share == CONTROL_SHARES[0]:
                 asked.setdefault("e", []).append((share, name, (REFERENCE, PARTS)))

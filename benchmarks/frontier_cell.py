@@ -88,15 +88,21 @@ def equal_bytes(carrier: Carrier, spec: Set, share: float, config: ModelConfig) 
     return int(share * tokens) * config.layers * entry_bytes(config)
 
 
-def live_window_bytes(carrier: Carrier, spec: Set, budget: int, config: ModelConfig) -> int:
+def live_window_bytes(carrier: Carrier, spec: Set, budget: int, config: ModelConfig, *, state: bool) -> int:
     """Bytes that a window is built for so that what it holds takes those of HAM: it has room for a token of every
-    column in every patch, and some are absent."""
+    column in every patch, and some are absent.
+
+    Args:
+        state: whether a state of HAM's size stands beside the window; else the window has its bytes, too.
+    """
     columns = [name for names in carrier.roles.values() if isinstance(names, list) for name in names]
     present = total = 0
     for _, own in carrier.frame.groupby("unique_id", sort=False):
         patch = (np.arange(len(own)) + patch_lead(own, spec)) // spec.patch_steps
         there = own[columns].notna().groupby(patch).any()
         present, total = present + int(there.to_numpy().sum()), total + there.size
+    if state:
+        return int(budget * total / present)
     with torch.device("meta"):
         fixed = config.layers * fixed_bytes(HAMLayer(config).empty_memory(1, len(columns), torch.zeros(1)))
     return int((budget + fixed) * total / present - fixed)

@@ -20,7 +20,7 @@ from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, REFERENCE, TENTH, g
 from benchmarks.frontier_lines import ROUTERS, cores_of, drawn, lines_of, markdown, parts_of
 from benchmarks.frontier_sets import SETS
 
-__all__ = ["by_seed", "draw", "equal_time", "recalled", "short", "table"]
+__all__ = ["by_seed", "draw", "equal_time", "of_every_seed", "recalled", "short", "table"]
 
 SHOWN = (0.0, 0.02, TENTH, 1.0)
 # in the plot
@@ -139,15 +139,19 @@ def table(folder: Path) -> str:
     return "\n\n".join(texts)
 
 
+def of_every_seed(lines: pd.DataFrame) -> pd.DataFrame:
+    """Those with as many seeds as any of their set: one fit beside means of three would be taken for one of them."""
+    return lines[lines["seeds"] == lines.groupby("set")["seeds"].transform("max")]
+
+
 def draw(folder: Path, path: Path) -> None:
     """One panel for each set and part: error against bytes; a line for each router, dots for each rival, and what two
     controls and parts of the budget keep with the weights of one router."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    lines = lines_of(read_cells(folder))
-    # those with every seed that any has: one fit beside means of three would be read as one of them
-    lines = lines[lines["part"].isin(["all", "events"]) & (lines["seeds"] == lines["seeds"].max())]
+    lines = of_every_seed(lines_of(read_cells(folder)))
+    lines = lines[lines["part"].isin(["all", "events"])]
     controls, lines = lines[lines["model"] == REFERENCE], lines[lines["memory"] == "model"]
     sets, models = list(lines["set"].unique()), [name for name in MODELS if name in set(lines["model"])]
     figure = Figure(figsize=(10, 3.6 * len(sets) + 0.7), layout="constrained")

@@ -1,4 +1,5 @@
-"""Cells of the frontier with more weights: how a fit goes, said while it goes, and then what is recalled.
+"""Cells of the frontier with more weights: how a fit goes, said while it goes, and then what is recalled; and what
+the routers of one folder come to against rivals of another, set by set (``--against``).
 
 ``python -m benchmarks.frontier_size --model learned --seed 0`` fits 10M weights on ``epf-old`` for as many steps as 1M
 has, writes the loss of the fit and its speed to ``fits/``, and then the cell, which ``benchmarks.frontier --table``
@@ -26,7 +27,7 @@ from benchmarks.frontier_answers import everything_kept
 from benchmarks.frontier_cell import BACKBONE, LENGTHENED, SIZES, TRAINING, Trial, finite, fit, give_back, scored
 from benchmarks.frontier_claims import by_seed
 from benchmarks.frontier_files import read_cells, write
-from benchmarks.frontier_grid import MODELS, TENTH, Cell
+from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, TENTH, Cell
 from benchmarks.frontier_lines import ROUTERS, difference, markdown, parts_of
 from benchmarks.frontier_sets import SETS, Carrier, load
 from hamts.config import ModelConfig
@@ -86,9 +87,10 @@ def table(folder: Path) -> str:
 
 
 def answer(folder: Path, rivals: Path) -> str:
-    """Fits of routers, each with its own weights, and their differences at a tenth to what keeps as much, and to rivals
-    of these bytes at each rate that they were fitted at: one folder holds routers, both hold rivals."""
-    ours, others = read_cells(folder), read_cells(rivals)
+    """Fits of routers, each with its own weights, and their differences to what keeps as much, and to rivals of
+    these bytes at each rate that they were fitted at: one folder holds routers, both hold rivals, or one holds all."""
+    ours = read_cells(folder)
+    others = [] if rivals.resolve() == folder.resolve() else read_cells(rivals)
     routers = [cell for cell in ours if cell["model"] in ROUTERS]
     rows = []
     for model in dict.fromkeys(cell["model"] for cell in routers):
@@ -101,10 +103,12 @@ def answer(folder: Path, rivals: Path) -> str:
     found = []
     for model, other, cells, rate in rows:
         two = (model, other) if other in ("shuffled", "random", "recency") else (other, "model")
-        for name, part in itertools.product(dict.fromkeys(cell["set"] for cell in cells), parts_of(cells)):
-            one = difference(cells, name, (model, "model"), two, TENTH, part)
+        sets = dict.fromkeys(cell["set"] for cell in cells)
+        for name, share, part in itertools.product(sets, CONTROL_SHARES, parts_of(cells)):
+            one = difference(cells, name, (model, "model"), two, share, part)
             if one is not None:
-                shown = {"set": name, "router": model, "against": other + rate, "part": part, "seeds": one["seeds"]}
+                shown = {"set": name, "share": f"{100 * share:g} %", "router": model, "against": other + rate}
+                shown |= {"part": part, "seeds": one["seeds"]}
                 apart = f"{100 * one['difference']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
                 bytes_ratio = f"{one['bytes_ratio']:.3f}"
                 found.append({**shown, "difference": apart, "bytes": bytes_ratio, "verdict": one["verdict"]})

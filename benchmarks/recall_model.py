@@ -164,9 +164,9 @@ class FaintBias(WideBlocks):
 
     def _attend(self, queries: torch.Tensor, *, scratch: Any, **others: Any) -> Any:
         strength = self.model.bias_strength
-        learned = scratch.bias - self.layer.scratch_bias.to(scratch.bias.dtype)  # [B, M, H]
-        bare = scratch.bias - learned  # [B, M, H]
+        bare = self.layer.scratch_bias.to(scratch.bias.dtype).expand_as(scratch.bias)  # [B, M, H] as if it said nothing
         if strength != 1.0 or self.model.severed:
+            learned = scratch.bias - bare  # [B, M, H]
             # nothing is added where the score is severed, but the gradient is taken away
             cut = learned.detach() - learned if self.model.severed else 0.0  # [B, M, H]
             gone = (1.0 - strength) * learned.detach()  # [B, M, H]

@@ -85,7 +85,8 @@ def run_jobs(
         workers: processes, as many on each device.
         begin_within_s, end_within_s: seconds after which nothing is begun, and what still runs is ended.
         devices: numbers of GPUs, each process sees one of them; None: all that there are.
-        most: share of a GPU's memory that a process may take; what it keeps for itself is room that others lack.
+        most: share of a GPU's memory that a process may take. PyTorch keeps what it no longer uses, and asks for more
+            until it is told that there is none.
     """
     run = _Run(list(jobs), work, workers, devices, most)
     while True:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -113,6 +114,35 @@ def test_controls_say_which_claims_are_called(attention: float, everything: floa
     assert callable_claims([cell for cell in cells if cell["seed"] < 2]) == ()
 
 
+def test_routers_are_set_beside_rivals_set_by_set(tmp_path: Path) -> None:
+    from benchmarks.frontier_files import write
+    from benchmarks.frontier_size import answer
+
+    for seed in range(3):
+        for name, rival in (("flights", 1.0), ("beijing", 0.5)):
+            own = [("model", 0.0, 1.0), ("model", 0.1, 0.8), ("model", 1.0, 0.7), ("shuffled", 0.1, 1.0)]
+            for cell in (_cell("learned", seed, own, name), _cell("window", seed, [("model", 0.1, rival)], name)):
+                write(tmp_path / f"{name}--{cell['model']}--seed{seed}.json", cell)
+    lines = answer(tmp_path, tmp_path).splitlines()
+    events = [line for line in lines if "| 10 % | learned | " in line and "| events |" in line]
+    assert [(line.split(" | ")[0], line.split(" | ")[3]) for line in events] == [
+        ("| beijing", "shuffled"), ("| flights", "shuffled"), ("| beijing", "window at 0.003"),
+        ("| flights", "window at 0.003"),
+    ]  # fmt: skip
+    assert "-20.0 [-20.0, -20.0] | 1.000 | better |" in events[3]
+    assert "+60.0 [+60.0, +60.0] | 1.000 | no better |" in events[2]
+
+
+def test_a_model_of_fewer_seeds_than_others_of_its_set_is_not_drawn() -> None:
+    from benchmarks.frontier_claims import of_every_seed
+    from benchmarks.frontier_lines import lines_of
+
+    cells = [_cell("learned", seed, [("model", 0.1, 0.8)], "flights") for seed in range(3)]
+    cells += [_cell("mix", 0, [("model", 0.1, 0.8)], "flights"), _cell("mix", 0, [("model", 0.1, 0.8)], "beijing")]
+    shown = of_every_seed(lines_of(cells))
+    assert set(zip(shown["set"], shown["model"], strict=True)) == {("flights", "learned"), ("beijing", "mix")}
+
+
 def test_a_cell_that_lacks_a_share_is_paired_with_no_other_seeds() -> None:
     from benchmarks.frontier_answers import callable_claims, everything_kept
 
@@ -151,6 +181,12 @@ def test_rivals_get_the_bytes_of_the_share_that_is_asked_of_routers() -> None:
     # a window has room for the event column of every patch, which is mostly absent: what it holds is as much
     for name in ("window", "recurrent_window"):
         assert budget_of(Cell("smoke", name, 0, 0.1), carrier, SMOKE, shape) > 1.5 * even
+    # beside a state the window has no bytes of it: what is absent is all that it is allowed for
+    columns = [name for names in carrier.roles.values() if isinstance(names, list) for name in names]
+    patch = np.arange(len(carrier.frame)) // SMOKE.patch_steps
+    there = carrier.frame[columns].notna().groupby(patch).any().to_numpy()
+    allowed = budget_of(Cell("smoke", "recurrent_window", 0, 0.1), carrier, SMOKE, shape)
+    assert abs(allowed * there.mean() / even - 1) < 0.01
     assert budget_of(Cell("smoke", "attention", 0), carrier, SMOKE, shape) == NO_CAP
 
 

@@ -176,6 +176,8 @@ def test_a_block_sparse_read_in_pieces_is_the_whole_read(monkeypatch: pytest.Mon
         reading = network(chunk, network.empty_memory(store.n_items), policy)
         pieces = len(most)
         (reading.quantiles.square().mean() + reading.traces[0].entries_mass.sum()).backward()
+        # weights that are not kept are found once more
+        assert len(most) == (pieces if pieces == config.layers else 2 * pieces)
         gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
         found.append((reading.quantiles, [t.entries_mass for t in reading.traces], gradients, pieces, max(most)))
     whole, cut = found

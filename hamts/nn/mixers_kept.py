@@ -315,17 +315,17 @@ class Blocks:
 
     @torch.no_grad()
     def read_by(self, queries: torch.Tensor, top: int) -> torch.Tensor:
-        """Which rows each query reads, by head: [B, N, C, H, K] -> [B, N, C, H, M]."""
-        B, N, C, H, _ = queries.shape
+        """Which rows each of n queries reads, by head: [B, n, C, H, K] -> [B, n, C, H, M]."""
+        B, n, C, H, _ = queries.shape
         G = self.mean.shape[1]
         if G == 0:
-            return torch.zeros(B, N, C, H, 0, dtype=torch.bool, device=queries.device)
-        fit = torch.einsum("bnchk,bghk->bnchg", queries, self.mean.to(queries.dtype))  # [B, N, C, H, G]
-        choice = self.whole[:, :, None] & self.open_to[:, None]  # [B, N, C, G]
+            return torch.zeros(B, n, C, H, 0, dtype=torch.bool, device=queries.device)
+        fit = torch.einsum("bnchk,bghk->bnchg", queries, self.mean.to(queries.dtype))  # [B, n, C, H, G]
+        choice = self.whole[:, :, None] & self.open_to[:, None]  # [B, n, C, G]
         fit = fit.masked_fill(~choice[:, :, :, None], -torch.inf)
         best = fit.topk(min(top, G), -1)
         chosen = torch.zeros_like(fit, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
-        row_block = self.number[:, None, None, None].expand(B, N, C, H, -1)
-        unfinished = ~self.whole.gather(2, self.number[:, None].expand(-1, N, -1))  # [B, N, M]
-        reads = chosen.gather(-1, row_block) | unfinished[:, :, None, None]  # [B, N, C, H, M]
+        row_block = self.number[:, None, None, None].expand(B, n, C, H, -1)
+        unfinished = ~self.whole.gather(2, self.number[:, None].expand(-1, n, -1))  # [B, n, M]
+        reads = chosen.gather(-1, row_block) | unfinished[:, :, None, None]  # [B, n, C, H, M]
         return reads & (self.arrived[:, :, None] & self.allowed[:, None])[:, :, :, None]
