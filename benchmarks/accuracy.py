@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 
 import hamts
+from benchmarks.cells import write_cell
 from hamts.metrics import climatology_quantiles, seasonal_naive
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
@@ -176,10 +177,7 @@ def run(names: list[str], seeds: list[int], variants: list[str], *, again: bool)
         if path.exists() and not again:
             continue
         cell = measure(name, variant, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(cell, indent=1) + "\n")
-        partial.replace(path)
+        write_cell(path, cell)
         print(path.name, f"{cell['fit_s']} s,", json.dumps(cell["rows"]), flush=True)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.cells import write_cell
 from hamts.config import PRESETS, MemoryConfig, ModelConfig
 from hamts.cost import fit_cost, measure
 from hamts.nn.backbone import ChannelSpec
@@ -149,10 +150,7 @@ def main() -> None:
                 path = args.results / f"{args.device}--{preset}--{channels}.json"
                 if path.exists():
                     continue
-                found = cell(preset, channels, torch.device(args.device), args.rounds)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(found, indent=1) + "\n")
-                partial.replace(path)
+                write_cell(path, cell(preset, channels, torch.device(args.device), args.rounds))
     print(table(args.results))
     print(summary(args.results))
 

@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.cells import write_cell
 from benchmarks.frontier_cell import (
     BACKBONE,
     NO_CAP,
@@ -42,7 +43,7 @@ from benchmarks.frontier_cell import (
     measure,
 )
 from benchmarks.frontier_claims import draw, table
-from benchmarks.frontier_files import refuse_others, write
+from benchmarks.frontier_files import refuse_others
 from benchmarks.frontier_grid import MODELS, REFERENCE, SEEDS, Cell, Model, grid
 from benchmarks.frontier_lines import markdown
 from benchmarks.frontier_sets import SETS, SMOKE, Carrier, Set, load, smoke_carrier
@@ -57,8 +58,6 @@ FAMILIES = sorted({spec.family for spec in SETS.values()})
 # rivals that have room for a token of every column in every patch, whether there is one or not; and whether they have a
 # state beside it
 ROOM_FOR_ALL = {"window": False, "recurrent_window": True}
-# of a GPU's memory; the rest is the processes' own
-USED_GPU = 0.93
 
 
 # --- one cell
@@ -102,7 +101,6 @@ class Task:
     folder: Path
     how: dict[str, Any]
     rate: float | None = None  # of a trial
-    alone: bool = True  # else it takes its share of a GPU's memory: what waits in caches is others' room
     load_set: Callable[[str], Carrier] | None = None  # None: ``load``
     specs: dict[str, Set] = field(default_factory=lambda: SETS)
     models: dict[str, Model] = field(default_factory=lambda: MODELS)
@@ -146,8 +144,6 @@ def _perform(task: Task) -> str:
     warnings.simplefilter("ignore")
     give_back()
     torch.set_float32_matmul_precision("high")
-    if torch.cuda.is_available() and not task.alone:
-        torch.cuda.set_per_process_memory_fraction(USED_GPU * task.cell.room)
     cell, row, spec = task.cell, task.models[task.cell.model], task.specs[task.cell.set]
     carrier = (task.load_set or loaded)(cell.set)
     how = dict(task.how)
@@ -163,13 +159,13 @@ def _perform(task: Task) -> str:
             "rate": task.rate, "size": how["size"], "steps": trained.report.steps,
             "validation": finite(trained.report.best_score), "s": round(time.perf_counter() - began, 1),
         }  # fmt: skip
-        write(task.path, said)
+        write_cell(task.path, said)
         return f"{said['s']} s, validation {said['validation']} at rate {task.rate:g}"
     result = measure(
         cell, row, rate=rate or best_rate(cell, task.folder), carrier=carrier, spec=spec,
         budget=budget_of(cell, carrier, spec, shape), **how,
     )  # fmt: skip
-    write(task.path, result)
+    write_cell(task.path, result)
     scores = [f"{p['memory']} {p['share']}: {p['parts']['all']['WQL']:.4f}" for p in result["points"]]
     return f"{result['s']} s, of them {result['fit_s']} s of fit, peak {result['peak_gib']} GiB; " + ", ".join(scores)
 
@@ -204,7 +200,7 @@ def run(
 ) -> None:  # fmt: skip
     """Measure what is missing, until the time is up: here, or side by side in processes of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = jobs_of(cells, functools.partial(Task, folder=folder, alone=workers == 1, **told), again=again)
+    jobs = jobs_of(cells, functools.partial(Task, folder=folder, **told), again=again)
     print(f"{len(jobs)} jobs", flush=True)
     if workers > 1:
         run_jobs(jobs, perform, workers=workers, begin_within_s=most_s, end_within_s=end_s, devices=devices)

@@ -9,17 +9,9 @@ from typing import Any
 
 from hamts.errors import DataError
 
-__all__ = ["read_cells", "refuse_others", "write"]
+__all__ = ["read_cells", "refuse_others"]
 
 ELSEWHERE = "Ask for the same, name another --folder, or pass --again to measure it anew."
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:

@@ -22,11 +22,12 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks.cells import write_cell
 from benchmarks.frontier import budget_of
 from benchmarks.frontier_answers import everything_kept
 from benchmarks.frontier_cell import BACKBONE, LENGTHENED, SIZES, TRAINING, Trial, finite, fit, give_back, scored
 from benchmarks.frontier_claims import by_seed
-from benchmarks.frontier_files import read_cells, write
+from benchmarks.frontier_files import read_cells
 from benchmarks.frontier_grid import CONTROL_SHARES, MODELS, TENTH, Cell
 from benchmarks.frontier_lines import ROUTERS, difference, markdown, parts_of
 from benchmarks.frontier_sets import SETS, Carrier, load
@@ -180,7 +181,7 @@ def main() -> None:
         "losses": [[int(one["step"]), finite(one["train_loss"])] for one in trained.report.history],
     }  # fmt: skip
     fits = told.folder / "fits" / f"{cell.name}--{told.rate:g}--{trained.report.steps}.json"
-    write(fits, {"set": cell.set, "model": cell.model, "size": told.size, "seed": cell.seed, "rate": told.rate,
+    write_cell(fits, {"set": cell.set, "model": cell.model, "size": told.size, "seed": cell.seed, "rate": told.rate,
                  "steps": trained.report.steps, "fit_s": round(fit_s, 1), **how})  # fmt: skip
     losses = " ".join(f"{loss:.3f}" for _, loss in how["losses"])
     print(f"{fits.name}: {fit_s:.0f} s, {how['ms_each']}, losses {losses}", flush=True)
@@ -193,7 +194,7 @@ def main() -> None:
     result = scored(
         cell, few, trained, carrier, SETS[told.set], told=said, gpu=gpu, began=began, parted=False, timed=timed
     )
-    write(path, {**result, **how})
+    write_cell(path, {**result, **how})
     events = [f"{p['memory']} {p['share']}: {p['parts']['events']['WQL']:.4f}" for p in result["points"]]
     print(f"{path.name}: {result['s']} s, peak {result['peak_gib']} GiB; events " + ", ".join(events), flush=True)
 

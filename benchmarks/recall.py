@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.frontier_files import write
+from benchmarks.cells import write_cell
 from benchmarks.recall_claims import claims
 from benchmarks.recall_ladders import LADDERS, LATE, SMOKE, Rung
 from benchmarks.recall_model import (
@@ -53,8 +53,6 @@ from hamts.training_auxiliary import score_loss
 
 RESULTS = Path(__file__).parent / "results" / "recall"
 EXPLORE = 0.1
-# of a GPU's memory, for all processes; the rest is what they take before they begin
-USED_GPU = 0.92
 # a value asked for is lost if fewer of its queries are right, known if more are
 LOST, KNOWN = 0.2, 0.8
 
@@ -314,7 +312,7 @@ def run_one(
         if length == ladder[-1].length:
             return
         rows = measure(model, [length], sequences=sequences, device=device, whole=False)
-        write(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
+        write_cell(path.with_suffix(".rung"), cell | {"curve": curve, "rows": rows})
         model.train()
 
     curve = train(
@@ -323,7 +321,7 @@ def run_one(
     )  # fmt: skip
     rows = measure(model, [rung.length for rung in ladder], sequences=sequences, device=device)
     cell |= {"s": round(time.perf_counter() - began, 1), "curve": curve, "rows": rows}
-    write(path, cell)
+    write_cell(path, cell)
     path.with_suffix(".rung").unlink(missing_ok=True)
     return cell
 
@@ -352,13 +350,13 @@ def perform(run: Run) -> str:
 
 
 def jobs_of(
-    models: list[str], seeds: list[int], rates: list[float], ladder: str, folder: Path, *, again: bool = False
+    models: list[str], seeds: list[int], rates: list[float], ladder: str, folder: Path, *, again: bool, room: float
 ) -> list[Job]:
     """Those that are not there yet: rate by rate, the slowest first."""
     slow = sorted(models, key=lambda name: MODELS[name].get("mixer", "ham") != "ham")
     runs = [Run(model, rate, seed, ladder, folder) for rate in rates for model in slow for seed in seeds]
     paths = {run: cell_path(folder, run.model, run.rate, run.seed, ladder) for run in runs}
-    return [Job(path.stem, run) for run, path in paths.items() if again or not path.exists()]
+    return [Job(path.stem, run, room=room) for run, path in paths.items() if again or not path.exists()]
 
 
 def main() -> None:
@@ -383,10 +381,11 @@ def main() -> None:
         for name in names:
             run_one(name, rate=options.rates[0], seed=options.seeds[0], ladder_name=ladder, folder=options.folder)
     elif not (options.table or options.summary or options.claims):
-        jobs = jobs_of(options.models, options.seeds, options.rates, ladder, options.folder, again=options.again)
         many, limit = options.side_by_side, options.limit
-        most = USED_GPU / many if many > 1 else None
-        run_jobs(jobs, perform, workers=many, begin_within_s=limit, end_within_s=limit, most=most)
+        jobs = jobs_of(
+            options.models, options.seeds, options.rates, ladder, options.folder, again=options.again, room=1 / many
+        )
+        run_jobs(jobs, perform, workers=many, begin_within_s=limit, end_within_s=limit)
     if options.claims:
         print(claims(options.folder, ladder, options.rates[0]))
     elif not options.one:

@@ -33,44 +33,43 @@ MARKER = KEYS + VALUES + FILLER
 TOKENS_PER_PAIR = 16
 ROOMY_BYTES = 1 << 40
 
+LEARNED: dict[str, Any] = {"router": "learned"}
+TOKEN = LEARNED | {"learned_features": "token"}
+# the teacher of asked reads is heard by these scores' own weights and by nothing below: at weight 1 a gradient that
+# goes on through the score's input outweighs the task there. Its weight. Scores of ``-only`` hear nothing else, and the
+# read feels their logarithm (that of ``-mute`` it never feels)
+OWN = {
+    "learned-token-asked-own-0.02": 0.02,
+    "learned-token-asked-own-0.1": 0.1,
+    "learned-token-asked-own-0.3": 0.3,
+    "learned-token-asked-own-1": 1.0,
+    "learned-token-asked-own-only": 1.0,
+    "learned-asked-own-0.3": 0.3,
+    "learned-token-asked-bare-0.02": 0.02,
+    "learned-token-asked-bare-0.3": 0.3,
+    "learned-token-asked-bare-only": 1.0,
+    "learned-asked-bare-0.3": 0.3,
+}
+# training of the learned score taken apart; see BIAS_FROM, SELECTED_BY and TARGETS; then by what it is taught, see
+# WEIGHTS and SEVERED; then by which weights are taught, and by which reads, see OWN and BARE
+APART = (
+    "learned-late", "learned-token-late", "learned-token-silent", "learned-token-gain", "learned-token-silent-gain",
+    "learned-token-asked", "learned-token-asked-mute", "learned-token-taught", "learned-token-mute", "learned-asked",
+    "learned-asked-mute", *OWN,
+)  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "recurrent": {"mixer": "recurrent"},
     "attention": {"mixer": "attention"},
     "gdn_gsa": {"mixer": "gdn_gsa"},
-    "learned": {"router": "learned"},
-    "learned-token": {"router": "learned", "learned_features": "token"},
+    "learned": LEARNED,
+    "learned-token": TOKEN,
     "surprise": {"router": "surprise", "head_reduction": "min"},
     "error": {"router": "error", "head_reduction": "min"},
-    "learned-shared": {"router": "learned"},
-    "learned-token-shared": {"router": "learned", "learned_features": "token"},
+    "learned-shared": LEARNED,
+    "learned-token-shared": TOKEN,
     "surprise-shared": {"router": "surprise", "head_reduction": "min"},
-    # training of the learned score taken apart; see BIAS_FROM, SELECTED_BY and TARGETS
-    "learned-late": {"router": "learned"},
-    "learned-token-late": {"router": "learned", "learned_features": "token"},
-    "learned-token-silent": {"router": "learned", "learned_features": "token"},
-    "learned-token-gain": {"router": "learned", "learned_features": "token"},
-    "learned-token-silent-gain": {"router": "learned", "learned_features": "token"},
-    # ... and by what it is taught; see WEIGHTS and SEVERED
-    "learned-token-asked": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-mute": {"router": "learned", "learned_features": "token"},
-    "learned-token-taught": {"router": "learned", "learned_features": "token"},
-    "learned-token-mute": {"router": "learned", "learned_features": "token"},
-    "learned-asked": {"router": "learned"},
-    "learned-asked-mute": {"router": "learned"},
-    # ... and by which weights hear the teacher of asked reads: the score's own alone, at the weight in the name. Of
-    # `-own-only` these hear nothing else, and the read feels their logarithm (of `-mute` it never does); see OWN
-    "learned-token-asked-own-0.02": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-own-0.1": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-own-0.3": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-own-1": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-own-only": {"router": "learned", "learned_features": "token"},
-    "learned-asked-own-0.3": {"router": "learned"},
-    # ... and from reads that do not feel the learned logarithm; see BARE
-    "learned-token-asked-bare-0.02": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-bare-0.3": {"router": "learned", "learned_features": "token"},
-    "learned-token-asked-bare-only": {"router": "learned", "learned_features": "token"},
-    "learned-asked-bare-0.3": {"router": "learned"},
-    "surprise-biased": {"router": "learned", "head_reduction": "min"},
+    **{name: TOKEN if "-token-" in name else LEARNED for name in APART},
+    "surprise-biased": LEARNED | {"head_reduction": "min"},
 }
 # shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
 # there. Before, its gradient passes all the same: the read does not feel it, and says what it would gain by it.
@@ -83,20 +82,6 @@ BIAS_FROM = {
     "learned-token-asked-mute": NEVER,
     "learned-token-mute": NEVER,
     "learned-asked-mute": NEVER,
-}
-# the auxiliary target teaches these scores' own weights and nothing below: at weight 1 a gradient that goes on through
-# the score's input outweighs the task there. Its weight
-OWN = {
-    "learned-token-asked-own-0.02": 0.02,
-    "learned-token-asked-own-0.1": 0.1,
-    "learned-token-asked-own-0.3": 0.3,
-    "learned-token-asked-own-1": 1.0,
-    "learned-token-asked-own-only": 1.0,
-    "learned-asked-own-0.3": 0.3,
-    "learned-token-asked-bare-0.02": 0.02,
-    "learned-token-asked-bare-0.3": 0.3,
-    "learned-token-asked-bare-only": 1.0,
-    "learned-asked-bare-0.3": 0.3,
 }
 # the reads that these are taught by are counted without the score's logarithm: what it lowered is read less, and would
 # be taught lower still

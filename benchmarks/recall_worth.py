@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.recall import train, write
+from benchmarks.cells import write_cell
+from benchmarks.recall import train
 from benchmarks.recall_ladders import LADDERS
 from benchmarks.recall_model import (
     KEYS,
@@ -132,7 +133,7 @@ def run_one(name: str, seed: int, folder: Path, steps: int) -> dict[str, Any]:
         "worth_against_attention": correlation(table[:, 1], table[:, 3]),
         "worth_against_score": correlation(table[:, 1], table[:, 6]),
     }  # fmt: skip
-    write(folder / f"{name}--steps{steps}--seed{seed}.json", cell)
+    write_cell(folder / f"{name}--steps{steps}--seed{seed}.json", cell)
     return cell
 
 

@@ -22,14 +22,17 @@ MOST_TRIES = 3
 LAST_LINES = 8
 # what may pass: another process had the room
 NO_ROOM = ("out of memory", "its process died")
+# of a GPU's memory, for all jobs; the rest is what processes take before they begin
+USED_GPU = 0.92
 
 
 @dataclass(frozen=True)
 class Job:
     """Something to do, and the jobs that must be done before; what is not in the list counts as done.
 
-    ``room`` is the share of a device's memory that it needs: what runs at once needs 1 at most. ``seconds`` are those
-    that it is thought to take: what would not be done in time is not begun.
+    ``room`` is the share of a device's memory that it needs, and may take: what runs at once needs 1 at most, and where
+    it is 0 nothing is counted. ``seconds`` are those that it is thought to take: what would not be done in time is not
+    begun.
     """
 
     name: str
@@ -47,21 +50,22 @@ class _Worker:
     job: Job | None = None
 
 
-def _serve(connection: Connection, work: Callable[[Any], str], device: str | None, most: float | None) -> None:
+def _serve(connection: Connection, work: Callable[[Any], str], device: str | None) -> None:
     """Do what comes until nothing does."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
 
     torch.set_num_threads(1)
-    if most is not None and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(most)
     while True:
         try:
-            payload = connection.recv()
+            payload, room = connection.recv()
         except EOFError:
             return
         try:
+            if room and torch.cuda.is_available():
+                # PyTorch keeps what it no longer uses, and asks for more until it is told that there is none
+                torch.cuda.set_per_process_memory_fraction(USED_GPU * room)
             connection.send((True, work(payload)))
         except Exception:
             lines = traceback.format_exc().splitlines()
@@ -76,7 +80,6 @@ def run_jobs(
     begin_within_s: float,
     end_within_s: float,
     devices: Sequence[str | None] = (None,),
-    most: float | None = None,
 ) -> list[str]:
     """Do all that can be done; the names of jobs that failed, and not for want of room alone.
 
@@ -85,10 +88,8 @@ def run_jobs(
         workers: processes, as many on each device.
         begin_within_s, end_within_s: seconds after which nothing is begun, and what still runs is ended.
         devices: numbers of GPUs, each process sees one of them; None: all that there are.
-        most: share of a GPU's memory that a process may take. PyTorch keeps what it no longer uses, and asks for more
-            until it is told that there is none.
     """
-    run = _Run(list(jobs), work, workers, devices, most)
+    run = _Run(list(jobs), work, workers, devices)
     while True:
         run.drop_hopeless()
         if run.passed < begin_within_s:
@@ -104,14 +105,9 @@ class _Run:
     """Who does what, what waits, and what came of the rest."""
 
     def __init__(
-        self,
-        jobs: list[Job],
-        work: Callable[[Any], str],
-        workers: int,
-        devices: Sequence[str | None],
-        most: float | None,
+        self, jobs: list[Job], work: Callable[[Any], str], workers: int, devices: Sequence[str | None]
     ) -> None:
-        self.waiting, self.work, self.devices, self.most = jobs, work, devices, most
+        self.waiting, self.work, self.devices = jobs, work, devices
         self.workers = -(-workers // len(devices))  # on a device
         self.unfinished = {job.name for job in jobs}
         self.failed: list[str] = []
@@ -146,7 +142,7 @@ class _Run:
                 return
             self.waiting.remove(job)
             worker.job = job
-            worker.connection.send(job.payload)
+            worker.connection.send((job.payload, job.room))
 
     def _free(self, room: float) -> _Worker | None:
         """An idle process on the emptiest device that has so much room."""
@@ -165,7 +161,7 @@ class _Run:
 
     def _start(self, device: str | None) -> _Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.work, device, self.most), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, self.work, device), daemon=True)
         process.start()
         # else its end would not be noticed here
         theirs.close()

@@ -32,6 +32,7 @@ import pandas as pd
 import torch
 
 import hamts
+from benchmarks.cells import write_cell
 from hamts.stream import Stream
 
 RESULTS = Path(__file__).parent / "results" / "streaming"
@@ -277,10 +278,7 @@ def run(names: list[str], *, again: bool) -> None:
         cell = CELLS[name]()
         seconds = round(time.perf_counter() - began, 1)
         cell = {"cell": name, "seconds": seconds, **cell, "threads": torch.get_num_threads(), "facts": before}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(cell, indent=1) + "\n")
-        partial.replace(path)
+        write_cell(path, cell)
         print(f"{path.name}: {cell['seconds']} s", flush=True)
 
 

@@ -115,14 +115,14 @@ def test_controls_say_which_claims_are_called(attention: float, everything: floa
 
 
 def test_routers_are_set_beside_rivals_set_by_set(tmp_path: Path) -> None:
-    from benchmarks.frontier_files import write
+    from benchmarks.cells import write_cell
     from benchmarks.frontier_size import answer
 
     for seed in range(3):
         for name, rival in (("flights", 1.0), ("beijing", 0.5)):
             own = [("model", 0.0, 1.0), ("model", 0.1, 0.8), ("model", 1.0, 0.7), ("shuffled", 0.1, 1.0)]
             for cell in (_cell("learned", seed, own, name), _cell("window", seed, [("model", 0.1, rival)], name)):
-                write(tmp_path / f"{name}--{cell['model']}--seed{seed}.json", cell)
+                write_cell(tmp_path / f"{name}--{cell['model']}--seed{seed}.json", cell)
     lines = answer(tmp_path, tmp_path).splitlines()
     events = [line for line in lines if "| 10 % | learned | " in line and "| events |" in line]
     assert [(line.split(" | ")[0], line.split(" | ")[3]) for line in events] == [
@@ -245,6 +245,13 @@ def device_of(payload: int) -> str:
     return f"device {os.environ['CUDA_VISIBLE_DEVICES']}"
 
 
+TAKEN: list[float] = []
+
+
+def taken(payload: int) -> str:
+    return str(TAKEN)
+
+
 def alone(payload: str) -> str:
     """Fails where another process has made the same folder and not yet removed it."""
     os.mkdir(payload)
@@ -278,6 +285,22 @@ def test_a_job_that_fails_costs_those_that_need_it_and_no_other(
     assert "device 3" in said and "device 5" in said
     assert run_jobs([Job("late", 1)], double, workers=1, begin_within_s=-1.0, end_within_s=60.0) == []
     assert "1 jobs were not begun" in capsys.readouterr().out
+
+
+def test_a_job_takes_no_more_of_a_device_than_it_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.side_by_side import USED_GPU, Job, run_jobs
+
+    # processes are copies of this one
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", TAKEN.append)
+    jobs = [Job("first", 0, room=0.5), Job("second", 0, ("first",), room=0.25), Job("third", 0, ("second",))]
+    assert run_jobs(jobs, taken, workers=1, begin_within_s=60.0, end_within_s=60.0) == []
+    said = capsys.readouterr().out
+    assert f"first: {[0.5 * USED_GPU]}" in said and f"second: {[0.5 * USED_GPU, 0.25 * USED_GPU]}" in said
+    # one that said nothing is left alone
+    assert f"third: {[0.5 * USED_GPU, 0.25 * USED_GPU]}" in said
 
 
 def test_cells_wait_for_their_trials(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from hamts.nn.mixers_parts import NEVER, Kept, MixerMemory, Recent, compact, joi
 from hamts.nn.tokens import Policy, Tokens
 from hamts.ops.types import GatedDelta, compute_dtype
 
+__all__ = ["BlockSparseLayer", "PooledLayer", "SlidingLayer", "TopWriteLayer"]
+
 # weights of a block-sparse read that are there at once: so many queries as have no more of them
 PIECE_WEIGHTS = 1 << 26
-
-__all__ = ["BlockSparseLayer", "PooledLayer", "SlidingLayer", "TopWriteLayer"]
 
 
 class SlidingLayer(MixerLayer):
