@@ -21,9 +21,14 @@ REFERENCE = "learned"
 CONTROL = ("attention", "recurrent")
 # routers that did best with the first seed, what two of the claims need besides, and the rivals of the other
 CLAIMED = ("mix", "learned", "learned-token", "recurrent_wide", "neighbours")
-# share of a GPU's memory that a cell needs, and those that need more: a wide state and many patches take room in a fit;
-# histories that are read side by side leave blocks of many sizes behind, for which a fourteenth was too little
-ROOM, LARGE_ROOM, LARGE = 1 / 12, 1 / 10, ("recurrent_wide", "neighbours", "log_linear")
+# share of a GPU's memory that a cell needs: a fourteenth was too little for histories that are read side by side, which
+# leave blocks of many sizes behind
+ROOM = 1 / 12
+# what needs more, everywhere or on a set: wide states and stored patches grow with the tokens of an item, and what a
+# router keeps of all items is read at once
+LARGE_ROOM = {"recurrent_wide": 1 / 10, "neighbours": 1 / 10, "log_linear": 1 / 10}
+ROOM_ON = {("beijing", "recurrent_wide"): 1 / 7, ("tep", "recurrent_wide"): 1 / 3}
+ROUTER_ROOM_ON = {"flights": 1 / 5}
 HAM_SECONDS, RIVAL_SECONDS = 0.42, 0.4  # for each step of the fit
 HAM_READING, READING = 90.0, 20.0  # for all histories
 
@@ -79,7 +84,9 @@ class Cell:
     @property
     def room(self) -> float:
         """Share of a GPU's memory that it needs."""
-        return LARGE_ROOM if self.model in LARGE else ROOM
+        if MODELS[self.model].controls:
+            return ROUTER_ROOM_ON.get(self.set, ROOM)
+        return ROOM_ON.get((self.set, self.model), LARGE_ROOM.get(self.model, ROOM))
 
     @property
     def seconds(self) -> float:
@@ -101,7 +108,7 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     if cell.model in CONTROL:
         return (0, cell.seed)
     if cell.model in CLAIMED:
-        return (1, cell.model in LARGE, cell.share == CONTROL_SHARES[0], cell.seed)
+        return (1, cell.model in LARGE_ROOM, cell.share == CONTROL_SHARES[0], cell.seed)
     return (2, MODELS[cell.model].controls == (), cell.seed, cell.share != TENTH)
 
 

@@ -18,6 +18,18 @@ from hamts.config import ModelConfig
 from hamts.errors import DataError
 
 
+def test_what_needs_more_room_on_a_gpu_gets_it() -> None:
+    from benchmarks.frontier_grid import LARGE_ROOM, MODELS, ROOM, ROOM_ON, ROUTER_ROOM_ON, Cell
+    from benchmarks.frontier_sets import SETS
+
+    assert set(LARGE_ROOM) | {model for _, model in ROOM_ON} <= set(MODELS)
+    assert set(ROUTER_ROOM_ON) | {name for name, _ in ROOM_ON} <= set(SETS)
+    assert Cell("epf-old", "mix", 0).room == Cell("flights", "window", 0, 0.1).room == ROOM
+    assert ROOM < Cell("epf-old", "recurrent_wide", 0, 0.1).room < Cell("beijing", "recurrent_wide", 0, 0.1).room
+    # all routers read the many items of that set at once
+    assert Cell("flights", "tags", 0).room == Cell("flights", "mix", 0).room > ROOM
+
+
 def test_the_grid_has_its_core_and_every_router_and_rival() -> None:
     from benchmarks.frontier_grid import MODELS, grid
     from benchmarks.frontier_sets import NAMED_STEPS, SETS
