@@ -92,12 +92,16 @@ def load_folder(
     path: str | os.PathLike[str], *, format_name: str = MODEL_FORMAT, format_major: int = 1
 ) -> StoredFolder:
     """Read a folder and check all of it: every byte against its SHA-256 before anything is made from it."""
-    folder = _readable_folder(Path(path), format_name)
+    asked = Path(path)
+    folder = _readable_folder(asked, format_name)
     identity = _identity(folder)
     try:
         return _load_checked(folder, format_name=format_name, format_major=format_major)
     except (ModelFolderError, FileNotFoundError):
-        if _identity(folder) == identity:
+        # the old model is deleted once the new one is in place, and may have been half gone when it was first looked
+        # at. This before its identity: where the place is empty again, another old model has come
+        in_place = folder != asked and asked.is_dir()
+        if not in_place and _identity(folder) == identity:
             raise
     # another process replaced the model while it was read: the new one is complete
     return load_folder(path, format_name=format_name, format_major=format_major)

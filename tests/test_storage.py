@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hamts import storage
 from hamts.errors import ModelFolderError
 from hamts.storage import load_folder, save_folder
 
@@ -405,6 +407,27 @@ def test_a_kill_at_any_step_leaves_one_whole_model_and_the_next_save_cleans_up(t
         save_small(tmp_path / str(moment) / "m", 3.0)
         assert [entry.name for entry in (tmp_path / str(moment)).iterdir()] == ["m"]
         assert marker_of(tmp_path / str(moment) / "m") == 3
+
+
+def test_a_reader_of_an_old_model_that_is_being_deleted_finds_the_new_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = model.with_name(f".{model.name}.replaced"), model.with_name("new")
+    os.rename(model, old)
+    save_small(new, 2.0)
+    # as a deletion begins it, between a reader's first look and its second
+    (old / "manifest.json").unlink()
+    with pytest.raises(ModelFolderError, match="E-MODEL-FOREIGN"):
+        load_folder(model)
+    plain = storage.read_manifest
+
+    def replaced(folder: Path) -> dict[str, Any]:
+        if new.exists():
+            os.rename(new, model)
+        return plain(folder)
+
+    monkeypatch.setattr(storage, "read_manifest", replaced)
+    assert marker_of(model) == 2.0
 
 
 def test_two_writers_and_a_reader_never_meet_half_a_model(model: Path) -> None:
