@@ -91,7 +91,7 @@ def train(
                 curve.append(point | {"s": round(time.perf_counter() - began, 1)})
                 if not quiet:
                     print(json.dumps(curve[-1]), flush=True)
-        model.asked = None
+        model.asked = model.deaf = None
         after(rung.length, curve)
     return curve
 
@@ -108,6 +108,8 @@ def learn(
     ids, right, share = draw_batch(rung, generator)
     asked = lesson.target == "asked"
     model.asked = asked_of(right, rung.length // rung.tokens_per_pair) if asked else None
+    if lesson.deaf:
+        model.deaf = torch.rand(len(ids), generator=generator, device=ids.device) < lesson.deaf  # [B]
     logits, traces = model(ids, policies_of(model, share, explore_share=EXPLORE, explore_generator=explore))
     loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
     optimizer.zero_grad(set_to_none=True)

@@ -49,13 +49,20 @@ OWN = {
     "learned-token-asked-bare-0.3": 0.3,
     "learned-token-asked-bare-only": 1.0,
     "learned-asked-bare-0.3": 0.3,
+    "learned-token-asked-own-0.3-deaf": 0.3,
+    "learned-asked-own-0.3-deaf": 0.3,
 }
+# these do not hear the state in so many of the sequences that they learn from: what a state answers needs no lookup,
+# and where it answers all that is short none is learned
+DEAF_SHARE = 0.5
+DEAF = ("learned-token-deaf", "learned-token-asked-own-0.3-deaf", "learned-asked-own-0.3-deaf", "surprise-deaf")
 # training of the learned score taken apart; see BIAS_FROM, SELECTED_BY and TARGETS; then by what it is taught, see
-# WEIGHTS and SEVERED; then by which weights are taught, and by which reads, see OWN and BARE
+# WEIGHTS and SEVERED; then by which weights are taught, and by which reads, see OWN and BARE; then by what is heard
+# in DEAF
 APART = (
     "learned-late", "learned-token-late", "learned-token-silent", "learned-token-gain", "learned-token-silent-gain",
     "learned-token-asked", "learned-token-asked-mute", "learned-token-taught", "learned-token-mute", "learned-asked",
-    "learned-asked-mute", *OWN,
+    "learned-asked-mute", "learned-token-deaf", *OWN,
 )  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "recurrent": {"mixer": "recurrent"},
@@ -70,6 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "surprise-shared": {"router": "surprise", "head_reduction": "min"},
     **{name: TOKEN if "-token-" in name else LEARNED for name in APART},
     "surprise-biased": LEARNED | {"head_reduction": "min"},
+    "surprise-deaf": {"router": "surprise", "head_reduction": "min"},
 }
 # shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
 # there. Before, its gradient passes all the same: the read does not feel it, and says what it would gain by it.
@@ -110,7 +118,7 @@ SHARED = "-shared"
 
 @dataclass(frozen=True)
 class Lesson:
-    """What teaches the learned score of a model."""
+    """What teaches a model, its learned score above all."""
 
     target: str = "attention"
     weight: float = AUXILIARY_WEIGHT
@@ -118,12 +126,14 @@ class Lesson:
     severed: bool = False  # the task's gradient does not reach the score
     bare: bool = False  # reads that teach it are counted without its logarithm
     bias_from: tuple[float, float] = ALWAYS
+    deaf: float = 0.0  # share of sequences in which the state is not heard
 
 
 def lesson_of(name: str) -> Lesson:
     return Lesson(
         target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), own=name in OWN,
         severed=name in SEVERED, bare=name in BARE, bias_from=BIAS_FROM.get(name, ALWAYS),
+        deaf=DEAF_SHARE if name in DEAF else 0.0,
     )  # fmt: skip
 
 
@@ -253,6 +263,11 @@ class TokenModel(nn.Module):
         # places that are asked, where reads from them are to be counted, and these reads, layer by layer
         self.asked: Asked | None = None
         self.reads: list[torch.Tensor] = []
+        # sequences in which the state is not heard, [B]
+        self.deaf: torch.Tensor | None = None
+        if config.mixer == "ham":
+            for block in blocks:
+                block.memory.recurrent_norm.register_forward_hook(self._heard)
         learns = config.mixer == "ham" and "learned" in config.router_names
         for block in blocks:
             faint = {"model": self, "layer": block.memory}
@@ -268,6 +283,12 @@ class TokenModel(nn.Module):
         for layer in self.layers():
             layer.router.names = (score,)
         return before.pop()[0]
+
+    def _heard(self, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        """What the state said, [B, 1, L, H, G], where it is heard."""
+        if self.deaf is None:
+            return output
+        return output.masked_fill(self.deaf[:, None, None, None, None], 0.0)  # [B, 1, L, H, G]
 
     def layers(self) -> list[Any]:
         return [block.memory for block in self.blocks]

@@ -211,6 +211,38 @@ def test_the_task_reaches_the_score_unless_it_is_severed(name: str, monkeypatch:
     assert moved["embedding.weight"] > 0 and moved["blocks.1.memory.scratch_bias"] > 0
 
 
+@pytest.mark.parametrize("router", ["learned", "surprise"])
+def test_a_state_that_is_not_heard_says_nothing_in_those_sequences_alone(router: str) -> None:
+    model = small(router=router)
+    ids, _ = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
+    with torch.no_grad():
+        whole = model(ids, policies_of(model, torch.ones(2)))[0]
+        model.deaf = torch.tensor([False, True])
+        half = model(ids, policies_of(model, torch.ones(2)))[0]
+        assert torch.equal(half[0], whole[0]) and not torch.allclose(half[1], whole[1], atol=1e-4)
+        # nothing that stands before the window, where nothing is kept either
+        for layer in model.layers():
+            layer.scratch_bias.fill_(-1e4)
+        other = ids.clone()
+        other[:, 4] = (other[:, 4] + 7) % KEYS
+        one, two = (model(x, policies_of(model, torch.ones(2)))[0] for x in (ids, other))
+        assert torch.equal(one[1, 16:], two[1, 16:]) and not torch.equal(one[0, 16:], two[0, 16:])
+
+
+def test_a_deaf_lesson_is_for_some_sequences_and_ends_with_the_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    lesson, seen = lesson_of("surprise-deaf"), []
+    assert lesson.deaf == 0.5 and lesson_of("surprise").deaf == 0.0
+    model = small(router="surprise")
+    plain = model.forward
+    monkeypatch.setattr(model, "forward", lambda *given: seen.append(model.deaf) or plain(*given))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for chosen in (lesson, replace(lesson, deaf=0.0)):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        model.deaf = None
+        learn(model, optimizer, Rung(64, 32, 1, 4), chosen, *generators)
+    assert 0 < int(seen[0].sum()) < 32 and seen[1] is None
+
+
 def test_a_read_feels_the_logarithm_of_a_severed_score() -> None:
     model = small()
     ids, _ = draw_recall(64, 2, torch.Generator().manual_seed(1), 4)
