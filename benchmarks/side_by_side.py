@@ -18,8 +18,8 @@ from typing import Any
 __all__ = ["Job", "run_jobs"]
 
 MOST_TRIES = 3
-# of what a failing job says
-LAST_LINES = 8
+# of what a failing job says; how much room was taken, and how much of it lay idle, stands at the end of a long line
+LAST_LINES, LAST_LENGTH = 8, 1000
 # what may pass: another process had the room
 NO_ROOM = ("out of memory", "its process died")
 # of a GPU's memory, for all jobs; the rest is what processes take before they begin
@@ -69,7 +69,7 @@ def _serve(connection: Connection, work: Callable[[Any], str], device: str | Non
             connection.send((True, work(payload)))
         except Exception:
             lines = traceback.format_exc().splitlines()
-            connection.send((False, "\n".join([*lines[-LAST_LINES:-1], lines[-1][:300]])))
+            connection.send((False, "\n".join([*lines[-LAST_LINES:-1], lines[-1][:LAST_LENGTH]])))
 
 
 def run_jobs(
