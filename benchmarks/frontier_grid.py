@@ -24,11 +24,17 @@ CLAIMED = ("mix", "learned", "learned-token", "recurrent_wide", "neighbours")
 # share of a GPU's memory that a cell needs: a fourteenth was too little for histories that are read side by side, which
 # leave blocks of many sizes behind
 ROOM = 1 / 12
-# what needs more, everywhere or on a set: wide states and stored patches grow with the tokens of an item, and what a
-# router keeps of all items is read at once
-LARGE_ROOM = {"recurrent_wide": 1 / 10, "neighbours": 1 / 10, "log_linear": 1 / 10}
-ROOM_ON = {("beijing", "recurrent_wide"): 1 / 7, ("tep", "recurrent_wide"): 1 / 3}
-ROUTER_ROOM_ON = {"flights": 1 / 5}
+# what needs more on a set, or on any: wide states and stored patches grow with the tokens of an item, and histories of
+# all items are read side by side under each memory of a router
+ROUTER = "router"
+ROOMS: dict[tuple[str | None, str], float] = {
+    (None, "recurrent_wide"): 1 / 10,
+    (None, "neighbours"): 1 / 10,
+    (None, "log_linear"): 1 / 10,
+    ("beijing", "recurrent_wide"): 1 / 7,
+    ("tep", "recurrent_wide"): 1 / 3,
+    ("flights", ROUTER): 1 / 5,
+}
 HAM_SECONDS, RIVAL_SECONDS = 0.42, 0.4  # for each step of the fit
 HAM_READING, READING = 90.0, 20.0  # for all histories
 
@@ -84,9 +90,8 @@ class Cell:
     @property
     def room(self) -> float:
         """Share of a GPU's memory that it needs."""
-        if MODELS[self.model].controls:
-            return ROUTER_ROOM_ON.get(self.set, ROOM)
-        return ROOM_ON.get((self.set, self.model), LARGE_ROOM.get(self.model, ROOM))
+        kind = ROUTER if MODELS[self.model].controls else self.model
+        return ROOMS.get((self.set, kind), ROOMS.get((None, kind), ROOM))
 
     @property
     def seconds(self) -> float:
@@ -108,7 +113,7 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     if cell.model in CONTROL:
         return (0, cell.seed)
     if cell.model in CLAIMED:
-        return (1, cell.model in LARGE_ROOM, cell.share == CONTROL_SHARES[0], cell.seed)
+        return (1, (None, cell.model) in ROOMS, cell.share == CONTROL_SHARES[0], cell.seed)
     return (2, MODELS[cell.model].controls == (), cell.seed, cell.share != TENTH)
 
 

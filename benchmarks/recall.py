@@ -108,8 +108,8 @@ def learn(
     ids, right, share = draw_batch(rung, generator)
     asked = lesson.target == "asked"
     model.asked = asked_of(right, rung.length // rung.tokens_per_pair) if asked else None
-    if lesson.deaf:
-        model.deaf = torch.rand(len(ids), generator=generator, device=ids.device) < lesson.deaf  # [B]
+    # half of either task, at the usage of the claim and at any alike, and without a draw: sequences are those of others
+    model.deaf = torch.arange(len(ids), device=ids.device) // 2 % 2 == 0 if lesson.deaf else None  # [B]
     logits, traces = model(ids, policies_of(model, share, explore_share=EXPLORE, explore_generator=explore))
     loss = F.cross_entropy(logits[right >= 0], right[right >= 0] - KEYS)
     optimizer.zero_grad(set_to_none=True)

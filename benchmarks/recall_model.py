@@ -35,6 +35,7 @@ ROOMY_BYTES = 1 << 40
 
 LEARNED: dict[str, Any] = {"router": "learned"}
 TOKEN = LEARNED | {"learned_features": "token"}
+SURPRISE: dict[str, Any] = {"router": "surprise", "head_reduction": "min"}
 # the teacher of asked reads is heard by these scores' own weights and by nothing below: at weight 1 a gradient that
 # goes on through the score's input outweighs the task there. Its weight. Scores of ``-only`` hear nothing else, and the
 # read feels their logarithm (that of ``-mute`` it never feels)
@@ -52,9 +53,8 @@ OWN = {
     "learned-token-asked-own-0.3-deaf": 0.3,
     "learned-asked-own-0.3-deaf": 0.3,
 }
-# these do not hear the state in so many of the sequences that they learn from: what a state answers needs no lookup,
-# and where it answers all that is short none is learned
-DEAF_SHARE = 0.5
+# these do not hear the state in half of the sequences that they learn from: what a state answers needs no lookup, and
+# where it answers all that is short none is learned
 DEAF = ("learned-token-deaf", "learned-token-asked-own-0.3-deaf", "learned-asked-own-0.3-deaf", "surprise-deaf")
 # training of the learned score taken apart; see BIAS_FROM, SELECTED_BY and TARGETS; then by what it is taught, see
 # WEIGHTS and SEVERED; then by which weights are taught, and by which reads, see OWN and BARE; then by what is heard
@@ -70,14 +70,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "gdn_gsa": {"mixer": "gdn_gsa"},
     "learned": LEARNED,
     "learned-token": TOKEN,
-    "surprise": {"router": "surprise", "head_reduction": "min"},
+    "surprise": SURPRISE,
     "error": {"router": "error", "head_reduction": "min"},
     "learned-shared": LEARNED,
     "learned-token-shared": TOKEN,
-    "surprise-shared": {"router": "surprise", "head_reduction": "min"},
+    "surprise-shared": SURPRISE,
     **{name: TOKEN if "-token-" in name else LEARNED for name in APART},
     "surprise-biased": LEARNED | {"head_reduction": "min"},
-    "surprise-deaf": {"router": "surprise", "head_reduction": "min"},
+    "surprise-deaf": SURPRISE,
 }
 # shares of all steps between which the score's logarithm comes into the logits of the read; elsewhere it is always
 # there. Before, its gradient passes all the same: the read does not feel it, and says what it would gain by it.
@@ -126,14 +126,14 @@ class Lesson:
     severed: bool = False  # the task's gradient does not reach the score
     bare: bool = False  # reads that teach it are counted without its logarithm
     bias_from: tuple[float, float] = ALWAYS
-    deaf: float = 0.0  # share of sequences in which the state is not heard
+    deaf: bool = False  # in half of the sequences the state is not heard
 
 
 def lesson_of(name: str) -> Lesson:
     return Lesson(
         target=TARGETS.get(name, "attention"), weight=WEIGHTS.get(name, AUXILIARY_WEIGHT), own=name in OWN,
         severed=name in SEVERED, bare=name in BARE, bias_from=BIAS_FROM.get(name, ALWAYS),
-        deaf=DEAF_SHARE if name in DEAF else 0.0,
+        deaf=name in DEAF,
     )  # fmt: skip
 
 

@@ -19,11 +19,10 @@ from hamts.errors import DataError
 
 
 def test_what_needs_more_room_on_a_gpu_gets_it() -> None:
-    from benchmarks.frontier_grid import LARGE_ROOM, MODELS, ROOM, ROOM_ON, ROUTER_ROOM_ON, Cell
+    from benchmarks.frontier_grid import MODELS, ROOM, ROOMS, ROUTER, Cell
     from benchmarks.frontier_sets import SETS
 
-    assert set(LARGE_ROOM) | {model for _, model in ROOM_ON} <= set(MODELS)
-    assert set(ROUTER_ROOM_ON) | {name for name, _ in ROOM_ON} <= set(SETS)
+    assert {model for _, model in ROOMS} <= {*MODELS, ROUTER} and {name for name, _ in ROOMS} <= {*SETS, None}
     assert Cell("epf-old", "mix", 0).room == Cell("flights", "window", 0, 0.1).room == ROOM
     assert ROOM < Cell("epf-old", "recurrent_wide", 0, 0.1).room < Cell("beijing", "recurrent_wide", 0, 0.1).room
     # all routers read the many items of that set at once

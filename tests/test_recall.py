@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.recall import bias_felt, grafted, learn, rate_left, run_one
+from benchmarks.recall import bias_felt, grafted, learn, rate_left, run_one, train
 from benchmarks.recall_claims import claims
 from benchmarks.recall_ladders import Rung
 from benchmarks.recall_model import (
@@ -229,18 +229,29 @@ def test_a_state_that_is_not_heard_says_nothing_in_those_sequences_alone(router:
         assert torch.equal(one[1, 16:], two[1, 16:]) and not torch.equal(one[0, 16:], two[0, 16:])
 
 
-def test_a_deaf_lesson_is_for_some_sequences_and_ends_with_the_rung(monkeypatch: pytest.MonkeyPatch) -> None:
-    lesson, seen = lesson_of("surprise-deaf"), []
-    assert lesson.deaf == 0.5 and lesson_of("surprise").deaf == 0.0
-    model = small(router="surprise")
-    plain = model.forward
-    monkeypatch.setattr(model, "forward", lambda *given: seen.append(model.deaf) or plain(*given))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for chosen in (lesson, replace(lesson, deaf=0.0)):
-        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        model.deaf = None
-        learn(model, optimizer, Rung(64, 32, 1, 4), chosen, *generators)
-    assert 0 < int(seen[0].sum()) < 32 and seen[1] is None
+def test_a_state_is_not_heard_in_half_of_a_deaf_lesson_and_in_all_that_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: dict[str, list[Any]] = {}
+    for name in ("surprise-deaf", "surprise"):
+        model, seen = small(router="surprise"), heard.setdefault(name, [])
+        plain = model.forward
+        monkeypatch.setattr(
+            model,
+            "forward",
+            lambda ids, policies, m=model, f=plain, s=seen: s.append((ids, m.deaf)) or f(ids, policies),
+        )
+        train(
+            model, (Rung(64, 8, 2, 4),), rate=1e-3, seed=0, device="cpu", late=True, lesson=lesson_of(name), quiet=True,
+            after=lambda length, curve, m=model, s=seen: s.append((None, m.deaf)),
+        )  # fmt: skip
+    (first, half), (second, again), after = heard["surprise-deaf"]
+    # as many of either task and of either usage
+    assert half.tolist() == again.tolist() == [True, True, False, False] * 2
+    assert after == (None, None)
+    # the same sequences are learned from
+    assert torch.equal(first, heard["surprise"][0][0]) and torch.equal(second, heard["surprise"][1][0])
+    assert [deaf for _, deaf in heard["surprise"]] == [None] * 3
 
 
 def test_a_read_feels_the_logarithm_of_a_severed_score() -> None:
