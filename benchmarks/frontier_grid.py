@@ -34,6 +34,8 @@ ROOMS: dict[tuple[str | None, str], float] = {
     ("beijing", "recurrent_wide"): 1 / 7,
     ("tep", "recurrent_wide"): 1 / 3,
     ("flights", ROUTER): 1 / 5,
+    ("flights", "recurrent_window"): 1 / 6,
+    ("flights", "attention"): 1 / 6,
 }
 HAM_SECONDS, RIVAL_SECONDS = 0.42, 0.4  # for each step of the fit
 HAM_READING, READING = 90.0, 20.0  # for all histories
