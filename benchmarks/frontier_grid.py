@@ -33,7 +33,7 @@ ROOMS: dict[tuple[str | None, str], float] = {
     (None, "log_linear"): 1 / 10,
     ("beijing", "recurrent_wide"): 1 / 7,
     ("tep", "recurrent_wide"): 1 / 3,
-    ("flights", ROUTER): 1 / 5,
+    ("flights", ROUTER): 1 / 6,
     ("flights", "recurrent_window"): 1 / 6,
     ("flights", "attention"): 1 / 6,
 }
