@@ -94,6 +94,11 @@ def loss_of(network: HAMNetwork, reading: Reading, truth: torch.Tensor) -> torch
     return pinball(reading.quantiles[:, :, 0], scaled.to(levels.dtype), levels)[..., NAMED_STEPS:].nanmean((1, 2))
 
 
+def keep_all(windows: StreamWindows) -> None:
+    """No stream of a batch has a budget."""
+    windows.share = torch.ones_like(windows.share)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", default="epf", choices=list(SETS))
@@ -105,6 +110,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, help="of a fit; default those of the grid")
     parser.add_argument("--seed", type=int, default=0, help="of a fit")
     parser.add_argument("--random-budgets", action="store_true", help="from the first step of a fit on")
+    parser.add_argument("--whole", action="store_true", help="everything is kept to the last step of a fit")
     parser.add_argument("--before", type=int, nargs="+", default=[200], help="patches that are read before an echo")
     parser.add_argument("--items", type=int, help="so many of them; default all")
     parser.add_argument("--each", type=int, default=EACH, help="echoes of an age and item")
@@ -114,7 +120,9 @@ def main() -> None:
     steps, training = told.max_steps, {"batch_windows": told.streams} if told.streams else {}
     if told.weights:
         steps, training = 1, {"batch_windows": 2}
-    trial = Trial(training=training, lengthened=(1.0, 1) if told.short else LENGTHENED)
+    trial = Trial(
+        training=training, lengthened=(1.0, 1) if told.short else LENGTHENED, each=keep_all if told.whole else None
+    )
     if told.random_budgets:
         spec = replace(spec, warm=False)
     trained = fit(
