@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.frontier_cell import LENGTHENED, NO_CAP, SIZES, Trial, asked_of, fit
+from benchmarks.frontier_echoes import keep_all
 from benchmarks.frontier_grid import MODELS
 from benchmarks.frontier_sets import NAMED_STEPS, SETS, Carrier, Set, load
 from hamts.config import TrainConfig
@@ -94,11 +95,6 @@ def loss_of(network: HAMNetwork, reading: Reading, truth: torch.Tensor) -> torch
     return pinball(reading.quantiles[:, :, 0], scaled.to(levels.dtype), levels)[..., NAMED_STEPS:].nanmean((1, 2))
 
 
-def keep_all(windows: StreamWindows) -> None:
-    """No stream of a batch has a budget."""
-    windows.share = torch.ones_like(windows.share)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", default="epf", choices=list(SETS))
@@ -109,8 +105,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a fit whose streams stay short: a pilot for a CPU")
     parser.add_argument("--streams", type=int, help="of a fit; default those of the grid")
     parser.add_argument("--seed", type=int, default=0, help="of a fit")
-    parser.add_argument("--random-budgets", action="store_true", help="from the first step of a fit on")
-    parser.add_argument("--whole", action="store_true", help="everything is kept to the last step of a fit")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--random-budgets", action="store_true", help="from the first step of a fit on")
+    budgets.add_argument("--whole", action="store_true", help="everything is kept to the last step of a fit")
     parser.add_argument("--before", type=int, nargs="+", default=[200], help="patches that are read before an echo")
     parser.add_argument("--items", type=int, help="so many of them; default all")
     parser.add_argument("--each", type=int, default=EACH, help="echoes of an age and item")

@@ -17,7 +17,7 @@ from hamts.data.frame import to_panel
 from hamts.data.patches import build_store
 from hamts.windows import NEVER, StreamWindows
 
-__all__ = ["fresh_echoes"]
+__all__ = ["fresh_echoes", "keep_all"]
 
 # of times of events, that are then moved along the item as a whole: some as they are where a model is judged, others
 # with more events, of ages that a window holds
@@ -48,6 +48,11 @@ def fresh_echoes(
     return _Echoes(store.values[:, :, target], store, spec, codes, sizes, (target, event), seed, lengthen)
 
 
+def keep_all(windows: StreamWindows) -> None:
+    """No stream of a batch has a budget."""
+    windows.share = torch.ones_like(windows.share)  # [B]
+
+
 class _Longer:
     """Streams of the first part of a fit are short, and keep everything where the set says so; later ones are long."""
 
@@ -66,7 +71,7 @@ class _Longer:
             if self.streams is not None:
                 windows.keep_streams(self.streams)
         if self.warm and self.lengthen is not None and self.batches < self.lengthen[0]:
-            windows.share = torch.ones_like(windows.share)
+            keep_all(windows)
         self.batches += 1
 
 
